@@ -1,0 +1,29 @@
+"""How a training step runs on many ranks. Pure torch: knows nothing of layouts, files or the command line.
+
+Names are re-exported lazily (PEP 562), because the planner imports this package's torch-free parts
+(rank arithmetic, schedules, closed forms of memory) and must not pay for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if __name__ != "fourfold.parallel":
+    raise ImportError(f"import fourfold.parallel, not {__name__!r}: a second copy would make second classes")
+
+if TYPE_CHECKING:
+    from fourfold.parallel.mesh import init_mesh as init_mesh
+
+_HOME = {
+    "init_mesh": "mesh",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"fourfold.parallel has no {name!r}")
+    return getattr(import_module(f"fourfold.parallel.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,70 @@
+"""Rank arithmetic of the (dp, pp, cp, tp) grid, without torch.
+
+Ranks count through the grid with tp fastest, then cp, then pp, then dp: neighbours on the busiest axis sit inside one
+host. `torch.distributed.device_mesh` has the same order for the same shape (a test compares them); this file exists
+because the planner needs the arithmetic without importing torch.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+AXES = ("dp", "pp", "cp", "tp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """The number of ranks along each axis."""
+
+    dp: int = 1
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{axis}={size!r}: the size of an axis is a whole number of ranks, at least 1")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(dp, pp, cp, tp)."""
+        return self.dp, self.pp, self.cp, self.tp
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.shape)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands on each axis. Raises ValueError for a rank outside the grid."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside the grid {self.shape} of {self.world_size} ranks")
+        position = {}
+        for axis, size in zip(reversed(AXES), reversed(self.shape), strict=True):
+            rank, position[axis] = divmod(rank, size)
+        return {axis: position[axis] for axis in AXES}
+
+    def stride(self, axis: str) -> int:
+        """Distance in ranks between neighbours on `axis`."""
+        return prod(self.shape[AXES.index(axis) + 1 :])
+
+
+def layer_ranges(num_layers: int, num_stages: int) -> list[range]:
+    """Cut `num_layers` decoder layers into `num_stages` runs as even as can be.
+
+    The stages that get one layer fewer come last, then first: the last stage also holds the output head and the loss,
+    the first the embedding.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if num_layers < num_stages:
+        raise ValueError(f"{num_layers} layers cannot fill pp={num_stages} stages: choose pp of at most {num_layers}")
+    base, extra = divmod(num_layers, num_stages)
+    # Middle stages take the extra layers, so that the ends, which hold more than layers, stay light.
+    order = sorted(range(num_stages), key=lambda stage: (stage == num_stages - 1, stage == 0, stage))
+    sizes = [base] * num_stages
+    for stage in order[:extra]:
+        sizes[stage] += 1
+    starts = [sum(sizes[:stage]) for stage in range(num_stages)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]

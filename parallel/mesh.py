@@ -1,0 +1,60 @@
+"""The (dp, pp, cp, tp) device mesh.
+
+torch.distributed's DeviceMesh does the work: one process group an axis, slicing, flattening. This file only fixes the
+names and the order of the axes, starts torch.distributed where nobody has, and refuses a grid that does not match the
+world in words a user can act on.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fourfold.parallel.grid import AXES, Grid
+
+
+def init_mesh(*, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, device_type: str | None = None) -> DeviceMesh:
+    """Arrange all ranks in a grid with axes dp, pp, cp and tp; every rank must call.
+
+    torch.distributed is started if it is not yet: from torchrun's environment variables, or as a world of one
+    where there are none.
+
+    Args:
+        dp: data-parallel replicas.
+        pp: pipeline stages.
+        cp: ranks that share one sequence.
+        tp: ranks that share one layer's matrices.
+        device_type: "cuda" or "cpu"; None takes CUDA where this host has a device.
+    Returns:
+        DeviceMesh of shape (dp, pp, cp, tp), tp fastest.
+    Raises:
+        ValueError: the product of the axes is not the world size, or CUDA was asked for and is absent.
+    Cost: one group creation an axis, once.
+    """
+    grid = Grid(dp=dp, pp=pp, cp=cp, tp=tp)
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device_type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device_type='cuda', but torch sees no CUDA device here: use 'cpu', or None to choose")
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if grid.world_size != world_size:
+        raise ValueError(
+            f"dp={dp} x pp={pp} x cp={cp} x tp={tp} needs {grid.world_size} ranks, but the world has {world_size}: "
+            f"start {grid.world_size} processes or choose axes whose product is {world_size}"
+        )
+    if not dist.is_initialized():
+        _start(device_type)
+    return init_device_mesh(device_type, grid.shape, mesh_dim_names=AXES)
+
+
+def _start(device_type: str) -> None:
+    device = None
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)

@@ -1,0 +1,18 @@
+"""`ranks(n)` gives the session's pool of n gloo ranks."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from rank_pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        return pools.setdefault(world_size, RankPool(world_size))
+
+    yield pool
+    for started in pools.values():
+        started.close()

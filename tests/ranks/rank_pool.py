@@ -1,0 +1,112 @@
+"""A pool of gloo ranks that outlives single tests.
+
+Starting a rank costs seconds (importing torch), so a world of each size starts once a session, from a fork server that
+has torch loaded, and then runs one test body after another. A body is a function at module level; it is called as
+`body(*args)` on every rank with `torch.distributed` initialised, and its returned values come back in rank order.
+
+The first rank that raises ends the call: its own traceback is shown, the other ranks (which may be waiting for it) are
+killed, and the next call starts a fresh world.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+class RankFailure(AssertionError):
+    """One rank's exception, with that rank's traceback as the message."""
+
+
+def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+    """Join the world, then run bodies until the pipe closes."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    with contextlib.suppress(EOFError):
+        while True:
+            path, body, args = pipe.recv()
+            sys.path[:] = path
+            torch.manual_seed(0)
+            try:
+                answer: tuple[bool, Any] = (True, body(*args))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            pipe.send(answer)
+
+
+class RankPool:
+    """A world of `world_size` gloo ranks, started on first use."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def __call__(self, body: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        """Run `body(*args)` on every rank and return the results in rank order.
+
+        Raises:
+            RankFailure: with the traceback of the first rank that raised, died, or was late.
+        """
+        if not self._processes:
+            self._start()
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        try:
+            for pipe in self._pipes:
+                # A Connection pickles with the reducer of its own module: plain functions go by reference.
+                pipe.send((list(sys.path), body, args))
+            while len(results) < self.world_size:
+                waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
+                ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise RankFailure(f"ranks {sorted(waiting.values())} gave no answer within {timeout_s} s")
+                for pipe in ready:
+                    rank = waiting[pipe]  # type: ignore[index]
+                    try:
+                        succeeded, value = pipe.recv()  # type: ignore[union-attr]
+                    except EOFError:
+                        raise RankFailure(f"rank {rank} of {self.world_size} died without an answer") from None
+                    if not succeeded:
+                        raise RankFailure(f"rank {rank} of {self.world_size} raised\n{value}")
+                    results[rank] = value
+        except BaseException:
+            self.close()
+            raise
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
+        rendezvous = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "rendezvous")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, rendezvous, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def close(self) -> None:
+        """Kill the ranks; the next call starts new ones."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []

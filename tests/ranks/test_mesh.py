@@ -1,0 +1,26 @@
+"""The mesh agrees with the rank arithmetic and refuses a world of another size."""
+
+import pytest
+import torch.distributed as dist
+from rank_pool import RankFailure
+
+from fourfold.parallel import init_mesh
+from fourfold.parallel.grid import Grid
+
+
+def coordinates_of(shape: dict[str, int]) -> bool:
+    mesh = init_mesh(**shape, device_type="cpu")
+    assert mesh.mesh_dim_names == ("dp", "pp", "cp", "tp")
+    return dict(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True)) == Grid(**shape).coordinates(
+        dist.get_rank()
+    )
+
+
+@pytest.mark.parametrize("shape", [{"dp": 4}, {"dp": 2, "tp": 2}, {"pp": 2, "cp": 2}])
+def test_mesh_and_arithmetic_agree(ranks, shape):
+    assert all(ranks(4)(coordinates_of, shape))
+
+
+def test_a_grid_of_another_size_is_refused(ranks):
+    with pytest.raises(RankFailure, match="needs 3 ranks, but the world has 2: start 3 processes"):
+        ranks(2)(coordinates_of, {"dp": 3})

@@ -1,0 +1,37 @@
+"""The pool itself: results in rank order, a failure shown and survived, a hang ended."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import RankFailure
+
+
+def add_ranks(offset: int) -> float:
+    total = torch.tensor([float(dist.get_rank() + offset)])
+    dist.all_reduce(total)
+    return total.item()
+
+
+def fail_on_last_rank() -> None:
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise ArithmeticError("deliberate")
+    dist.barrier()
+
+
+def test_results_come_back_from_every_rank(ranks):
+    assert ranks(2)(add_ranks, 10) == [21.0, 21.0]
+
+
+def test_a_failing_rank_is_named_and_the_pool_recovers(ranks):
+    start = time.monotonic()
+    with pytest.raises(RankFailure, match=r"(?s)rank 1 of 2.*ArithmeticError: deliberate"):
+        ranks(2)(fail_on_last_rank)
+    assert time.monotonic() - start < 60  # rank 0 waits in a barrier for 120 s if nobody ends it
+    assert ranks(2)(add_ranks, 0) == [1.0, 1.0]
+
+
+def test_a_hanging_rank_is_ended(ranks):
+    with pytest.raises(RankFailure, match="gave no answer within"):
+        ranks(2)(time.sleep, 600, timeout_s=1.0)

@@ -1,0 +1,42 @@
+"""Rank arithmetic and the cut of layers into stages, as literal tables."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fourfold.parallel.grid import Grid, layer_ranges
+
+
+def test_tp_counts_fastest():
+    grid = Grid(dp=2, cp=2, tp=2)
+    assert [tuple(grid.coordinates(rank).values()) for rank in range(8)] == [
+        (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1),
+        (1, 0, 0, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 0, 1, 1),
+    ]  # fmt: skip
+    assert {axis: grid.stride(axis) for axis in ("dp", "pp", "cp", "tp")} == {"dp": 4, "pp": 4, "cp": 2, "tp": 1}
+
+
+def test_what_is_no_grid_is_refused():
+    with pytest.raises(ValueError, match="tp=0"):
+        Grid(tp=0)
+    with pytest.raises(ValueError, match="rank 4 is outside"):
+        Grid(dp=4).coordinates(4)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "sizes"),
+    [(4, 1, [4]), (4, 2, [2, 2]), (5, 2, [3, 2]), (5, 3, [2, 2, 1]), (6, 4, [1, 2, 2, 1]), (7, 4, [2, 2, 2, 1])],
+)
+def test_the_ends_stay_light(num_layers, num_stages, sizes):
+    assert [len(stage) for stage in layer_ranges(num_layers, num_stages)] == sizes
+
+
+@given(st.integers(1, 200), st.integers(1, 64))
+def test_every_layer_is_on_one_stage(num_layers, num_stages):
+    if num_layers < num_stages:
+        with pytest.raises(ValueError, match=f"pp={num_stages}"):
+            layer_ranges(num_layers, num_stages)
+        return
+    stages = layer_ranges(num_layers, num_stages)
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+    assert max(map(len, stages)) - min(map(len, stages)) <= 1 or num_stages == 1
