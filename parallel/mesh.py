@@ -57,4 +57,5 @@ def _start(device_type: str) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=device)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
