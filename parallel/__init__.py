@@ -12,9 +12,13 @@ if __name__ != "fourfold.parallel":
 
 if TYPE_CHECKING:
     from fourfold.parallel.mesh import init_mesh as init_mesh
+    from fourfold.parallel.transformer import ParallelModel as ParallelModel
+    from fourfold.parallel.transformer import parallelize as parallelize
 
 _HOME = {
+    "ParallelModel": "transformer",
     "init_mesh": "mesh",
+    "parallelize": "transformer",
 }
 __all__ = sorted(_HOME)
 

@@ -1,0 +1,124 @@
+"""One pipeline stage of a Hugging Face decoder: a run of its layers, with the embedding or the head where due.
+
+transformers' own forward pass runs the whole model and builds a causal mask; a pipeline needs a slice of it, a ring
+needs positions that are not 0..S-1, and neither wants a mask. This file holds the slice and its forward pass, and says
+which models it is exact for. The modules are the model's own and keep their names, so that a state dict of a stage has
+the keys of the whole model, whatever the layout.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+CHECKPOINTING = ("none", "full")
+
+_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Refuse a model whose forward pass `DecoderStage` would not reproduce.
+
+    Raises:
+        ValueError: another model family, attention dropout, or a rotary embedding whose frequencies depend on the
+            length seen (a rank that holds a shard of the sequence would see another length).
+    """
+    config = cast(Any, model).config if hasattr(model, "config") else None
+    model_type = getattr(config, "model_type", None)
+    if model_type not in SUPPORTED_MODEL_TYPES or not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"{type(model).__name__} (model_type {model_type!r}) is not supported: "
+            f"use a causal language model of {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise ValueError(f"attention_dropout={config.attention_dropout} is not supported: set it to 0.0")  # type: ignore[union-attr]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _POSITION_DEPENDENT_ROPE:
+        raise ValueError(
+            f"rope_type={rope['rope_type']!r} computes frequencies from the length a rank sees and is not supported: "
+            "use 'default', 'linear', 'llama3' or 'yarn'"
+        )
+
+
+def sliding_window(model: nn.Module) -> int | None:
+    """The shortest attention window of any layer in tokens, or None where every layer sees the whole sequence."""
+    config = cast(Any, model).config
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+        return None
+    return int(window)
+
+
+class DecoderStage(nn.Module):
+    """Layers `layers` of `model`, with the embedding on the first stage and the norm and head on the last.
+
+    Args:
+        model: a causal language model that passed `check_decoder`. Its modules are shared, not copied.
+        layers: the decoder layers of this stage.
+        checkpointing: "none", or "full" to keep only each layer's input and recompute the layer in the backward pass.
+        autocast_dtype: the dtype matrix products run in, or None for the parameters' own.
+
+    `position_ids` ([1, S_local] int64) must be set before a forward pass: the caller knows which tokens these are.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: range, *, checkpointing: str = "none", autocast_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        if checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
+        whole = cast(Any, model)
+        num_layers = len(whole.model.layers)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == num_layers
+        self.checkpointing = checkpointing
+        self.autocast_dtype = autocast_dtype
+        self.hidden_size: int = whole.config.hidden_size
+        self.vocab_size: int = whole.config.vocab_size
+        self.position_ids: Tensor | None = None
+        self.model = nn.Module()
+        self.model.rotary_emb = whole.model.rotary_emb
+        self.model.layers = nn.ModuleDict({str(index): whole.model.layers[index] for index in layers})
+        if self.is_first:
+            self.model.embed_tokens = whole.model.embed_tokens
+        if self.is_last:
+            self.model.norm = whole.model.norm
+            self.lm_head = whole.lm_head
+
+    @property
+    def layers(self) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self.model.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the stage.
+
+        Args:
+            x: [B, S_local] int64 token ids on the first stage, else [B, S_local, hidden].
+        Returns:
+            [B, S_local, vocab] logits on the last stage (this rank's part of the vocabulary under tensor
+            parallelism), else [B, S_local, hidden].
+        """
+        assert self.position_ids is not None
+        assert self.position_ids.shape[-1] == x.shape[1]
+        with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            hidden = self.model.embed_tokens(x) if self.is_first else x  # type: ignore[operator]
+            rotary = self.model.rotary_emb(hidden, position_ids=self.position_ids)  # type: ignore[operator]
+            for layer in self.layers.values():
+                hidden = self._run(layer, hidden, rotary)
+            if self.is_last:
+                hidden = self.lm_head(self.model.norm(hidden))  # type: ignore[operator]
+        return hidden
+
+    def _run(self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        arguments: dict[str, Any] = {
+            "attention_mask": None,
+            "position_ids": self.position_ids,
+            "position_embeddings": rotary,
+            "use_cache": False,
+        }
+        if self.checkpointing == "full" and torch.is_grad_enabled():
+            # No randomness in a supported layer, so no generator state to keep.
+            return cast(Tensor, checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **arguments))
+        return cast(Tensor, layer(hidden, **arguments))

@@ -1,0 +1,91 @@
+"""A stage in torch's synchronous pipeline: which schedule, which shapes, and an evaluation pass.
+
+torch.distributed.pipelining runs the schedule. It builds its buffers for one shape of micro-batch and one number of
+them; this file keeps a schedule for each that was asked for, tells torch the shapes (so that no trial run of the model,
+with its collectives, is needed to find them), and picks 1F1B, or GPipe where there are too few micro-batches for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+from fourfold.parallel.decoder_stage import DecoderStage
+
+
+class Pipeline:
+    """This rank's stage on the mesh's pp axis.
+
+    Args:
+        module: what runs: `stage`, or DDP around it.
+        stage: the decoder stage inside.
+        mesh: (dp, pp, cp, tp).
+        loss: (logits, targets) -> the scalar that the last stage differentiates, already scaled.
+        hidden_dtype, logits_dtype: of the stage's outputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        stage: DecoderStage,
+        mesh: DeviceMesh,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        hidden_dtype: torch.dtype,
+        logits_dtype: torch.dtype,
+    ) -> None:
+        self._module, self._stage, self._loss = module, stage, loss
+        self._hidden_dtype, self._logits_dtype = hidden_dtype, logits_dtype
+        self._local_vocab_size = stage.vocab_size // mesh["tp"].size()
+        self._group = mesh.get_group("pp")
+        self._index, self._num_stages = mesh.get_local_rank("pp"), mesh["pp"].size()
+        self._schedules: dict[tuple[int, int, int, bool], PipelineScheduleSingle] = {}
+
+    def step(self, inputs: Tensor, targets: Tensor, micro_batch: int) -> list[Tensor]:
+        """Forward and backward over [B, S_local] inputs; the last stage returns its micro-batches' losses."""
+        return self._run(inputs, targets, micro_batch, train=True)
+
+    def evaluate(self, inputs: Tensor, targets: Tensor, micro_batch: int) -> list[Tensor]:
+        """Forward only; the last stage returns its micro-batches' losses."""
+        return self._run(inputs, targets, micro_batch, train=False)
+
+    def _run(self, inputs: Tensor, targets: Tensor, micro_batch: int, *, train: bool) -> list[Tensor]:
+        schedule = self._schedule(inputs, micro_batch, train)
+        losses: list[Tensor] = []
+        arguments = (inputs,) if self._stage.is_first else ()
+        keywords: dict[str, Any] = {"target": targets, "losses": losses} if self._stage.is_last else {}
+        run = schedule.step if train else schedule.eval
+        run(*arguments, return_outputs=False, **keywords)
+        return losses
+
+    def _schedule(self, inputs: Tensor, micro_batch: int, train: bool) -> PipelineScheduleSingle:
+        batch, seq_len = inputs.shape
+        num_micro_batches = batch // micro_batch
+        # torch rebuilds a schedule's buffers when it turns from training to evaluation and back: keep one for each.
+        key = (micro_batch, num_micro_batches, seq_len, train)
+        if key not in self._schedules:
+            kind = Schedule1F1B if train and num_micro_batches >= self._num_stages else ScheduleGPipe
+            self._schedules[key] = kind(
+                self._torch_stage(inputs[:micro_batch], train), num_micro_batches, loss_fn=self._loss, scale_grads=False
+            )
+        return self._schedules[key]
+
+    def _torch_stage(self, tokens: Tensor, train: bool) -> PipelineStage:
+        def activations(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(*tokens.shape, width, dtype=dtype, device="meta", requires_grad=train)
+
+        stage = self._stage
+        hidden = activations(stage.hidden_size, self._hidden_dtype)
+        return PipelineStage(
+            self._module,
+            self._index,
+            self._num_stages,
+            device=tokens.device,
+            input_args=torch.empty_like(tokens, device="meta") if stage.is_first else hidden,
+            output_args=activations(self._local_vocab_size, self._logits_dtype) if stage.is_last else hidden,
+            group=self._group,
+        )

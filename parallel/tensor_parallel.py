@@ -1,0 +1,89 @@
+"""Tensor parallelism of a decoder stage, as a plan for torch's DTensor.
+
+The cut is Megatron's (Shoeybi et al. 2019): attention heads and the MLP's inner width by columns then rows, embedding
+and head by vocabulary. torch's `parallelize_module` applies it. Two things it leaves to the caller are here: the inputs
+of an attention block and an MLP enter as one DTensor, so that the backward pass sums one gradient instead of one a
+projection; and norms become replicated DTensors, so that an optimizer sees parameters of one kind.
+"""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import Placement
+
+from fourfold.parallel.decoder_stage import DecoderStage
+
+
+def check_tensor_parallel(config: Any, tp: int) -> None:
+    """Raises ValueError where heads, key-value heads, MLP width or vocabulary do not divide by `tp`."""
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        value = getattr(config, name)
+        if value % tp:
+            raise ValueError(f"{name}={value} does not divide by tp={tp}: choose tp among the divisors of {value}")
+
+
+def apply_tensor_parallel(stage: DecoderStage, tp_mesh: DeviceMesh) -> None:
+    """Replace the stage's parameters by DTensors on `tp_mesh`, in place.
+
+    Args:
+        stage: its layers' q, k, v, gate and up projections are cut by columns, o and down by rows, embedding and
+            head by vocabulary; logits leave as this rank's part of the vocabulary.
+        tp_mesh: one-dimensional; every rank of it must call with the same weights.
+    Cost: no communication now; in a step two all-reduces of [B, S_local, hidden] a layer each way, one for the
+        embedding and one for the head's input gradient.
+    Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
+    """
+    whole = _AsDTensor(Replicate())
+    layer_plan: dict[str, ParallelStyle] = {
+        "input_layernorm": whole,
+        "self_attn": PrepareModuleInput(
+            input_kwarg_layouts={"hidden_states": Replicate()},
+            desired_input_kwarg_layouts={"hidden_states": Replicate()},
+        ),
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": ColwiseParallel(),
+        "self_attn.v_proj": ColwiseParallel(),
+        "self_attn.o_proj": RowwiseParallel(),
+        "post_attention_layernorm": whole,
+        "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    for layer in stage.layers.values():
+        plan = dict(layer_plan)
+        if hasattr(layer.self_attn, "q_norm"):  # over each head's features; this rank has some of the heads
+            plan["self_attn.q_norm"] = plan["self_attn.k_norm"] = _AsDTensor(Shard(2))
+        parallelize_module(layer, tp_mesh, plan)
+    tied = stage.is_first and stage.is_last and stage.lm_head.weight is cast(Any, stage.model).embed_tokens.weight
+    if stage.is_first:
+        parallelize_module(stage.model, tp_mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
+    if stage.is_last:
+        parallelize_module(stage, tp_mesh, {"model.norm": whole, "lm_head": ColwiseParallel()})
+    if tied:
+        stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
+
+
+class _AsDTensor(ParallelStyle):
+    """Run a module with replicated parameters on an input of the given placement; the output has it too."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[Tensor, ...]:
+            return (DTensor.from_local(inputs[0], mesh, [self.placement], run_check=False), *inputs[1:])
+
+        def leave(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.to_local()
+
+        return distribute_module(module, device_mesh, None, enter, leave)  # type: ignore[arg-type]

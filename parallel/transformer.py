@@ -1,0 +1,315 @@
+"""A Hugging Face decoder on a (dp, pp, cp, tp) mesh, with the gradients of one process.
+
+torch has each axis: DTensor, pipelining, FSDP2 and DDP, and here ring attention. What it leaves open is their sum. Each
+averages its gradients over other things (replicas, micro-batches, nothing at all), so the same model under two layouts
+takes two different steps. Here there is one rule: **weight gradients are those of the mean loss over all target tokens
+of the global batch**. Every micro-batch's loss is a sum over its own tokens divided by the global count, and every axis
+sums.
+
+    mesh = init_mesh(dp=2, tp=2)
+    model = parallelize(model, mesh)
+    for input_ids in loader:                       # this dp rank's sequences, whole
+        loss = model.forward_backward(input_ids)   # labels default to input_ids, as in transformers
+        optimizer.step(); optimizer.zero_grad()
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.parallel import DistributedDataParallel
+
+from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, sliding_window
+from fourfold.parallel.gradients import clip_gradients, resolve_partial_gradients, sum_gradients
+from fourfold.parallel.grid import AXES, layer_ranges
+from fourfold.parallel.pipeline import Pipeline
+from fourfold.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
+
+IGNORE_INDEX = -100
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    micro_batch: int | None = None,
+    checkpointing: str = "none",
+    zero_stage: int = 0,
+    dtype: torch.dtype | None = None,
+    sharding: str = "zigzag",
+) -> "ParallelModel":
+    """Put a decoder on a mesh; every rank calls with the same weights.
+
+    Args:
+        model: a transformers causal language model of the Llama family (decoder_stage.SUPPORTED_MODEL_TYPES). Its
+            modules are taken over and changed in place: do not use `model` afterwards.
+        mesh: from `init_mesh`. tp cuts matrices (DTensor), cp the sequence (ring attention), pp the layers
+            (torch.distributed.pipelining, 1F1B), dp the batch.
+        micro_batch: sequences a forward pass; None means one with pp > 1, the whole local batch without.
+        checkpointing: "none" or "full" (keep each layer's input, recompute the layer).
+        zero_stage: 0 keeps weights on every dp x cp rank (DDP), 3 shards them there (FSDP2).
+        dtype: what matrix products run in (torch.bfloat16, say); weights and gradient sums stay as they are.
+        sharding: how cp cuts the sequence; see sequence_sharding.
+    Returns:
+        A ParallelModel that holds this rank's part.
+    Raises:
+        ValueError: what cannot be exact: another model family, heads that tp does not divide, fewer layers than
+            stages, tied embeddings with pp > 1, a sliding window with cp > 1.
+    Cost: no communication but DDP's or FSDP's start: one broadcast or none.
+    """
+    check_decoder(model)
+    if mesh.mesh_dim_names != AXES:
+        raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
+    if zero_stage not in (0, 3):
+        raise ValueError(f"zero_stage={zero_stage} is not supported: 0 (DDP) or 3 (FSDP2)")
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model has parameters on the meta device: build it with weights")
+    config = cast(Any, model).config
+    pp, cp, tp = (mesh[axis].size() for axis in ("pp", "cp", "tp"))
+    check_tensor_parallel(config, tp)
+    window = sliding_window(model)
+    if cp > 1 and window is not None:
+        raise ValueError(f"sliding_window={window} with cp={cp} is not supported: use cp=1 or sliding_window=None")
+    if pp > 1 and config.tie_word_embeddings:
+        raise ValueError(
+            f"tie_word_embeddings=true with pp={pp}: the first and the last stage would each hold a copy; "
+            "use pp=1 or untie them"
+        )
+    layers = layer_ranges(config.num_hidden_layers, pp)[mesh.get_local_rank("pp")]
+    model.to(_device(mesh))
+    if cp > 1:
+        raise ValueError(f"cp={cp} is not supported yet: use cp=1")
+    cast(Any, model).set_attn_implementation("sdpa")
+    stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype if zero_stage == 0 else None)
+    if tp > 1:
+        apply_tensor_parallel(stage, mesh["tp"])
+    return ParallelModel(stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, window=window)
+
+
+class ParallelModel:
+    """This rank's part of a decoder under a layout; made by `parallelize`.
+
+    Not an nn.Module, because with pipeline stages a forward pass alone has no meaning on most ranks: a step goes
+    forward and backward in one call. `parameters`, `state_dict` and `load_state_dict` are the local part's, under the
+    names of the whole model, as torch.distributed.checkpoint wants them.
+    """
+
+    def __init__(
+        self,
+        stage: DecoderStage,
+        mesh: DeviceMesh,
+        *,
+        micro_batch: int | None,
+        zero_stage: int,
+        dtype: torch.dtype | None,
+        window: int | None,
+    ) -> None:
+        self.stage, self.mesh, self.device = stage, mesh, _device(mesh)
+        self._window = window
+        self._micro_batch = micro_batch
+        self._tp = mesh["tp"].size()
+        replicas = _replica_mesh(mesh)
+        self._replica_group = replicas.get_group() if replicas.size() > 1 else None
+        # A backend that averages over the replicas is given a loss that many times too large.
+        self._averaged_over = 1
+        self._module: nn.Module = stage
+        if zero_stage == 3:
+            _shard_weights(stage, replicas, dtype)
+            self._averaged_over = replicas.size()
+        elif self._replica_group is not None and self._tp == 1:
+            self._module = DistributedDataParallel(
+                stage, process_group=self._replica_group, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+            self._averaged_over = replicas.size()
+        self._sums_own_gradients = self._averaged_over == 1 and self._replica_group is not None
+        self._pipeline = None
+        if mesh["pp"].size() > 1:
+            weight_dtype = next(stage.parameters()).dtype
+            # FSDP2 casts the residual stream with the weights; autocast leaves it in the embedding's dtype.
+            hidden_dtype = (dtype or weight_dtype) if zero_stage == 3 else weight_dtype
+            self._pipeline = Pipeline(
+                self._module, stage, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=dtype or weight_dtype
+            )
+        self._loss_scale = torch.ones((), device=self.device)
+
+    def forward_backward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run one step's forward and backward passes and add to the parameters' gradients.
+
+        Args:
+            input_ids: [B, S] int64, this dp rank's sequences, whole, on any device; the same on all ranks of its
+                pp, cp and tp axes.
+            labels: [B, S] int64, -100 where there is no target; position t holds the token that t-1 predicts
+                (transformers' convention: the shift is made here). None takes `input_ids`.
+        Returns:
+            The mean loss over all targets of the global batch, a detached float32 scalar, the same on every rank.
+            Without any target: zero, and zero gradients.
+        Raises:
+            ValueError: shapes that differ, a batch that micro_batch does not divide, a sequence past the window.
+        Cost: one forward and backward pass; the layout's collectives, and three of 8 bytes for count and loss.
+        """
+        inputs, targets, num_targets = self._prepare(input_ids, labels)
+        self._loss_scale = self._averaged_over / num_targets
+        with self._loss_context():
+            if self._pipeline is not None:
+                losses = self._pipeline.step(inputs, targets, self._micro_batch or 1)
+            else:
+                losses = list(self._accumulate(inputs, targets))
+        parameters = list(self.stage.parameters())
+        resolve_partial_gradients(parameters)
+        if self._sums_own_gradients:
+            assert self._replica_group is not None
+            sum_gradients(parameters, self._replica_group)
+        return self._mean_loss(losses, num_targets)
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The same mean loss as `forward_backward`, without gradients. Arguments, errors and cost likewise."""
+        inputs, targets, num_targets = self._prepare(input_ids, labels)
+        self._loss_scale = self._averaged_over / num_targets
+        with self._loss_context():
+            if self._pipeline is not None:
+                losses = self._pipeline.evaluate(inputs, targets, self._micro_batch or 1)
+            else:
+                pairs = zip(self._cut(inputs), self._cut(targets), strict=True)
+                losses = [self._loss(self._module(part), target) for part, target in pairs]
+        return self._mean_loss(losses, num_targets)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip by the 2-norm over all parameters of the whole model; returns the norm before, a float64 scalar."""
+        return clip_gradients(self.parameters(), self.mesh, max_norm=max_norm)
+
+    def batch_rows(self, global_batch: int) -> slice:
+        """Which rows of a global batch of `global_batch` sequences this rank's `forward_backward` takes.
+
+        Raises ValueError where dp does not divide the batch.
+        """
+        dp = self.mesh["dp"].size()
+        if global_batch % dp:
+            raise ValueError(f"global_batch={global_batch} does not divide by dp={dp}: choose a multiple of {dp}")
+        rows = global_batch // dp
+        start = self.mesh.get_local_rank("dp") * rows
+        return slice(start, start + rows)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.stage.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.stage.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stage.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stage.load_state_dict(state_dict)
+
+    def train(self, mode: bool = True) -> "ParallelModel":
+        self._module.train(mode)
+        return self
+
+    def eval(self) -> "ParallelModel":
+        return self.train(False)
+
+    def _prepare(self, input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's shard of inputs and shifted targets, both [B, S_local], and the global number of targets."""
+        labels = input_ids if labels is None else labels
+        if input_ids.dim() != 2 or labels.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)}: both are [batch, sequence]"
+            )
+        batch, seq_len = input_ids.shape
+        if self._window is not None and seq_len > self._window:
+            raise ValueError(
+                f"a sequence of {seq_len} tokens is longer than sliding_window={self._window}, which is not supported: "
+                "use shorter sequences or sliding_window=None"
+            )
+        if batch % (self._micro_batch or 1):
+            raise ValueError(
+                f"a local batch of {batch} sequences does not divide by micro_batch={self._micro_batch}: "
+                "choose a divisor"
+            )
+        input_ids, labels = input_ids.to(self.device), labels.to(self.device)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        self.stage.position_ids = torch.arange(seq_len, device=self.device)[None]
+        num_targets = (targets != IGNORE_INDEX).sum()
+        self._sum_over_replicas(num_targets)
+        return input_ids, targets, num_targets.clamp(min=1)
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """Micro-batches one after the other; gradients travel with the last."""
+        pairs = list(zip(self._cut(inputs), self._cut(targets), strict=True))
+        for index, (part, target) in enumerate(pairs):
+            with self._gradient_sync(index == len(pairs) - 1):
+                loss = self._loss(self._module(part), target)
+                loss.backward()  # type: ignore[no-untyped-call]
+            yield loss.detach()
+
+    def _cut(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(batch, self._micro_batch or max(1, len(batch)))
+
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        if isinstance(self._module, FSDPModule):
+            self._module.set_requires_gradient_sync(enabled)
+        elif isinstance(self._module, DistributedDataParallel) and not enabled:
+            return cast(AbstractContextManager[None], self._module.no_sync())
+        return nullcontext()
+
+    def _loss_context(self) -> AbstractContextManager[None]:
+        return loss_parallel() if self._tp > 1 else nullcontext()
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is differentiated: a sum over [B, S_local] targets, times the step's scale."""
+        logits = logits.float()
+        if self._tp > 1:
+            logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(2)], run_check=False)
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        if isinstance(total, DTensor):
+            total = total.to_local()
+        return total * self._loss_scale
+
+    def _mean_loss(self, losses: list[Tensor], num_targets: Tensor) -> Tensor:
+        """The global mean from this rank's scaled sums: none of them on stages before the last."""
+        total = torch.zeros((), device=self.device)
+        for loss in losses:
+            total = total + loss.detach()
+        total = total / self._averaged_over
+        self._sum_over_replicas(total)
+        if self.mesh["pp"].size() > 1:
+            dist.all_reduce(total, group=self.mesh.get_group("pp"))
+        return total
+
+    def _sum_over_replicas(self, value: Tensor) -> None:
+        if self._replica_group is not None:
+            dist.all_reduce(value, group=self._replica_group)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
+def _replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that hold the same weights and different tokens: dp and cp in one axis."""
+    if mesh["cp"].size() == 1:
+        return mesh["dp"]
+    if mesh["dp"].size() == 1:
+        return mesh["cp"]
+    return mesh["dp", "cp"]._flatten("dp_cp")
+
+
+def _shard_weights(stage: DecoderStage, replicas: DeviceMesh, dtype: torch.dtype | None) -> None:
+    """FSDP2: one gather a decoder layer, the rest of the stage with the root."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None)
+    for layer in stage.layers.values():
+        fully_shard(layer, mesh=replicas, mp_policy=policy)
+    fully_shard(stage, mesh=replicas, mp_policy=policy)
