@@ -1,0 +1,91 @@
+"""Which cases a profile measures: general curves, and the shapes of the model at hand."""
+
+from itertools import product
+
+import torch
+import torch.distributed as dist
+
+from fourfold.profiling.compute import (
+    OperandPool,
+    attention_case,
+    copy_case,
+    elementwise_case,
+    matmul_case,
+    overhead_case,
+)
+from fourfold.profiling.links import Tier, link_cases
+from fourfold.profiling.session import Case
+from fourfold.profiling.settings import ProfileSettings
+from fourfold.profiling.shapes import ModelShape, matmul_shapes, model_shape, read_config
+
+KIB, MIB = 1024, 1024 * 1024
+
+
+def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[Tier]) -> list[Case]:
+    """All cases of this profile, the same on every rank."""
+    model = model_shape(read_config(settings.model)) if settings.model else None
+    on_gpu = device.type == "cuda"
+    world_size = dist.get_world_size()
+    general = [256, 512, 1024, 2048] + ([4096, 8192] if on_gpu else [])
+    wanted: dict[tuple[int, int, int, str], bool] = {(size, size, size, "nt"): False for size in general}
+    wanted[1024, 1024, 1024, "nt"] = True
+    wanted |= {(tokens, 4 * width, width, "nt"): False for tokens in (64, 1024) for width in general[:-1]}
+    messages = [KIB, 16 * KIB, 128 * KIB, MIB, 4 * MIB, 16 * MIB] + ([64 * MIB, 256 * MIB] if on_gpu else [])
+    ours = [KIB, MIB]
+    if model:
+        for tokens, tp in product(_token_counts(settings, world_size), model.tp_degrees(world_size)):
+            wanted |= dict.fromkeys(matmul_shapes(model, tokens, tp), True)
+        ours += [4 * model.hidden * tokens for tokens in _token_counts(settings, world_size)]
+        ours.append(min(25 * MIB, 4 * model.layer_parameters))
+    cases = [overhead_case(device)]
+    training = torch.bfloat16 if on_gpu else torch.float32
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = wanted if dtype == training else {(size, size, size, "nt"): False for size in general}
+        largest = max(max(m * n, n * k, m * k) for m, n, k, _ in shapes)
+        pool = OperandPool(max(largest, (256 if on_gpu else 16) * MIB), dtype, device)
+        cases += [matmul_case(pool, m, n, k, operands, essential=must) for (m, n, k, operands), must in shapes.items()]
+        if dtype == training:
+            cases.append(copy_case(pool, (64 if on_gpu else 4) * MIB))
+            cases += [elementwise_case(pool, 4**power * KIB) for power in range(1, 7 if not on_gpu else 9)]
+    cases += _attention_cases(settings, model, device, training, world_size)
+    for tier in tiers:
+        cases += link_cases(tier, device, sorted({*messages, *ours}), ours)
+    return list({case.key: case for case in cases}.values())
+
+
+def _token_counts(settings: ProfileSettings, num_ranks: int) -> list[int]:
+    """Tokens of a micro-batch on one rank, under every context-parallel degree."""
+    cuts = [cp for cp in range(1, num_ranks + 1) if num_ranks % cp == 0 and settings.seq_len % cp == 0]
+    return sorted({micro_batch * settings.seq_len // cp for micro_batch, cp in product(settings.micro_batches, cuts)})
+
+
+def _attention_cases(
+    settings: ProfileSettings, model: ModelShape | None, device: torch.device, dtype: torch.dtype, num_ranks: int
+) -> list[Case]:
+    on_gpu = device.type == "cuda"
+    heads, head_dim = (16, 128) if on_gpu else (4, 64)
+    lengths = (1024, 2048, 4096, 8192, 16384) if on_gpu else (128, 256, 512, 1024, 2048)
+    cases = [
+        attention_case(device, dtype, batch=1, heads=heads, kv_heads=heads, seq_len=length, head_dim=head_dim)
+        for length in lengths
+    ]
+    if not model:
+        return cases
+    for micro_batch, tp in product(settings.micro_batches, model.tp_degrees(num_ranks)):
+        sizes = {"batch": micro_batch, "heads": model.heads // tp, "kv_heads": model.kv_heads // tp}
+        # Context parallelism attends blocks: the diagonal ones causal, the others whole.
+        for cp, causal in product((1, 2 * num_ranks), (True, False)):
+            length = settings.seq_len // cp
+            if length and (cp > 1 or causal):
+                cases.append(
+                    attention_case(
+                        device,
+                        dtype,
+                        **sizes,
+                        seq_len=length,
+                        head_dim=model.head_dim,
+                        causal=causal,
+                        essential=True,
+                    )
+                )
+    return cases

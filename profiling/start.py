@@ -1,0 +1,61 @@
+"""Starts the ranks of a profile on this machine, by torch's elastic launch API."""
+
+import os
+import socket
+import sys
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from fourfold.profiling.hardware import default_num_ranks
+from fourfold.profiling.settings import ProfileSettings
+from fourfold.profiling.shapes import model_shape, read_config
+
+
+class ProfileFailure(RuntimeError):
+    """A rank failed; the message holds its traceback."""
+
+
+def profile_here(settings: ProfileSettings, *, num_ranks: int | None = None) -> None:
+    """Measure this machine with one rank a GPU, or one a physical core, and write `settings.out`.
+
+    Args:
+        num_ranks: another number of ranks; None takes all GPUs, or the physical cores and at most 4.
+    Raises:
+        ValueError: a number of ranks that this machine cannot run.
+        ProfileFailure: a rank failed; the others have been ended.
+    Cost: `settings.seconds`, and some seconds to start the ranks.
+    """
+    device_type = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = default_num_ranks(device_type)
+    if num_ranks is None:
+        num_ranks = available
+    if num_ranks < 1 or (device_type == "cuda" and num_ranks > available):
+        raise ValueError(f"--ranks {num_ranks}: this machine has {available} CUDA devices; start between 1 and that")
+    if settings.model:
+        model_shape(read_config(settings.model))  # a broken config is told here, not by a rank's traceback
+    _launch(settings, num_ranks, device_type)
+
+
+def _launch(settings: ProfileSettings, num_ranks: int, device_type: str) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if device_type == "cpu" and any(name == "lo" for _, name in socket.if_nameindex()):
+        # One machine: without this, gloo looks the host's own name up, which may not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="profile",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    command = ["-m", "fourfold.profiling.run", *settings.arguments()]
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as failure:
+        rank, first = failure.get_first_failure()
+        raise ProfileFailure(f"rank {rank} of {num_ranks} failed\n{first.message}") from None
