@@ -6,6 +6,7 @@ which models it is exact for. The modules are the model's own and keep their nam
 the keys of the whole model, whatever the layout.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -90,6 +91,15 @@ class DecoderStage(nn.Module):
     @property
     def layers(self) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self.model.layers)
+
+    def ends(self) -> Iterator[tuple[str, nn.Module]]:
+        """What the stage has besides layers, by its name in the whole model."""
+        for name in ("model.rotary_emb", "model.embed_tokens", "model.norm", "lm_head"):
+            part: Any = self
+            for step in name.split("."):
+                part = getattr(part, step, None)
+            if part is not None:
+                yield name, part
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage.

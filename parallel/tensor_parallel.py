@@ -6,7 +6,7 @@ of an attention block and an MLP enter as one DTensor, so that the backward pass
 projection; and norms become replicated DTensors, so that an optimizer sees parameters of one kind.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,19 +31,17 @@ def check_tensor_parallel(config: Any, tp: int) -> None:
             raise ValueError(f"{name}={value} does not divide by tp={tp}: choose tp among the divisors of {value}")
 
 
-def apply_tensor_parallel(stage: DecoderStage, tp_mesh: DeviceMesh) -> None:
-    """Replace the stage's parameters by DTensors on `tp_mesh`, in place.
+def cut_layer(layer: nn.Module, tp_mesh: DeviceMesh) -> None:
+    """Replace a decoder layer's parameters by DTensors on `tp_mesh`, in place.
 
     Args:
-        stage: its layers' q, k, v, gate and up projections are cut by columns, o and down by rows, embedding and
-            head by vocabulary; logits leave as this rank's part of the vocabulary.
+        layer: its q, k, v, gate and up projections are cut by columns, o and down by rows.
         tp_mesh: one-dimensional; every rank of it must call with the same weights.
-    Cost: no communication now; in a step two all-reduces of [B, S_local, hidden] a layer each way, one for the
-        embedding and one for the head's input gradient.
+    Cost: no communication now; in a step two all-reduces of [B, S_local, hidden] each way.
     Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
     """
     whole = _AsDTensor(Replicate())
-    layer_plan: dict[str, ParallelStyle] = {
+    plan: dict[str, ParallelStyle] = {
         "input_layernorm": whole,
         "self_attn": PrepareModuleInput(
             input_kwarg_layouts={"hidden_states": Replicate()},
@@ -59,18 +57,22 @@ def apply_tensor_parallel(stage: DecoderStage, tp_mesh: DeviceMesh) -> None:
         "mlp.up_proj": ColwiseParallel(),
         "mlp.down_proj": RowwiseParallel(),
     }
-    for layer in stage.layers.values():
-        plan = dict(layer_plan)
-        if hasattr(layer.self_attn, "q_norm"):  # over each head's features; this rank has some of the heads
-            plan["self_attn.q_norm"] = plan["self_attn.k_norm"] = _AsDTensor(Shard(2))
-        parallelize_module(layer, tp_mesh, plan)
-    tied = stage.is_first and stage.is_last and stage.lm_head.weight is cast(Any, stage.model).embed_tokens.weight
+    if hasattr(layer.self_attn, "q_norm"):  # over each head's features; this rank has some of the heads
+        plan["self_attn.q_norm"] = plan["self_attn.k_norm"] = _AsDTensor(Shard(2))
+    parallelize_module(layer, tp_mesh, plan)
+
+
+def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh) -> None:
+    """The same for the embedding and the head, by vocabulary, and for the last norm, where the stage has them.
+
+    Logits leave the stage as this rank's part of the vocabulary.
+
+    Cost: in a step one all-reduce of [B, S_local, hidden] for the embedding and one for the head's input gradient.
+    """
     if stage.is_first:
         parallelize_module(stage.model, tp_mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
     if stage.is_last:
-        parallelize_module(stage, tp_mesh, {"model.norm": whole, "lm_head": ColwiseParallel()})
-    if tied:
-        stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
+        parallelize_module(stage, tp_mesh, {"model.norm": _AsDTensor(Replicate()), "lm_head": ColwiseParallel()})
 
 
 class _AsDTensor(ParallelStyle):

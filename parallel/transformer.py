@@ -31,7 +31,8 @@ from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, sliding
 from fourfold.parallel.gradients import clip_gradients, resolve_partial_gradients, sum_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline import Pipeline
-from fourfold.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
+from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
+from fourfold.parallel.weights import materialise
 
 IGNORE_INDEX = -100
 
@@ -44,9 +45,12 @@ def parallelize(
     checkpointing: str = "none",
     zero_stage: int = 0,
     dtype: torch.dtype | None = None,
-    sharding: str = "zigzag",
+    seed: int = 0,
 ) -> "ParallelModel":
     """Put a decoder on a mesh; every rank calls with the same weights.
+
+    A model that fits no rank is built under `with torch.device("meta")`: each rank then makes the weights it keeps, a
+    layer at a time, the same under every layout.
 
     Args:
         model: a transformers causal language model of the Llama family (decoder_stage.SUPPORTED_MODEL_TYPES). Its
@@ -57,7 +61,7 @@ def parallelize(
         checkpointing: "none" or "full" (keep each layer's input, recompute the layer).
         zero_stage: 0 keeps weights on every dp x cp rank (DDP), 3 shards them there (FSDP2).
         dtype: what matrix products run in (torch.bfloat16, say); weights and gradient sums stay as they are.
-        sharding: how cp cuts the sequence; see sequence_sharding.
+        seed: of the weights of a model on the meta device; the weights of any other are kept.
     Returns:
         A ParallelModel that holds this rank's part.
     Raises:
@@ -72,8 +76,6 @@ def parallelize(
         raise ValueError(f"zero_stage={zero_stage} is not supported: 0 (DDP) or 3 (FSDP2)")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model has parameters on the meta device: build it with weights")
     config = cast(Any, model).config
     pp, cp, tp = (mesh[axis].size() for axis in ("pp", "cp", "tp"))
     check_tensor_parallel(config, tp)
@@ -86,13 +88,11 @@ def parallelize(
             "use pp=1 or untie them"
         )
     layers = layer_ranges(config.num_hidden_layers, pp)[mesh.get_local_rank("pp")]
-    model.to(_device(mesh))
     if cp > 1:
         raise ValueError(f"cp={cp} is not supported yet: use cp=1")
     cast(Any, model).set_attn_implementation("sdpa")
     stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype if zero_stage == 0 else None)
-    if tp > 1:
-        apply_tensor_parallel(stage, mesh["tp"])
+    _place(stage, model, mesh, zero_stage=zero_stage, dtype=dtype, seed=seed)
     return ParallelModel(stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, window=window)
 
 
@@ -124,7 +124,6 @@ class ParallelModel:
         self._averaged_over = 1
         self._module: nn.Module = stage
         if zero_stage == 3:
-            _shard_weights(stage, replicas, dtype)
             self._averaged_over = replicas.size()
         elif self._replica_group is not None and self._tp == 1:
             self._module = DistributedDataParallel(
@@ -307,9 +306,29 @@ def _replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp", "cp"]._flatten("dp_cp")
 
 
-def _shard_weights(stage: DecoderStage, replicas: DeviceMesh, dtype: torch.dtype | None) -> None:
-    """FSDP2: one gather a decoder layer, the rest of the stage with the root."""
+def _place(
+    stage: DecoderStage,
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    zero_stage: int,
+    dtype: torch.dtype | None,
+    seed: int,
+) -> None:
+    """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time."""
+    device, tp_mesh, replicas = _device(mesh), mesh["tp"], _replica_mesh(mesh)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None)
-    for layer in stage.layers.values():
-        fully_shard(layer, mesh=replicas, mp_policy=policy)
-    fully_shard(stage, mesh=replicas, mp_policy=policy)
+    for index, layer in stage.layers.items():
+        materialise(layer, f"model.layers.{index}", model, seed=seed, device=device)
+        if tp_mesh.size() > 1:
+            cut_layer(layer, tp_mesh)
+        if zero_stage == 3:
+            fully_shard(layer, mesh=replicas, mp_policy=policy)
+    for name, part in stage.ends():
+        materialise(part, name, model, seed=seed, device=device)
+    if tp_mesh.size() > 1:
+        cut_ends(stage, tp_mesh)
+    if cast(Any, model).config.tie_word_embeddings:  # each step above makes parameters anew
+        stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
+    if zero_stage == 3:
+        fully_shard(stage, mesh=replicas, mp_policy=policy)

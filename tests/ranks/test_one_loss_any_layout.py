@@ -5,6 +5,8 @@ compares with it the loss and every gradient of the first step and the losses of
 two orders over fp32's rounding in sums of this length (about 1e-7) and far under any wrong factor or lost term.
 """
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from fourfold.parallel import init_mesh, parallelize
 
-GLOBAL_BATCH, SEQ_LEN, STEPS = 4, 24, 3
+GLOBAL_BATCH, SEQ_LEN, STEPS, MAX_NORM = 4, 24, 3, 0.5
 
 
 def tiny_model(family: str = "llama", **changes: object) -> torch.nn.Module:
@@ -41,8 +43,10 @@ def adamw(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
 
 
-def single_process(model: torch.nn.Module, data: list[tuple[Tensor, Tensor]], max_norm: float):
+@cache  # in each rank's process, for all layouts of one model
+def single_process(masked: bool, **model_options: object):
     """Losses, the first step's gradients, and the gradient norms of the plain transformers model."""
+    model, data = tiny_model(**model_options), batches(masked)
     optimizer = adamw(model.parameters())
     losses, norms, gradients = [], [], {}
     for step, (ids, labels) in enumerate(data):
@@ -50,7 +54,7 @@ def single_process(model: torch.nn.Module, data: list[tuple[Tensor, Tensor]], ma
         loss.backward()
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
@@ -63,8 +67,8 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: bool) -> dict[str, float]:
     """Largest errors against the single process on this rank."""
-    data, max_norm = batches(masked), 0.5
-    truth_losses, truth_norms, truth = single_process(tiny_model(**model_options), data, max_norm)
+    data = batches(masked)
+    truth_losses, truth_norms, truth = single_process(masked, **model_options)
     mesh = init_mesh(**mesh_shape, device_type="cpu")
     model = parallelize(tiny_model(**model_options), mesh, **options)
     optimizer = adamw(model.parameters())
@@ -78,7 +82,7 @@ def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: b
                 gradient = parameter.grad
                 gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
                 errors["gradient"] = max(errors["gradient"], relative_error(gradient, truth[name]))
-        norm = model.clip_grad_norm_(max_norm)
+        norm = model.clip_grad_norm_(MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
         errors["loss"] = max(errors["loss"], abs(loss.item() / truth_losses[step] - 1))

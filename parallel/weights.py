@@ -1,0 +1,32 @@
+"""First weights of a model that no rank could hold whole.
+
+A model built under `torch.device("meta")` has shapes and no storage. Its modules get storage and weights one at a time,
+on the rank that keeps them, and are sharded before the next is made. Each module draws from a generator seeded by its
+name, so the weights are the same under every layout. transformers' own `_init_weights` says what is drawn.
+"""
+
+from typing import Any, cast
+from zlib import crc32
+
+import torch
+from torch import nn
+
+
+def materialise(module: nn.Module, name: str, model: nn.Module, *, seed: int, device: torch.device) -> None:
+    """Give `module` storage on `device`, and weights where it is on the meta device.
+
+    Args:
+        module: a part of `model`, changed in place.
+        name: its name in `model`, which seeds its weights.
+        model: a transformers model, asked only how its modules are initialised.
+        seed: of the whole model.
+    Cost: no communication; at most the module's own size in host memory.
+    """
+    for path, part in module.named_modules():
+        own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            part.to_empty(device="cpu", recurse=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(crc32(f"{seed} {name} {path}".encode()))
+                cast(Any, model)._init_weights(part)
+    module.to(device)

@@ -1,0 +1,37 @@
+"""A model built without storage gets the same weights under every layout, and trains."""
+
+import pytest
+import torch
+from test_one_loss_any_layout import tiny_model
+from torch.distributed.tensor import DTensor
+
+from fourfold.parallel import init_mesh, parallelize
+
+
+def weights(mesh_shape: dict, options: dict, model_options: dict) -> tuple[dict, float]:
+    with torch.device("meta"):
+        model = tiny_model(**model_options)
+    mesh = init_mesh(**mesh_shape, device_type="cpu")
+    parallel = parallelize(model, mesh, seed=5, **options)
+    ids = torch.arange(48).view(2, 24) % 64
+    loss = parallel.evaluate(ids[parallel.batch_rows(2)]).item()
+    named = {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+        for name, value in parallel.named_parameters()
+    }
+    return named, loss
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_layout_draws_the_same(ranks, tied):
+    model = {"tie_word_embeddings": tied}
+    whole, loss = ranks(1)(weights, {}, {}, model)[0]
+    assert len({value.float().sum().item() for value in whole.values()}) > len(whole) // 2  # no two layers alike
+    layouts = [({"tp": 2}, {}), ({"dp": 2}, {"zero_stage": 3})] + [({"pp": 2}, {})] * (not tied)
+    for mesh_shape, options in layouts:
+        results = ranks(2)(weights, mesh_shape, options, model)
+        found = {name: value for named, _ in results for name, value in named.items()}
+        assert found.keys() == whole.keys()
+        for name, value in found.items():
+            assert torch.equal(value, whole[name]), name
+        assert all(abs(other / loss - 1) < 1e-5 for _, other in results)
