@@ -1,0 +1,142 @@
+"""`layout-advisor plan`: rank every layout of a model on a cluster, and write the files that launch the best."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fourfold.layouts.cluster import Cluster, load_cluster
+from fourfold.layouts.layout import CHECKPOINTING, Layout, write_layout_file
+from fourfold.layouts.model import ModelConfig, load_model
+from fourfold.layouts.report import write_report
+from fourfold.layouts.search import Plan, advice
+from fourfold.layouts.search import plan as rank
+from fourfold.layouts.tables import describe, plan_table, why_not, write_csv
+
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def plan(
+    config: Annotated[str, typer.Argument(help="A Hugging Face config.json, or a preset such as llama-3.1-8b.")],
+    cluster: Annotated[str, typer.Option(help="A measured cluster.toml, or a preset such as A100-80GB.")],
+    gpus: Annotated[int, typer.Option(help="Devices in all (ranks, on a cluster of processors).")],
+    global_batch: Annotated[int, typer.Option(help="Sequences a step, over all devices.")],
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")],
+    gpus_per_node: Annotated[
+        int, typer.Option(help="Devices that share a node's fast links; 0: as the cluster says.")
+    ] = 0,
+    top: Annotated[int, typer.Option(help="How many layouts to show.")] = 10,
+    space: Annotated[
+        str, typer.Option(help="runtime: what fourfold launches; full: also what the export formats can.")
+    ] = "runtime",
+    fix: Annotated[list[str] | None, typer.Option(help="Hold a field, as tp=8 or checkpointing=none; repeat.")] = None,
+    asynchronous: Annotated[bool, typer.Option("--async", help="Price pipelines that never flush.")] = False,
+    tokens: Annotated[float, typer.Option(help="Tokens of the whole training, to tell the days it takes.")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for plan.csv, layout.toml of the best, and report.html.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+) -> None:
+    """Rank the layouts of MODEL on CLUSTER by predicted step time; show what fits, and how surely."""
+    result = make_plan(
+        load_model(config), load_cluster(cluster), gpus=gpus, global_batch=global_batch, seq_len=seq_len,
+        gpus_per_node=gpus_per_node, top=top, space=space, fix=fix or [], asynchronous=asynchronous,
+    )  # fmt: skip
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "plan.csv", result.layouts)
+        if result.layouts:
+            write_layout_file(out / "layout.toml", result.layouts[0].layout, result.model)
+        html = html or out / "report.html"
+    if html is not None:
+        write_report(html, result, title=f"Layouts for {result.model.name}")
+    if as_json:
+        typer.echo(json.dumps(as_document(result), indent=1))
+        return
+    if not result.layouts:
+        raise ValueError(advice(result))
+    console = Console()
+    console.print(plan_table(result, result.layouts, num_tokens=tokens))
+    if why_not(result):
+        console.print(f"Ruled out: {why_not(result)}.", style="dim")
+    if html is not None:
+        console.print(f"Report: {html}")
+
+
+def make_plan(
+    model: ModelConfig,
+    cluster: Cluster,
+    *,
+    gpus: int,
+    global_batch: int,
+    seq_len: int,
+    gpus_per_node: int = 0,
+    top: int | None = 10,
+    space: str = "runtime",
+    fix: list[str],
+    asynchronous: bool = False,
+) -> Plan:
+    """What the command does before it prints.
+
+    Raises:
+        ValueError: a value that makes no sense; names it and the mend.
+    """
+    if gpus_per_node:
+        cluster = cluster.with_devices_per_node(gpus_per_node)
+    if top is not None and top < 1:
+        raise ValueError(f"--top {top}: give a whole number of at least 1")
+    return rank(
+        model, cluster, num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space,
+        fix=parse_fix(fix), top=top, asynchronous=asynchronous,
+    )  # fmt: skip
+
+
+def parse_fix(words: list[str]) -> dict[str, Any]:
+    """["tp=8", "checkpointing=none"] as {"tp": 8, "checkpointing": "none"}.
+
+    Raises:
+        ValueError: not KEY=VALUE, a key that no layout has, or a value of the wrong kind.
+    """
+    fixed: dict[str, Any] = {}
+    kinds = {name: kind for name, kind in Layout.__annotations__.items() if name not in ("global_batch", "seq_len")}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or key not in kinds:
+            raise ValueError(f"--fix {word}: write it as KEY=VALUE with KEY one of {', '.join(kinds)}")
+        if key == "checkpointing":
+            if value not in CHECKPOINTING:
+                raise ValueError(f"--fix {word}: choose one of {', '.join(CHECKPOINTING)}")
+            fixed[key] = value
+        elif kinds[key] is bool:
+            if value.lower() not in _FLAGS:
+                raise ValueError(f"--fix {word}: give true or false")
+            fixed[key] = _FLAGS[value.lower()]
+        else:
+            least = 0 if key == "zero_stage" else 1
+            if not value.isdecimal() or int(value) < least:
+                raise ValueError(f"--fix {word}: give a whole number of at least {least}")
+            fixed[key] = int(value)
+    return fixed
+
+
+def as_document(result: Plan) -> dict[str, Any]:
+    """The plan as --json prints it."""
+    return {
+        "model": result.model.name,
+        "num_params": result.model.num_params,
+        "cluster": result.cluster.name,
+        "device": result.cluster.device.name,
+        "num_devices": result.num_devices,
+        "stack": result.stack.name,
+        "num_candidates": result.num_candidates,
+        "num_fitting": result.num_fitting,
+        "infeasible": dict(result.infeasible),
+        "layouts": [describe(priced) for priced in result.layouts],
+        "safe": describe(result.safe) if result.safe else None,
+        "slowest": describe(result.slowest) if result.slowest else None,
+        "nearest": describe(result.nearest) if result.nearest else None,
+    }

@@ -1,0 +1,95 @@
+"""Many layouts at once, as columns: what the closed forms of memory and time work on.
+
+Every cost is written once, over numpy columns; one layout is a column of length one. So the search prices a million
+layouts with the very formulas that explain a single one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.layouts.layout import CHECKPOINTING, Layout
+
+Column = NDArray[Any]
+NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
+
+_DEFAULTS: dict[str, Any] = {
+    "dp": 1, "pp": 1, "cp": 1, "tp": 1, "micro_batch": 1, "checkpointing": NONE, "zero_stage": 0, "vp": 1, "ep": 1,
+    "cp_heads": 1, "sequence_parallel": False, "checkpoint_every": 1, "stream_chunks": 1, "offload": False,
+    "asynchronous": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Columns of equal length; `checkpointing` as its index in CHECKPOINTING. Batch and length are one for all."""
+
+    dp: Column
+    pp: Column
+    cp: Column
+    tp: Column
+    micro_batch: Column
+    checkpointing: Column
+    zero_stage: Column
+    vp: Column
+    ep: Column
+    cp_heads: Column
+    sequence_parallel: Column
+    checkpoint_every: Column
+    stream_chunks: Column
+    offload: Column
+    asynchronous: Column
+    global_batch: int
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.dp)
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout]) -> "Candidates":
+        """The columns of some layouts; all must have the same global batch and sequence length."""
+        batches = {(layout.global_batch, layout.seq_len) for layout in layouts}
+        assert len(batches) == 1, f"layouts of several batches: {batches}"
+        columns: dict[str, Column] = {}
+        for name in _DEFAULTS:
+            values = [getattr(layout, name) for layout in layouts]
+            columns[name] = np.array([CHECKPOINTING.index(v) for v in values] if name == "checkpointing" else values)
+        batch, seq_len = batches.pop()
+        return cls(global_batch=batch, seq_len=seq_len, **columns)
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Column], *, global_batch: int, seq_len: int) -> "Candidates":
+        """Columns by name; a name that is left out has its default."""
+        length = len(next(iter(columns.values())))
+        full = {name: columns.get(name, np.full(length, default)) for name, default in _DEFAULTS.items()}
+        return cls(global_batch=global_batch, seq_len=seq_len, **full)
+
+    def take(self, rows: Column) -> "Candidates":
+        """The rows of a mask or of indices."""
+        columns = {name: getattr(self, name)[rows] for name in _DEFAULTS}
+        return Candidates(global_batch=self.global_batch, seq_len=self.seq_len, **columns)
+
+    def layout(self, row: int) -> Layout:
+        values: dict[str, Any] = {name: getattr(self, name)[row].item() for name in _DEFAULTS}
+        values["checkpointing"] = CHECKPOINTING[values["checkpointing"]]
+        return Layout(global_batch=self.global_batch, seq_len=self.seq_len, **values)
+
+    @property
+    def num_micro_batches(self) -> Column:
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def tokens(self) -> Column:
+        """Tokens of one micro-batch on one cp rank."""
+        return self.micro_batch * (self.seq_len // self.cp)
+
+    @property
+    def shards(self) -> Column:
+        """Ranks that hold the same weights, over which ZeRO shards: dp x cp."""
+        return self.dp * self.cp
+
+
+assert set(_DEFAULTS) | {"global_batch", "seq_len"} == {entry.name for entry in fields(Layout)}

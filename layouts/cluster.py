@@ -1,0 +1,317 @@
+"""A cluster as the planner sees it: one kind of device, and tiers of links from the inside out.
+
+Read from `cluster.toml` (what `layout-advisor profile` measured, samples kept) or from a preset (datasheet figures,
+each with its source). Every device of a cluster is the same; a file that lists several kinds is refused.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+OPERATIONS = ("send", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatmulSample:
+    """seconds of out[m,n] = a[m,k] @ b[k,n]."""
+
+    dtype: str
+    m: int
+    n: int
+    k: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSample:
+    """Seconds of one attention block, forward and backward, on [batch, heads, seq_len, head_dim]."""
+
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    seq_len: int
+    head_dim: int
+    causal: bool
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ElementwiseSample:
+    """Seconds of one elementwise operator that reads and writes `bytes` in all."""
+
+    dtype: str
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkOperation:
+    """A fitted communication operation: seconds = latency_s + bytes / bandwidth_bytes_per_s.
+
+    `bytes` is the message of a send, and the whole (unsharded) tensor of a collective.
+    """
+
+    operation: str
+    group_size: int
+    latency_s: float
+    bandwidth_bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """One tier; `num_ranks` neighbours reach each other over it (0: any number)."""
+
+    name: str
+    num_ranks: int
+    operations: tuple[LinkOperation, ...]
+    samples: tuple[Mapping[str, Any], ...] = ()
+
+    def find(self, operation: str, group_size: int) -> LinkOperation | None:
+        """The measured operation of the nearest group size, or None where it was not measured."""
+        found = [op for op in self.operations if op.operation == operation]
+        return min(found, key=lambda op: abs(op.group_size - group_size), default=None)
+
+    @property
+    def send(self) -> LinkOperation:
+        """Point to point: what collectives that were not measured are priced from."""
+        found = self.find("send", 2)
+        assert found is not None  # checked when the cluster was read
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One accelerator, or one rank's share of a host's processors."""
+
+    name: str
+    type: str
+    dtype: str
+    memory_bytes: float
+    peak_flops_per_s: float
+    memory_bandwidth_bytes_per_s: float
+    operator_overhead_s: float
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element of the compute dtype."""
+        return ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Devices and links; `measured` where matmul samples came along."""
+
+    name: str
+    provenance: str
+    num_devices: int
+    """Ranks measured together; 0 for a preset, which has as many as asked for."""
+    devices_per_node: int
+    device: Device
+    links: tuple[Link, ...]
+    matmul: tuple[MatmulSample, ...] = field(default=(), repr=False)
+    attention: tuple[AttentionSample, ...] = field(default=(), repr=False)
+    elementwise: tuple[ElementwiseSample, ...] = field(default=(), repr=False)
+    layers: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """A real layer's timings, where `profile --model` measured one."""
+
+    @property
+    def measured(self) -> bool:
+        return bool(self.matmul)
+
+    def with_devices_per_node(self, count: int) -> "Cluster":
+        """The same devices in nodes of another size; the innermost tier spans a node."""
+        if count < 1:
+            raise ValueError(f"gpus per node {count}: give a whole number of at least 1")
+        inner = replace(self.links[0], num_ranks=count)
+        return replace(self, devices_per_node=count, links=(inner, *self.links[1:]))
+
+
+def cluster_presets() -> dict[str, dict[str, Any]]:
+    """name -> the preset's table, as shipped in data/clusters.toml."""
+    return tomllib.loads(files("fourfold.layouts").joinpath("data/clusters.toml").read_text(encoding="utf-8"))
+
+
+def load_cluster(path_or_preset: str | Path) -> Cluster:
+    """A measured cluster.toml, or a preset by name.
+
+    Raises:
+        ValueError: no such file or preset; broken TOML; a missing, senseless or heterogeneous field.
+    """
+    name = str(path_or_preset)
+    presets = cluster_presets()
+    by_name = {key.lower(): key for key in presets}
+    if name.lower() in by_name:
+        key = by_name[name.lower()]
+        return _read_preset(key, presets[key])
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(f"{name}: neither a cluster.toml nor a preset; the presets are {', '.join(presets)}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file ({error}): write it with `layout-advisor profile`") from None
+    return read_cluster(table, title=str(path))
+
+
+def preset_for_gpu(gpu_type: str) -> str:
+    """The preset whose name starts `gpu_type` ("A100-80GB-SXM" is "A100-80GB").
+
+    Raises:
+        ValueError: no preset's name does.
+    """
+    fits = [key for key in cluster_presets() if gpu_type.lower().startswith(key.lower())]
+    if not fits:
+        raise ValueError(f"gpu_type={gpu_type!r}: no preset's name starts it; there are {', '.join(cluster_presets())}")
+    return max(fits, key=len)
+
+
+def read_cluster(table: Mapping[str, Any], *, title: str) -> Cluster:
+    """A cluster from cluster.toml's table (schema 1)."""
+    if table.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{title}: schema={table.get('schema')!r}, but this reads {SCHEMA}: "
+            "measure again with `layout-advisor profile`"
+        )
+    device = table.get("device")
+    if isinstance(device, list):
+        raise ValueError(
+            f"{title}: {len(device)} kinds of device, but every rank must be the same: plan each kind alone"
+        )
+    links = tuple(
+        _read_link(entry, f"{title}: [[link]] {index}") for index, entry in enumerate(_tables(table, "link", title))
+    )
+    return _checked(
+        Cluster(
+            name=str(table.get("name", title)),
+            provenance=str(table.get("provenance", "not stated")),
+            num_devices=_whole(table, "num_devices", title),
+            devices_per_node=_whole(table, "devices_per_node", title),
+            device=_read_device(device, title),
+            links=links,
+            matmul=_samples(MatmulSample, table, "matmul", title),
+            attention=_samples(AttentionSample, table, "attention", title),
+            elementwise=_samples(ElementwiseSample, table, "elementwise", title),
+            layers=tuple(_tables(table, "layer", title)),
+        ),
+        title,
+    )
+
+
+def _read_preset(name: str, table: Mapping[str, Any]) -> Cluster:
+    links = tuple(
+        Link(
+            name=link["name"],
+            num_ranks=link["num_ranks"],
+            operations=(
+                LinkOperation(
+                    operation="send",
+                    group_size=2,
+                    latency_s=link["latency_s"],
+                    bandwidth_bytes_per_s=link["bandwidth_bytes_per_s"],
+                ),
+            ),
+        )
+        for link in table["link"]
+    )
+    return _checked(
+        Cluster(
+            name=name,
+            provenance=table["source"],
+            num_devices=0,
+            devices_per_node=table["devices_per_node"],
+            device=_read_device(table["device"], name),
+            links=links,
+        ),
+        name,
+    )
+
+
+def _read_device(table: Any, title: str) -> Device:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{title}: no [device] table: measure again with `layout-advisor profile`")
+    dtype = table.get("dtype")
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"{title}: [device] dtype={dtype!r}, but it is one of {', '.join(ITEMSIZE)}")
+    if table.get("type") not in ("cpu", "cuda"):
+        raise ValueError(f"{title}: [device] type={table.get('type')!r}, but it is 'cpu' or 'cuda'")
+    where = f"{title}: [device]"
+    return Device(
+        name=str(table.get("name", "unnamed")),
+        type=table["type"],
+        dtype=dtype,
+        memory_bytes=_positive(table, "memory_bytes", where),
+        peak_flops_per_s=_positive(table, "peak_flops_per_s", where),
+        memory_bandwidth_bytes_per_s=_positive(table, "memory_bandwidth_bytes_per_s", where),
+        operator_overhead_s=_positive(table, "operator_overhead_s", where),
+    )
+
+
+def _read_link(table: Mapping[str, Any], where: str) -> Link:
+    operations = []
+    for entry in _tables(table, "operation", where):
+        operation = entry.get("operation")
+        if operation not in OPERATIONS:
+            raise ValueError(f"{where}: operation={operation!r}, but it is one of {', '.join(OPERATIONS)}")
+        operations.append(
+            LinkOperation(
+                operation=operation,
+                group_size=_whole(entry, "group_size", where),
+                latency_s=_positive(entry, "latency_s", where, zero=True),
+                bandwidth_bytes_per_s=_positive(entry, "bandwidth_bytes_per_s", where),
+            )
+        )
+    return Link(
+        name=str(table.get("name", "link")),
+        num_ranks=_whole(table, "num_ranks", where, least=0),
+        operations=tuple(operations),
+        samples=tuple(_tables(table, "sample", where)),
+    )
+
+
+def _checked(cluster: Cluster, title: str) -> Cluster:
+    if cluster.device.memory_bytes < 1 << 20:
+        raise ValueError(f"{title}: memory_bytes={cluster.device.memory_bytes:.0f}: no free memory to train in")
+    for link in cluster.links:
+        if link.find("send", 2) is None:
+            raise ValueError(f"{title}: link {link.name!r} has no 'send' operation: measure again with `profile`")
+    return cluster
+
+
+def _samples(kind: type[Any], table: Mapping[str, Any], key: str, title: str) -> tuple[Any, ...]:
+    names = set(kind.__dataclass_fields__)
+    samples = []
+    for index, entry in enumerate(_tables(table, key, title)):
+        missing = sorted(names - set(entry))
+        if missing:
+            raise ValueError(f"{title}: [[{key}]] {index} has no {missing[0]!r}: measure again with `profile`")
+        samples.append(kind(**{name: entry[name] for name in names}))
+    return tuple(samples)
+
+
+def _tables(table: Mapping[str, Any], key: str, where: str) -> Sequence[Mapping[str, Any]]:
+    value = table.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+        raise ValueError(f"{where}: {key!r} is not a list of tables: write it as [[{key}]]")
+    return value
+
+
+def _whole(table: Mapping[str, Any], key: str, where: str, *, least: int = 1) -> int:
+    value = table.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{where}: {key}={value!r}, but it is a whole number of at least {least}")
+    return value
+
+
+def _positive(table: Mapping[str, Any], key: str, where: str, *, zero: bool = False) -> float:
+    value = table.get(key)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value > 0 or (zero and value == 0)) or value == float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{where}: {key}={value!r}, but it is a number above 0")
+    return float(value)  # type: ignore[arg-type]

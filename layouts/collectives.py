@@ -1,0 +1,77 @@
+"""Seconds of communication on a cluster's tiers of links.
+
+Measured operations are used where the cluster has them; the rest is priced by the ring formulas from point-to-point
+latency and bandwidth: an all-gather or reduce-scatter of n ranks moves (n-1)/n of the tensor in n-1 hops, an all-reduce
+is both (Thakur et al. 2005).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fourfold.layouts.candidates import Column
+from fourfold.layouts.cluster import Cluster, Link
+
+_PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """A cluster's links with the share of their bandwidth that is reached, innermost tier first."""
+
+    cluster: Cluster
+    efficiency: tuple[float, ...] = (1.0, 1.0)
+
+    def _tier(self, index: int) -> tuple[Link, float]:
+        links = self.cluster.links
+        return links[min(index, len(links) - 1)], self.efficiency[min(index, len(self.efficiency) - 1)]
+
+    def ranks_in_node(self, size: Column, stride: Column) -> Column:
+        """How many of a group of `size` ranks, `stride` apart, share one node."""
+        return np.clip(self.cluster.devices_per_node // stride, 1, size)
+
+    def collective_s(self, operation: str, num_bytes: Column, size: Column, stride: Column) -> Column:
+        """Seconds of a collective.
+
+        Args:
+            num_bytes: the whole tensor: input of an all-reduce or reduce-scatter, output of an all-gather; what one
+                rank sends in all of an all-to-all.
+            size: ranks of the group; one costs nothing.
+            stride: distance between neighbours of the group, in ranks.
+        A group over several nodes enters each by as many network ports as it has ranks there.
+        """
+        size, stride, num_bytes = np.broadcast_arrays(
+            np.asarray(size), np.asarray(stride), np.asarray(num_bytes, float)
+        )
+        inside = self.ranks_in_node(size, stride)
+        inner = self._one_tier(operation, num_bytes, size, 0, ports=np.ones_like(size))
+        if len(self.cluster.links) == 1:
+            return np.where(size > 1, inner, 0.0)
+        outer = self._one_tier(operation, num_bytes, size, 1, ports=inside)
+        return np.where(size > 1, np.where(inside >= size, inner, np.maximum(inner, outer)), 0.0)
+
+    def _one_tier(self, operation: str, num_bytes: Column, size: Column, tier: int, *, ports: Column) -> Column:
+        link, efficiency = self._tier(tier)
+        seconds = np.zeros(size.shape)
+        for group in np.unique(size):
+            rows = size == group
+            measured = link.find(operation, int(group))
+            if measured is not None and measured.group_size == group:
+                latency, per_byte = measured.latency_s, 1 / measured.bandwidth_bytes_per_s
+                seconds[rows] = latency + num_bytes[rows] * per_byte / ports[rows]
+                continue
+            passes, share = _PASSES[operation], (group - 1) / group
+            bandwidth = link.send.bandwidth_bytes_per_s * efficiency
+            # Rings inside a node and trees between nodes: hops grow with the logarithm for small messages.
+            latency = passes * link.send.latency_s * np.minimum(group - 1, 2 * np.ceil(np.log2(max(group, 2))))
+            seconds[rows] = latency + passes * share * num_bytes[rows] / (bandwidth * ports[rows])
+        return seconds
+
+    def send_s(self, num_bytes: Column, size: Column, stride: Column) -> Column:
+        """Seconds of one neighbour exchange on an axis of `size` ranks; the slowest boundary decides."""
+        inside = self.ranks_in_node(np.asarray(size), np.asarray(stride))
+        inner, inner_share = self._tier(0)
+        outer, outer_share = self._tier(1)
+        one = inner.send.latency_s + num_bytes / (inner.send.bandwidth_bytes_per_s * inner_share)
+        other = outer.send.latency_s + num_bytes / (outer.send.bandwidth_bytes_per_s * outer_share)
+        return np.where(np.asarray(size) > 1, np.where(inside >= size, one, np.maximum(one, other)), 0.0)

@@ -1,0 +1,205 @@
+"""One way to cut a training step over ranks, and the file that carries it from the planner to the launcher."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fourfold.layouts.model import ModelConfig
+from fourfold.parallel.grid import AXES, Grid
+
+CHECKPOINTING = ("none", "selective", "full", "stream")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Sizes of the axes in ranks, batches in sequences, lengths in tokens."""
+
+    dp: int = 1
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+    micro_batch: int = 1
+    checkpointing: str = "none"
+    """none; selective (the attention core is recomputed); full (a layer's input is kept); stream (StreamBP)."""
+    zero_stage: int = 0
+    """0: DDP; 1: optimizer states sharded over dp x cp; 2: gradients too; 3: weights too (FSDP)."""
+    global_batch: int
+    seq_len: int
+    vp: int = 1
+    """Chunks of layers a pipeline rank holds (interleaving)."""
+    ep: int = 1
+    """Ranks of dp x cp that share one set of experts."""
+    cp_heads: int = 1
+    """Of the cp ranks, how many exchange heads (all-to-all) instead of passing keys round the ring."""
+    sequence_parallel: bool = False
+    """Megatron's: norms and residuals sharded over tp along the sequence."""
+    checkpoint_every: int = 1
+    """Every how many layers one is checkpointed."""
+    stream_chunks: int = 1
+    """Into how many chunks StreamBP cuts the sequence."""
+    offload: bool = False
+    """Checkpointed layer inputs wait in host memory."""
+    asynchronous: bool = False
+    """Pipelined backpropagation: no flush, weights of another step."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "dp", "pp", "cp", "tp", "micro_batch", "global_batch", "seq_len", "vp", "ep", "cp_heads",
+            "checkpoint_every", "stream_chunks",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: a layout's {name} is a whole number of at least 1")
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
+        if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage={self.zero_stage!r}: choose 0, 1, 2 or 3")
+        for name in ("sequence_parallel", "offload", "asynchronous"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give true or false")
+        if self.global_batch % (self.dp * self.micro_batch):
+            raise ValueError(
+                f"global_batch={self.global_batch} is no multiple of dp={self.dp} x micro_batch={self.micro_batch}: "
+                "change one of the three"
+            )
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(dp=self.dp, pp=self.pp, cp=self.cp, tp=self.tp)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.cp * self.tp
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one replica in a step."""
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether fourfold's own runtime can launch it; the rest is for export to other tools."""
+        return not self.unrunnable_reason()
+
+    def unrunnable_reason(self) -> str:
+        """Why fourfold's own runtime cannot launch this; empty where it can."""
+        extras = {
+            "vp": self.vp > 1, "ep": self.ep > 1, "cp_heads": self.cp_heads > 1,
+            "sequence_parallel": self.sequence_parallel, "checkpoint_every": self.checkpoint_every > 1,
+            "offload": self.offload, "asynchronous": self.asynchronous,
+            f"checkpointing={self.checkpointing}": self.checkpointing not in ("none", "full"),
+            f"zero_stage={self.zero_stage}": self.zero_stage in (1, 2),
+        }  # fmt: skip
+        return ", ".join(name for name, present in extras.items() if present)
+
+    def __str__(self) -> str:
+        """dp2 tp4 mb1 z3 full: what is at its default is left out, the micro-batch never."""
+        axes = [f"{axis}{size}" for axis, size in zip(AXES, self.grid.shape, strict=True) if size > 1] or ["dp1"]
+        words = [*axes, f"mb{self.micro_batch}"]
+        words += [f"vp{self.vp}"] * (self.vp > 1) + [f"ep{self.ep}"] * (self.ep > 1)
+        words += [f"heads{self.cp_heads}"] * (self.cp_heads > 1) + ["sp"] * self.sequence_parallel
+        words += [f"z{self.zero_stage}"] * (self.zero_stage > 0)
+        if self.checkpointing != "none":
+            detail = f"/{self.checkpoint_every}" if self.checkpoint_every > 1 else ""
+            detail += f"x{self.stream_chunks}" if self.checkpointing == "stream" else ""
+            words.append(self.checkpointing + detail)
+        words += ["offload"] * self.offload + ["async"] * self.asynchronous
+        return " ".join(words)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What layout.toml carries: the first nine fields always, the others where they differ from their default."""
+        always = ("dp", "pp", "cp", "tp", "micro_batch", "checkpointing", "zero_stage", "global_batch", "seq_len")
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        return {key: value for key, value in asdict(self).items() if key in always or value != defaults[key]}
+
+
+def check(layout: Layout, model: ModelConfig) -> None:
+    """Refuse a layout that cannot cut this model.
+
+    Raises:
+        ValueError: heads not divisible by tp, fewer layers than stages, a sequence that cp cannot cut; names the mend.
+    """
+    for what, count in (("attention heads", model.num_heads), ("key-value heads", model.num_kv_heads)):
+        if count % layout.tp:
+            raise ValueError(f"{count} {what} cannot be shared by tp={layout.tp}: choose a tp that divides {count}")
+    ffn = model.ffn_size or model.expert_ffn_size
+    if ffn % layout.tp:
+        raise ValueError(
+            f"a feed-forward width of {ffn} cannot be cut by tp={layout.tp}: choose a tp that divides {ffn}"
+        )
+    if model.num_layers < layout.pp * layout.vp:
+        stages = f"pp={layout.pp}" + (f" x vp={layout.vp}" if layout.vp > 1 else "")
+        raise ValueError(
+            f"{model.num_layers} layers cannot fill {stages} stages: choose at most {model.num_layers} stages"
+        )
+    pieces = 2 * layout.cp if layout.cp > 1 else 1  # zigzag gives each rank two pieces
+    if layout.seq_len % pieces:
+        raise ValueError(
+            f"seq_len={layout.seq_len} cannot be cut into {pieces} pieces for cp={layout.cp}: "
+            f"choose a multiple of {pieces}, or another cp"
+        )
+    if layout.ep > 1 and (not model.num_experts or model.num_experts % layout.ep):
+        raise ValueError(
+            f"{model.num_experts} experts cannot be shared by ep={layout.ep}: choose an ep that divides them"
+        )
+
+
+def write_layout_file(
+    path: str | Path, layout: Layout, model: ModelConfig, prediction: Mapping[str, Any] | None = None
+) -> None:
+    """Write layout.toml: [layout], [model] (the Hugging Face config, whole) and, if given, [prediction].
+
+    TOML has no null: keys of the config whose value is null are left out.
+    """
+    document: dict[str, Any] = {"layout": layout.as_dict()}
+    if prediction:
+        document["prediction"] = _without_null(prediction)
+    document["model"] = _without_null(model.config)
+    Path(path).write_text(tomli_w.dumps(document), encoding="utf-8")
+
+
+def read_layout_file(path: str | Path) -> tuple[Layout, ModelConfig]:
+    """Read layout.toml back.
+
+    Raises:
+        ValueError: the file is missing or broken, or a value in it makes no sense; names the value and the mend.
+    """
+    from fourfold.layouts.huggingface import model_from_config
+
+    path = Path(path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): write it with `layout-advisor plan`") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a TOML file ({error}): write it with `layout-advisor plan`") from None
+    for table in ("layout", "model"):
+        if not isinstance(document.get(table), dict):
+            raise ValueError(f"{path}: has no [{table}] table: write it with `layout-advisor plan`")
+    entries = document["layout"]
+    known = {entry.name for entry in fields(Layout)}
+    unknown = sorted(set(entries) - known)
+    if unknown:
+        raise ValueError(f"{path}: [layout] has {unknown[0]!r}, which no layout has: remove it")
+    for needed in ("global_batch", "seq_len"):
+        if needed not in entries:
+            raise ValueError(f"{path}: [layout] has no {needed!r}: add it")
+    try:
+        layout = Layout(**entries)
+        model = model_from_config(document["model"])
+        check(layout, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return layout, model
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_null(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [_without_null(entry) for entry in value if entry is not None]
+    return value

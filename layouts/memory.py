@@ -1,0 +1,144 @@
+"""Peak memory of a rank, stage by stage: what the allocator holds, and what lies outside it.
+
+Weights, gradients and optimizer states are exact from the parameter counts; activations are counted operator by
+operator (`layer.saved_bytes`) times the micro-batches in flight; on top come the logits of the loss, one layer's work
+space, and communication buffers. The true peak scatters about this: a layout has a probability of fitting, no verdict.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fourfold.layouts.candidates import FULL, STREAM, Candidates, Column
+from fourfold.layouts.cluster import Cluster
+from fourfold.layouts.constants import Constants
+from fourfold.layouts.layer import saved_bytes
+from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.stack import Stack
+from fourfold.layouts.stages import Stages, stages_of
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes, columns [3 kinds of stage, candidates] except `reserve` (the same for all)."""
+
+    weights: Column
+    gradients: Column
+    optimizer: Column
+    activations: Column
+    logits: Column
+    workspace: Column
+    """One layer at work: recomputed activations, gathered weights, casts, buckets."""
+    reserve: float
+    capacity: float
+    stages: Stages
+    spread: Column
+    """Standard deviation of the peak."""
+
+    @property
+    def parts(self) -> dict[str, Column]:
+        return {
+            "weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer,
+            "activations": self.activations, "logits": self.logits, "workspace": self.workspace,
+        }  # fmt: skip
+
+    @property
+    def by_stage(self) -> Column:
+        total: Column = sum(self.parts.values())  # type: ignore[assignment]
+        return total
+
+    @property
+    def worst_stage(self) -> Column:
+        return np.argmax(self.by_stage, axis=0)
+
+    @property
+    def peak(self) -> Column:
+        """Of the worst stage: what the allocator holds at most, without the reserve."""
+        return self.by_stage.max(axis=0)
+
+    @property
+    def margin(self) -> Column:
+        """Capacity less reserve and peak; below zero does not fit."""
+        return self.capacity - self.reserve - self.peak
+
+    @property
+    def fit_probability(self) -> Column:
+        """Of the worst stage not running out: the normal distribution's value at margin / spread."""
+        at_worst = np.take_along_axis(self.spread, self.worst_stage[None], 0)[0]
+        return _normal_cdf(self.margin / np.maximum(at_worst, 1.0))
+
+
+def _normal_cdf(z: Column) -> Column:
+    """Phi(z) over a column (numpy has no erf): Abramowitz and Stegun 26.2.17, error below 7.5e-8."""
+    x = np.abs(np.clip(z, -37.0, 37.0))
+    t = 1.0 / (1.0 + 0.2316419 * x)
+    series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
+    tail = np.exp(-x * x / 2) / math.sqrt(2 * math.pi) * series
+    return np.where(z >= 0, 1.0 - tail, tail)
+
+
+def stage_params(model: ModelConfig, c: Candidates, stages: Stages) -> tuple[Column, Column]:
+    """Parameters a rank holds of its stage: (all but routed experts, routed experts), before ZeRO."""
+    moe = model.num_moe_layers / model.num_layers
+    experts = moe * model.expert_params
+    dense = model.layers_params / model.num_layers - experts
+    norms = model.layer_norm_params
+    layer = (dense - norms) / c.tp + norms
+    tied = model.tied_embeddings & (c.pp == 1)
+    ends = stages.has_embedding * (model.vocab_size / c.tp + model.learned_positions) * model.hidden_size
+    ends = ends + stages.has_head * np.where(tied, 0.0, model.head_params / c.tp)
+    ends = ends + stages.has_head * model.final_norm_params
+    return stages.layers * layer + ends, stages.layers * experts / (c.tp * c.ep)
+
+
+def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Memory:
+    """Peak memory of the kinds of stage of every candidate."""
+    stages = stages_of(model, c)
+    shared, experts = stage_params(model, c, stages)
+    d, expert_d = c.shards, np.maximum(c.shards // c.ep, 1)
+
+    def sharded(from_stage: int) -> Column:
+        yes = c.zero_stage >= from_stage
+        return shared / np.where(yes, d, 1) + experts / np.where(yes, expert_d, 1)
+
+    full3 = c.zero_stage == 3
+    weights = sharded(3) * stack.weight_bytes
+    gradients = sharded(2) * stack.grad_bytes
+    optimizer = sharded(1) * stack.state_bytes
+    kept, layer_input = saved_bytes(model, c, stack)
+    checkpointed = (c.checkpointing == FULL) | (c.checkpointing == STREAM)
+    held = np.where(c.offload, 0.0, layer_input)
+    share = np.where(checkpointed, 1.0 / c.checkpoint_every, 0.0)
+    per_layer = share * held + (1 - share) * kept
+    activations = stages.in_flight * stages.layers * per_layer
+    entries = c.tokens * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
+    chunks = np.where(c.checkpointing == STREAM, c.stream_chunks, 1)
+    logits = stages.has_head * entries * stack.logits_bytes / chunks
+    # One layer at work: what is recomputed, and the gradients of its widest activations.
+    width = max(model.ffn_size, model.q_size) * (2 if model.gated_mlp else 1)
+    work = np.where(checkpointed, kept, 0.0) / chunks
+    work = work + 2.0 * c.tokens * (width / c.tp + model.hidden_size) * stack.compute_bytes / chunks
+    layer_params = (shared + experts) / np.maximum(stages.layers, 1)
+    gathered = np.where(full3, 2.0 * layer_params * (stack.gather_bytes + stack.reduce_bytes), 0.0)
+    casts = (shared + experts) * stack.cast_bytes * np.where(full3, 0, 1)
+    buckets = np.where((c.zero_stage == 0) & (d > 1) & stack.bucket_copy, shared * stack.grad_bytes, 0.0)
+    # Activations and logits do not peak together with the optimizer's work; the work space peaks with either.
+    workspace = np.where(logits > work, 0.0, work) + gathered + casts + buckets
+    logits = np.where(logits > work, logits, 0.0)
+    changing = activations + logits + work
+    workspace = workspace + k.fragmentation * changing
+    spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes)
+    reserve = k.reserve_bytes if stack.launched else 0.0
+    return Memory(
+        weights,
+        gradients,
+        optimizer,
+        activations,
+        logits,
+        workspace,
+        reserve,
+        cluster.device.memory_bytes,
+        stages,
+        spread,
+    )

@@ -1,0 +1,143 @@
+"""A layout with its price: step time in its terms, memory in its parts, and how surely it fits."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fourfold.layouts.candidates import Candidates
+from fourfold.layouts.cluster import Cluster
+from fourfold.layouts.constants import Constants, load_constants
+from fourfold.layouts.layout import Layout, check
+from fourfold.layouts.memory import Memory, memory_of
+from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Stack
+from fourfold.layouts.time import StepTime, time_of
+
+GIB = float(1 << 30)
+SAFE = 0.95
+"""Below this probability of fitting a layout is called unsafe; below a half, not fitting."""
+STAGE_NAMES = ("first", "second", "last")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PricedLayout:
+    """Seconds, bytes and shares of one training step under `layout`."""
+
+    layout: Layout
+    step_s: float
+    time_parts_s: Mapping[str, float]
+    """The terms of the step on its slowest stage; they add up to `step_s`."""
+    peak_bytes: float
+    """What the framework's allocator holds at most on the worst rank."""
+    memory_parts_bytes: Mapping[str, float]
+    """The parts of `peak_bytes`."""
+    stage_peaks_bytes: Mapping[str, float]
+    """The peak of the first, second and last pipeline stage (one entry without a pipeline)."""
+    reserve_bytes: float
+    """Device memory outside the allocator."""
+    capacity_bytes: float
+    fit_probability: float
+    mfu: float
+    """Model FLOPs (6 N + 12 L q S a token) over peak x devices x step."""
+    tokens_per_s: float
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        return self.fit_probability >= 0.5
+
+    @property
+    def safe(self) -> bool:
+        return self.fit_probability >= SAFE
+
+    @property
+    def margin_bytes(self) -> float:
+        return self.capacity_bytes - self.reserve_bytes - self.peak_bytes
+
+    @property
+    def compute_s(self) -> float:
+        return self.time_parts_s["compute"] + self.time_parts_s["recompute"] + self.time_parts_s["overhead"]
+
+    @property
+    def exposed_communication_s(self) -> float:
+        return sum(seconds for name, seconds in self.time_parts_s.items() if name.endswith("_communication"))
+
+    @property
+    def bubble_s(self) -> float:
+        return self.time_parts_s["bubble"]
+
+    @property
+    def optimizer_s(self) -> float:
+        return self.time_parts_s["optimizer"]
+
+
+def stack_for(cluster: Cluster, space: str = "runtime") -> Stack:
+    """The software that runs a layout of this space on this cluster."""
+    if cluster.device.type == "cpu":
+        return RUNTIME_CPU
+    return MEGATRON if space == "full" else RUNTIME_CUDA
+
+
+def price(
+    model: ModelConfig,
+    cluster: Cluster,
+    layouts: Sequence[Layout],
+    *,
+    stack: Stack | None = None,
+    constants: Constants | None = None,
+) -> list[PricedLayout]:
+    """Price some layouts of one batch and length.
+
+    Raises:
+        ValueError: a layout that cannot cut the model.
+    """
+    for layout in layouts:
+        check(layout, model)
+    constants = constants or load_constants()
+    stack = stack or stack_for(cluster)
+    candidates = Candidates.of(layouts)
+    memory = memory_of(model, candidates, cluster, stack, constants)
+    return priced(model, cluster, candidates, memory, time_of(model, candidates, cluster, stack, constants))
+
+
+def priced(
+    model: ModelConfig,
+    cluster: Cluster,
+    c: Candidates,
+    memory: Memory,
+    time: StepTime,
+    rows: Sequence[int] | None = None,
+) -> list[PricedLayout]:
+    """The rows of priced columns as objects."""
+    step, probability, worst = time.total, memory.fit_probability, memory.worst_stage
+    peak, by_stage = memory.peak, memory.by_stage
+    result = []
+    for row in range(len(c)) if rows is None else rows:
+        layout = c.layout(row)
+        seconds = float(step[row])
+        tokens = layout.global_batch * layout.seq_len
+        kinds = 1 if layout.pp == 1 else 2 if layout.pp == 2 else 3
+        names = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[kinds]
+        result.append(
+            PricedLayout(
+                layout=layout,
+                step_s=seconds,
+                time_parts_s={name: float(part[row]) for name, part in time.parts.items()},
+                peak_bytes=float(peak[row]),
+                memory_parts_bytes={
+                    name: float(np.broadcast_to(part, by_stage.shape)[worst[row], row])
+                    for name, part in memory.parts.items()
+                },
+                stage_peaks_bytes={STAGE_NAMES[kind]: float(by_stage[kind, row]) for kind in names},
+                reserve_bytes=memory.reserve,
+                capacity_bytes=memory.capacity,
+                fit_probability=float(probability[row]),
+                mfu=tokens
+                * model.flops_per_token(layout.seq_len)
+                / (seconds * cluster.device.peak_flops_per_s * layout.world_size),
+                tokens_per_s=tokens / seconds,
+            )
+        )
+    return result

@@ -1,0 +1,72 @@
+"""What the training software does: dtypes, fusion, what it shards and what it overlaps.
+
+The same layout costs differently in different software. A stack states those conventions once, so that published runs
+of other frameworks, and our own runtime on processors and on GPUs, go through the same formulas.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Bytes are an element's; `*_overlap` is the share of the neighbouring compute that can hide communication."""
+
+    name: str
+    compute_bytes: int
+    """Activations and matmuls."""
+    weight_bytes: int
+    """The copy that forward and backward read, held on every rank below ZeRO 3."""
+    grad_bytes: int
+    state_bytes: int
+    """Optimizer states, with the fp32 master copy where weights are not fp32."""
+    reduce_bytes: int
+    """Gradients on the wire."""
+    gather_bytes: int
+    """Weights on the wire (ZeRO 1 to 3)."""
+    cast_bytes: int = 0
+    """A low-precision copy of each weight that autocast keeps through a micro-batch."""
+    bucket_copy: bool = False
+    """Whether reduction holds a second copy of the gradients."""
+    fused_norm: bool = True
+    fused_ops: bool = True
+    """Rotary embedding, activation and residuals as fused kernels."""
+    attention: str = "flash2"
+    """flash2, flash1, fused (softmax kernel, scores stored) or eager (scores stored several times)."""
+    logits_sharded: bool = True
+    """Vocabulary-parallel loss; else each tp rank holds all logits."""
+    logits_bytes: float = 10.0
+    """At the peak of the loss, a token and a vocabulary entry."""
+    dp_overlap: float = 1.0
+    zero3_overlap: float = 1.0
+    pp_outermost: bool = True
+    """Megatron's order of ranks (tp, cp, dp, pp); else ours (tp, cp, pp, dp)."""
+    pp_scatter: bool = False
+    """Tensor-parallel ranks send a slice each between stages, and gather inside the node."""
+    optimizer_passes: float = 7.0
+    """fp32 values read or written a parameter a step, gradient clipping included."""
+    launched: bool = True
+    """Operators run behind the host (CUDA); else the host itself computes."""
+
+
+RUNTIME_CPU = Stack(
+    name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
+    gather_bytes=4, bucket_copy=True, fused_norm=False, fused_ops=False, logits_bytes=16.0, dp_overlap=0.0,
+    zero3_overlap=0.0, pp_outermost=False, optimizer_passes=24.0, launched=False,
+)  # fmt: skip
+
+RUNTIME_CUDA = Stack(
+    name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
+    state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, bucket_copy=True, fused_norm=False, fused_ops=False,
+    logits_bytes=16.0, dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
+)  # fmt: skip
+
+MEGATRON = Stack(
+    name="3D parallel (bf16 weights, fp32 gradients and states)", compute_bytes=2, weight_bytes=2, grad_bytes=4,
+    state_bytes=12, reduce_bytes=4, gather_bytes=2, dp_overlap=0.8, zero3_overlap=0.8, pp_scatter=True,
+)  # fmt: skip
+
+FSDP = Stack(
+    name="FSDP (bf16 compute, fp32 shards)", compute_bytes=2, weight_bytes=4, grad_bytes=4, state_bytes=8,
+    reduce_bytes=2, gather_bytes=2, fused_norm=False, fused_ops=False, logits_bytes=12.0, dp_overlap=0.8,
+    zero3_overlap=0.8,
+)  # fmt: skip

@@ -1,0 +1,44 @@
+"""How many layers, and how much besides, the pipeline stages hold.
+
+Three kinds of stage suffice for every worst case: the first (embedding, most micro-batches in flight), the second
+(the largest share of layers among the middle ones, one micro-batch fewer), the last (head and loss). This is
+`parallel.grid.layer_ranges` as closed forms over columns; a test compares the two.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fourfold.layouts.candidates import Candidates, Column
+from fourfold.layouts.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Columns a kind of stage, [3, candidates]: first, second, last; absent kinds repeat the first."""
+
+    layers: Column
+    has_embedding: Column
+    has_head: Column
+    in_flight: Column
+    """Layer inputs held at the peak, in micro-batches' worth of this stage's layers (a fraction with interleaving)."""
+
+
+def stages_of(model: ModelConfig, c: Candidates) -> Stages:
+    """The three kinds of stage of each candidate, under 1F1B, interleaved 1F1B, or the asynchronous pipeline."""
+    base, extra = np.divmod(model.num_layers, c.pp)
+    first = base + (extra > c.pp - 2) * (extra > 0)
+    second = np.where(c.pp > 2, base + (extra > 0), first)
+    last = np.where(c.pp > 1, base, first)
+    index = np.stack([np.zeros_like(c.pp), np.where(c.pp > 2, 1, 0), np.where(c.pp > 1, c.pp - 1, 0)])
+    m = c.num_micro_batches
+    one_f_one_b = np.minimum(c.pp - index, m).astype(float)
+    # Megatron's interleaved warm-up, plus the one in work, in chunks of 1/vp of the stage.
+    chunks = (c.pp - index - 1) * 2 + (c.vp - 1) * c.pp + 1
+    in_flight = np.where(c.vp > 1, np.minimum(chunks / c.vp, m), one_f_one_b)
+    return Stages(
+        layers=np.stack([first, second, last]),
+        has_embedding=index == 0,
+        has_head=index == c.pp - 1,
+        in_flight=np.where(c.asynchronous, (c.pp - index).astype(float), in_flight),
+    )

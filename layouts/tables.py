@@ -1,0 +1,97 @@
+"""Ranked layouts as a table on the terminal, as plan.csv, and as JSON."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from fourfold.layouts.model import human_count
+from fourfold.layouts.price import GIB, PricedLayout
+from fourfold.layouts.search import Plan
+
+
+def describe(priced: PricedLayout) -> dict[str, Any]:
+    """One priced layout as plain values: the row of plan.csv and of --json."""
+    row: dict[str, Any] = {"layout": str(priced.layout)}
+    row |= priced.layout.as_dict()
+    row |= {
+        "num_micro_batches": priced.layout.num_micro_batches, "runnable": priced.layout.runnable,
+        "step_s": priced.step_s, "mfu": priced.mfu, "tokens_per_s": priced.tokens_per_s,
+        "tokens_per_s_per_device": priced.tokens_per_s / priced.layout.world_size,
+        "compute_s": priced.compute_s, "exposed_communication_s": priced.exposed_communication_s,
+        "bubble_s": priced.bubble_s, "optimizer_s": priced.optimizer_s,
+        "peak_gib": priced.peak_bytes / GIB, "reserve_gib": priced.reserve_bytes / GIB,
+        "capacity_gib": priced.capacity_bytes / GIB, "margin_gib": priced.margin_bytes / GIB,
+        "fit_probability": priced.fit_probability, "fits": priced.fits,
+    }  # fmt: skip
+    row |= {f"{name}_part_s": seconds for name, seconds in priced.time_parts_s.items()}
+    return row | {f"{name}_gib": size / GIB for name, size in priced.memory_parts_bytes.items()}
+
+
+def write_csv(path: str | Path, layouts: Sequence[PricedLayout]) -> None:
+    """Write plan.csv: one layout a row, fastest first."""
+    rows = [describe(priced) for priced in layouts]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def seconds_text(seconds: float) -> str:
+    """1.23 s, 45.6 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def gib_text(size: float) -> str:
+    return f"{size / GIB:.3g}"
+
+
+def mark(result: Plan, priced: PricedLayout) -> str:
+    """What a row stands out for: the fastest, the safe pick."""
+    fastest = bool(result.layouts) and priced.layout == result.layouts[0].layout
+    safe = result.safe is not None and priced.layout == result.safe.layout
+    return "fast+safe" if fastest and safe else "fastest" if fastest else "safe" if safe else ""
+
+
+def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: float = 0.0) -> Table:
+    """The ranked table; the safe pick is added below where it is not among `layouts`."""
+    table = Table(
+        title=f"{result.model.name} ({human_count(result.model.num_params)}) on {result.num_devices} x "
+        f"{result.cluster.device.name}: {result.num_fitting} of {result.num_candidates} layouts fit",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("#", justify="right")
+    table.add_column("layout", no_wrap=True)
+    columns = ["step", "MFU", "tok/s/dev", "comm", "bubble", "GiB", "P(fits)"] + ["days"] * (num_tokens > 0)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    shown = list(layouts)
+    if result.safe is not None and all(priced.layout != result.safe.layout for priced in shown):
+        shown.append(result.safe)
+    for rank, priced in enumerate(shown, start=1):
+        cells = [
+            str(rank) if rank <= len(layouts) else "", str(priced.layout), seconds_text(priced.step_s),
+            f"{priced.mfu:.1%}", f"{priced.tokens_per_s / priced.layout.world_size:.0f}",
+            f"{priced.exposed_communication_s / priced.step_s:.1%}", f"{priced.bubble_s / priced.step_s:.1%}",
+            gib_text(priced.peak_bytes), f"{priced.fit_probability:.2f}",
+        ]  # fmt: skip
+        if num_tokens:
+            cells.append(f"{num_tokens / priced.tokens_per_s / 86400:.3g}")
+        cells.append(mark(result, priced))
+        table.add_row(*cells, style="bold" if rank == 1 else None)
+    return table
+
+
+def why_not(result: Plan) -> str:
+    """What ruled out the other combinations, most frequent first."""
+    reasons: Mapping[str, int] = result.infeasible
+    told = sorted(((count, reason) for reason, count in reasons.items() if count), reverse=True)
+    return "; ".join(f"{reason}: {count}" for count, reason in told)

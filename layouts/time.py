@@ -1,0 +1,233 @@
+"""Seconds of one training step, split into what a person can act on.
+
+A step is the bottleneck stage at work for every micro-batch, the pipeline's fill and drain, the gradient reduction that
+backward could not hide, and the optimizer. Each term is a small function with its formula.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fourfold.layouts.candidates import FULL, STREAM, Candidates, Column
+from fourfold.layouts.cluster import Cluster
+from fourfold.layouts.collectives import Network
+from fourfold.layouts.constants import Constants
+from fourfold.layouts.kernels import kernels_of
+from fourfold.layouts.layer import Times, embedding_times, head_times, layer_times, recomputed, score_length
+from fourfold.layouts.memory import stage_params
+from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.stack import Stack
+from fourfold.layouts.stages import stages_of
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds, a candidate: the terms of the step on the slowest stage. They add up to `total`."""
+
+    compute: Column
+    recompute: Column
+    tp_communication: Column
+    cp_communication: Column
+    ep_communication: Column
+    pp_communication: Column
+    dp_communication: Column
+    bubble: Column
+    optimizer: Column
+    overhead: Column
+
+    @property
+    def parts(self) -> dict[str, Column]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def total(self) -> Column:
+        total: Column = sum(self.parts.values())  # type: ignore[assignment]
+        return total
+
+    @property
+    def exposed_communication(self) -> Column:
+        return (
+            self.tp_communication + self.cp_communication + self.ep_communication + self.pp_communication
+            + self.dp_communication
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Strides:
+    """Distance in ranks between neighbours of an axis, a candidate."""
+
+    tp: Column
+    cp: Column
+    pp: Column
+    dp: Column
+
+    @classmethod
+    def of(cls, c: Candidates, stack: Stack) -> "Strides":
+        one = np.ones_like(c.tp)
+        inner = c.tp * c.cp
+        pp, dp = (inner * c.dp, inner) if stack.pp_outermost else (inner, inner * c.pp)
+        return cls(one, c.tp, pp, dp)
+
+
+def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> StepTime:
+    """The step time of every candidate."""
+    kernels = kernels_of(cluster, k)
+    network = Network(cluster=cluster, efficiency=(1.0, 1.0) if cluster.measured else (k.inner_link, k.outer_link))
+    strides = Strides.of(c, stack)
+    stages = stages_of(model, c)
+    m = c.num_micro_batches
+    layer = layer_times(model, c, kernels, stack, k)
+    attention = kernels.attention_s(
+        c.micro_batch,
+        model.num_heads // c.tp,
+        c.seq_len / c.cp,
+        np.full(len(c), score_length(model, c.seq_len)),
+        model.head_dim,
+    )
+    again = recomputed(model, c, layer.forward, attention[0])
+    ends_e, ends_h = embedding_times(model, c, kernels, stack), head_times(model, c, kernels, stack)
+    tp_layer = _tp_seconds(model, c, network, strides, stack)
+    cp_layer = _cp_seconds(model, c, network, strides, stack, Times(*attention))
+    ep_layer = _ep_seconds(model, c, network, strides, stack)
+
+    work = stages.layers * (layer.forward + layer.backward)
+    work = work + stages.has_embedding * (ends_e.forward + ends_e.backward)
+    work = work + stages.has_head * (ends_h.forward + ends_h.backward)
+    recompute = stages.layers * again
+    tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
+    pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
+    overhead = np.full(work.shape, k.step_overhead_s if stack.launched else 0.0)
+    slot = work + recompute + tp_comm + cp_comm + ep_comm + pp_comm + overhead
+    worst = slot.argmax(axis=0)[None]
+
+    def at_worst(column: Column) -> Column:
+        return np.take_along_axis(np.broadcast_to(column, slot.shape), worst, 0)[0]
+
+    every = _over_stages(slot, c)
+    bottleneck = at_worst(slot)
+    bubble = np.where(c.asynchronous, 0.0, (every - bottleneck) / c.vp)
+    dp_comm = at_worst(_dp_seconds(model, c, network, strides, stack, work / 3 * 2))
+    return StepTime(
+        compute=m * at_worst(work),
+        recompute=m * at_worst(recompute),
+        tp_communication=m * at_worst(tp_comm),
+        cp_communication=m * at_worst(cp_comm),
+        ep_communication=m * at_worst(ep_comm),
+        pp_communication=m * at_worst(pp_comm),
+        dp_communication=dp_comm,
+        bubble=bubble,
+        optimizer=at_worst(_optimizer_seconds(model, c, cluster, stack, k)),
+        overhead=m * at_worst(overhead) + _straggling(c, cluster, k) * (m * bottleneck + bubble),
+    )
+
+
+def _over_stages(slot: Column, c: Candidates) -> Column:
+    """Sum over all pp stages of one micro-batch's forward and backward: what fill and drain wait for."""
+    return np.where(c.pp == 1, slot[0], slot[0] + slot[2] + np.maximum(c.pp - 2, 0) * slot[1])
+
+
+def _straggling(c: Candidates, cluster: Cluster, k: Constants) -> Column:
+    world = c.dp * c.pp * c.cp * c.tp
+    nodes = np.maximum(world / cluster.devices_per_node, 1.0)
+    return k.straggler * np.log2(nodes) if not cluster.measured else np.zeros(len(c))
+
+
+def _tp_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:
+    """Two all-reduces of [tokens, hidden] forward and two backward a layer (Shoeybi et al. 2019).
+
+    With sequence parallelism each is an all-gather and a reduce-scatter, and the backward gathers the input once more
+    for the weight gradient. Full checkpointing repeats the forward's.
+    """
+    size = 1.0 * c.tokens * model.hidden_size * stack.compute_bytes
+    reduce_s = network.collective_s("all_reduce", size, c.tp, strides.tp)
+    gather_s = network.collective_s("all_gather", size, c.tp, strides.tp)
+    scatter_s = network.collective_s("reduce_scatter", size, c.tp, strides.tp)
+    again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
+    plain = (4 + 2 * again) * reduce_s
+    sequence = (4 + 2 * again) * (gather_s + scatter_s)
+    return np.where(c.sequence_parallel, sequence, plain)
+
+
+def _cp_seconds(
+    model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack, attention: Times
+) -> Column:
+    """Ring attention: cp-1 hops of k and v forward, of k, v, dk and dv backward; each hides behind one block.
+
+    Heads exchanged by all-to-all move q, k, v and the output once each way instead.
+    """
+    kv = 2.0 * c.tokens * model.kv_size / c.tp * stack.compute_bytes
+    ring = np.maximum(c.cp // c.cp_heads, 1)
+    hop = network.send_s(kv, c.cp, strides.cp)
+    hidden = 1.0 if stack.launched else 0.0
+    forward = np.maximum(hop - hidden * attention.forward / ring, 0.0)
+    backward = np.maximum(2 * hop - hidden * attention.backward / ring, 0.0)
+    again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
+    heads_bytes = c.tokens * (2.0 * model.q_size + 2.0 * model.kv_size) / c.tp * stack.compute_bytes
+    exchange = network.collective_s("all_to_all", heads_bytes, c.cp_heads, strides.cp)
+    return (ring - 1) * ((1 + again) * forward + backward) + (2 + again) * exchange
+
+
+def _ep_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:
+    """Tokens to their experts and back: two all-to-alls forward, two backward, in mixture-of-experts layers."""
+    if not model.num_moe_layers:
+        return np.zeros(len(c))
+    size = c.tokens * model.hidden_size * stack.compute_bytes * float(model.experts_per_token)
+    again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
+    share = model.num_moe_layers / model.num_layers
+    return share * (4 + 2 * again) * network.collective_s("all_to_all", size, c.ep, strides.cp)
+
+
+def _pp_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:
+    """A stage sends its output on and its input's gradient back, for each of its vp chunks."""
+    size = 1.0 * c.tokens * model.hidden_size * stack.compute_bytes
+    cut = np.where(c.sequence_parallel | stack.pp_scatter, c.tp, 1)
+    return np.where(c.pp > 1, 2.0 * c.vp * network.send_s(size / cut, c.pp, strides.pp), 0.0)
+
+
+def _dp_seconds(
+    model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack, backward: Column
+) -> Column:
+    """Gradient reduction and weight gathering of a step that compute could not hide; [3, candidates].
+
+    ZeRO 0: one all-reduce of the gradients. 1 and 2: reduce-scatter, then all-gather of the updated weights. 3: each
+    layer's weights are gathered for every forward and again for every backward of a micro-batch.
+    """
+    stages = stages_of(model, c)
+    shared, experts = stage_params(model, c, stages)
+    # The dp x cp group: cp neighbours stand next to each other, dp replicas at dp's stride.
+    inside = network.ranks_in_node(c.cp, strides.cp) * network.ranks_in_node(c.dp, strides.dp)
+    stride = np.maximum(network.cluster.devices_per_node // inside, 1)
+    stride = np.where(inside >= c.shards, 1, stride)
+
+    def collective(operation: str, item: float) -> Column:
+        return np.stack(
+            [
+                network.collective_s(operation, s * item, c.shards, stride)
+                + network.collective_s(operation, e * item, np.maximum(c.shards // c.ep, 1), stride)
+                for s, e in zip(shared, experts, strict=True)
+            ]
+        )
+
+    reduce_s = collective("all_reduce", stack.reduce_bytes)
+    scatter_s = collective("reduce_scatter", stack.reduce_bytes)
+    gather_s = collective("all_gather", stack.gather_bytes)
+    # One micro-batch's backward, the last, runs while gradients are reduced; the next step's first forward, while
+    # weights are gathered.
+    hidden = stack.dp_overlap * backward
+    zero0 = np.maximum(reduce_s - hidden, 0.1 * stack.dp_overlap * reduce_s)
+    zero12 = np.maximum(scatter_s - hidden, 0.1 * stack.dp_overlap * scatter_s) + gather_s * (
+        1 - 0.5 * stack.dp_overlap
+    )
+    room = stack.zero3_overlap * backward * 1.5
+    # Without prefetch behind compute (zero3_overlap 0) nothing hides; the forward and the backward gather.
+    per_micro = np.maximum(2 * gather_s - room, 0.1 * stack.zero3_overlap * 2 * gather_s)
+    zero3 = c.num_micro_batches * per_micro + np.maximum(scatter_s - hidden, 0.0)
+    return np.select([c.zero_stage == 0, c.zero_stage == 3], [zero0, zero3], zero12)
+
+
+def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
+    """AdamW and gradient clipping over the states that a rank holds, by bytes; [3, candidates]."""
+    shared, experts = stage_params(model, c, stages_of(model, c))
+    local = (shared + experts) / np.where(c.zero_stage >= 1, c.shards, 1)
+    bandwidth = cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
+    return local * 4.0 * stack.optimizer_passes / bandwidth
