@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from fourfold.parallel.mesh import init_mesh as init_mesh
     from fourfold.parallel.transformer import ParallelModel as ParallelModel
     from fourfold.parallel.transformer import parallelize as parallelize
+    from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
+    from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
+    from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
+    from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
+    from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
 
 _HOME = {
     "ParallelModel": "transformer",
     "init_mesh": "mesh",
     "parallelize": "transformer",
+    "ring_attention": "ring_self_attention",
+    "shard_labels": "sequence_tensors",
+    "shard_positions": "sequence_tensors",
+    "shard_sequence": "sequence_tensors",
+    "unshard_sequence": "sequence_tensors",
 }
 __all__ = sorted(_HOME)
 

@@ -1,0 +1,279 @@
+"""Cut one rank's share of masked attention into blocks that a plain kernel can do, without torch.
+
+Every mask people train with (causal, windows, packed documents, and their combinations) is, between two runs of tokens
+of one document, a band: key j is seen by query i when lo <= j - i <= hi. A band is rectangles with nothing masked and
+triangles, so a kernel that knows "full" and "causal" does it all, and what the mask empties is not work at all. The
+same blocks tell which keys one rank needs from another: the rest is never sent.
+
+FlexAttention and MagiAttention reach the same by a compiled mask; neither has a CPU kernel.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from fourfold.parallel.sequence_sharding import (
+    Shard,
+    document_ranges,
+    index_from,
+    join_ranges,
+    mask_reach,
+    shard_length,
+    shard_ranges,
+)
+
+Shape = Literal["full", "causal", "anticausal"]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Block:
+    """Queries q[0]:q[1] against keys k[0]:k[1] (local indices).
+
+    "causal": as many keys as queries, the i-th query sees keys up to the i-th. "anticausal": from the i-th on.
+    """
+
+    q: Span
+    k: Span
+    shape: Shape = "full"
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs that are not masked."""
+        queries, keys = self.q[1] - self.q[0], self.k[1] - self.k[0]
+        return queries * keys if self.shape == "full" else queries * (queries + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One step of the ring, seen from one rank.
+
+    Attributes:
+        source, target: ring ranks that this rank receives keys from and sends its own to.
+        receive: spans of the source's shard that this rank needs. They arrive joined; blocks index the joined keys.
+        send: spans of this rank's shard that the target needs.
+        blocks: the work on the received keys.
+    """
+
+    source: int
+    target: int
+    receive: tuple[Span, ...]
+    send: tuple[Span, ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def num_received(self) -> int:
+        return sum(stop - start for start, stop in self.receive)
+
+
+@lru_cache(maxsize=256)
+def plan_hops(
+    rank: int,
+    size: int,
+    seq_len: int,
+    sharding: str,
+    causal: bool,
+    window: tuple[int, int] | None,
+    cu_seqlens: tuple[int, ...] | None,
+    heads_degree: int = 1,
+    leaf: int = 0,
+) -> tuple[Hop, ...]:
+    """The whole ring of one rank; hop 0 is its own keys. At hop h keys come from ring rank r-h and go to r+h.
+
+    Args:
+        rank: among the size/heads_degree ring ranks. Ring rank b stands for ranks b*heads_degree and on, together.
+        size, seq_len, sharding, causal, window, cu_seqlens: as ring_attention's.
+        leaf: triangles larger than this are cut into rectangles and smaller triangles (0: never), for kernels that
+            do the whole square of a small triangle.
+    Cost: O(ring size * ranges of a shard); remembered for the last 256 calls.
+    """
+    ring_size = size // heads_degree
+    shards = [
+        join_ranges([tokens for shard in group for tokens in shard])
+        for group in _groups(shard_ranges(seq_len, size, sharding, cu_seqlens), heads_degree)
+    ]
+    documents = document_ranges(seq_len, cu_seqlens)
+    reach = mask_reach(causal, window)
+    hops = []
+    for step in range(ring_size):
+        source, target = (rank - step) % ring_size, (rank + step) % ring_size
+        blocks = pair_blocks(shards[rank], shards[source], documents, reach)
+        if step == 0:
+            hops.append(Hop(rank, rank, (), (), tuple(tidy(blocks, leaf))))
+            continue
+        receive = needed_keys(blocks)
+        send = needed_keys(pair_blocks(shards[target], shards[rank], documents, reach))
+        joined = [Block(block.q, _moved(block.k, receive), block.shape) for block in blocks]
+        hops.append(Hop(source, target, receive, send, tuple(tidy(joined, leaf))))
+    return tuple(hops)
+
+
+def pair_blocks(
+    queries: Shard, keys: Shard, documents: Sequence[range], reach: tuple[int | None, int | None]
+) -> list[Block]:
+    """All unmasked work of one shard's queries on another's keys, in local indices of both."""
+    left, right = reach
+    key_starts = _offsets(keys)
+    blocks: list[Block] = []
+    # Both shards ascend, so for each run of queries the documents and keys it can see are a moving window.
+    first_document = first_key = 0
+    for query_tokens, query_start in zip(queries, _offsets(queries), strict=True):
+        while first_document < len(documents) and documents[first_document].stop <= query_tokens[0]:
+            first_document += 1
+        for document in documents[first_document:]:
+            if document.start > query_tokens[-1]:
+                break
+            q_from, q_to = index_from(query_tokens, document.start), index_from(query_tokens, document.stop)
+            if q_from == q_to:
+                continue
+            seen_from = document.start if left is None else max(document.start, query_tokens[q_from] - left)
+            seen_to = document.stop if right is None else min(document.stop, query_tokens[q_to - 1] + right + 1)
+            while first_key < len(keys) and keys[first_key][-1] < document.start:
+                first_key += 1
+            for key_tokens, key_start in zip(keys[first_key:], key_starts[first_key:], strict=True):
+                if key_tokens[0] >= seen_to:
+                    break
+                k_from, k_to = index_from(key_tokens, seen_from), index_from(key_tokens, seen_to)
+                if k_from < k_to:
+                    stride = query_tokens.step
+                    gap = key_tokens[k_from] - query_tokens[q_from]
+                    lo = None if left is None else -((left + gap) // stride)
+                    hi = None if right is None else (right - gap) // stride
+                    q = (query_start + q_from, query_start + q_to)
+                    k = (key_start + k_from, key_start + k_to)
+                    blocks += band_blocks(q, k, lo, hi)
+    return blocks
+
+
+def band_blocks(q: Span, k: Span, lo: int | None, hi: int | None) -> list[Block]:
+    """Blocks of the band lo <= j - i <= hi, i and j counted from q[0] and k[0]; None is no limit."""
+    num_queries, num_keys = q[1] - q[0], k[1] - k[0]
+    hi = num_keys - 1 if hi is None else hi
+    lo = 1 - num_queries if lo is None else lo
+    if lo > hi:
+        return []
+    if lo <= 1 - num_queries:
+        return _below(q, k, hi)
+    if hi >= num_keys - 1:
+        return _above(q, k, lo)
+    # Both edges cross the rectangle. In a tile of as many queries as the band is wide, no key is cut by both edges:
+    # the keys up to the first query's last one know only the lower edge, the rest only the upper.
+    width, blocks = hi - lo + 1, []
+    first = max(0, -hi)
+    for start in range(first, num_queries, width):
+        stop = min(start + width, num_queries)
+        tile = (q[0] + start, q[0] + stop)
+        k_from, k_to = max(start + lo, 0), min(stop + hi, num_keys)
+        if k_from >= num_keys:
+            break
+        parting = min(max(start + hi + 1, k_from), k_to)
+        if k_from < parting:
+            blocks += _above(tile, (k[0] + k_from, k[0] + parting), lo - k_from + start)
+        if parting < k_to:
+            blocks += _below(tile, (k[0] + parting, k[0] + k_to), hi - parting + start)
+    return blocks
+
+
+def needed_keys(blocks: Iterable[Block]) -> tuple[Span, ...]:
+    """The union of the blocks' keys as ascending spans."""
+    spans: list[Span] = []
+    for start, stop in sorted({block.k for block in blocks}):
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], stop))
+        else:
+            spans.append((start, stop))
+    return tuple(spans)
+
+
+def tidy(blocks: Sequence[Block], leaf: int = 0) -> list[Block]:
+    """Join full blocks that touch (fewer kernel calls, fewer merges), and cut triangles down to `leaf`."""
+    full = _joined([block for block in blocks if block.shape == "full"])
+    triangles = [piece for block in blocks if block.shape != "full" for piece in _cut_triangle(block, leaf)]
+    return sorted(full + triangles)
+
+
+def _below(q: Span, k: Span, hi: int) -> list[Block]:
+    """j - i <= hi: a rectangle, then a triangle, then a rectangle of the queries that see all."""
+    q = (q[0] + max(0, -hi), q[1])
+    hi = max(0, hi)
+    k = (k[0], min(k[1], k[0] + q[1] - q[0] + hi))
+    if q[0] >= q[1] or k[0] >= k[1]:
+        return []
+    side = k[1] - k[0] - hi
+    if side <= 1:
+        return [Block(q, k)]
+    corner = (q[0], q[0] + side)
+    blocks = [Block(corner, (k[0] + hi, k[1]), "causal")]
+    if hi:
+        blocks.append(Block(corner, (k[0], k[0] + hi)))
+    if corner[1] < q[1]:
+        blocks.append(Block((corner[1], q[1]), k))
+    return blocks
+
+
+def _above(q: Span, k: Span, lo: int) -> list[Block]:
+    """lo <= j - i: the mirror image of `_below`, with both orders reversed."""
+    hi = (k[1] - k[0]) - (q[1] - q[0]) - lo
+    turned = _below((-q[1], -q[0]), (-k[1], -k[0]), hi)
+    return [
+        Block((-block.q[1], -block.q[0]), (-block.k[1], -block.k[0]), "full" if block.shape == "full" else "anticausal")
+        for block in turned
+    ]
+
+
+def _cut_triangle(block: Block, leaf: int) -> list[Block]:
+    side = block.q[1] - block.q[0]
+    if not leaf or side <= leaf:
+        return [block]
+    leaves = -(-side // leaf)
+    half = leaves // 2 * leaf if leaves > 1 else side
+    early_q, late_q = (block.q[0], block.q[0] + half), (block.q[0] + half, block.q[1])
+    early_k, late_k = (block.k[0], block.k[0] + half), (block.k[0] + half, block.k[1])
+    square = Block(late_q, early_k) if block.shape == "causal" else Block(early_q, late_k)
+    return [
+        *_cut_triangle(Block(early_q, early_k, block.shape), leaf),
+        square,
+        *_cut_triangle(Block(late_q, late_k, block.shape), leaf),
+    ]
+
+
+def _joined(blocks: list[Block]) -> list[Block]:
+    by_queries: list[Block] = []
+    for block in sorted(blocks, key=lambda block: (block.k, block.q)):
+        last = by_queries[-1] if by_queries else None
+        if last and last.k == block.k and last.q[1] == block.q[0]:
+            by_queries[-1] = Block((last.q[0], block.q[1]), block.k)
+        else:
+            by_queries.append(block)
+    by_keys: list[Block] = []
+    for block in sorted(by_queries):
+        last = by_keys[-1] if by_keys else None
+        if last and last.q == block.q and last.k[1] == block.k[0]:
+            by_keys[-1] = Block(block.q, (last.k[0], block.k[1]))
+        else:
+            by_keys.append(block)
+    return by_keys
+
+
+def _moved(span: Span, received: Sequence[Span]) -> Span:
+    """A span of the source's shard in the joined keys that arrive."""
+    before = 0
+    for start, stop in received:
+        if start <= span[0] < stop:
+            return before + span[0] - start, before + span[1] - start
+        before += stop - start
+    raise AssertionError(f"keys {span} were not asked for: {received}")
+
+
+def _offsets(shard: Shard) -> list[int]:
+    offsets, total = [], 0
+    for tokens in shard:
+        offsets.append(total)
+        total += len(tokens)
+    assert total == shard_length(shard)
+    return offsets
+
+
+def _groups(shards: Sequence[Shard], count: int) -> list[Sequence[Shard]]:
+    return [shards[start : start + count] for start in range(0, len(shards), count)]
