@@ -12,13 +12,13 @@ if __name__ != "fourfold.parallel":
 
 if TYPE_CHECKING:
     from fourfold.parallel.mesh import init_mesh as init_mesh
-    from fourfold.parallel.transformer import ParallelModel as ParallelModel
-    from fourfold.parallel.transformer import parallelize as parallelize
     from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
     from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
     from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
+    from fourfold.parallel.transformer import ParallelModel as ParallelModel
+    from fourfold.parallel.transformer import parallelize as parallelize
 
 _HOME = {
     "ParallelModel": "transformer",

@@ -30,7 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, sliding_window
 from fourfold.parallel.gradients import clip_gradients, resolve_partial_gradients, sum_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
+from fourfold.parallel.huggingface_attention import RingSetting, use_ring_attention
 from fourfold.parallel.pipeline import Pipeline
+from fourfold.parallel.sequence_tensors import shard_labels, shard_positions, shard_sequence
 from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
 from fourfold.parallel.weights import materialise
 
@@ -88,12 +90,16 @@ def parallelize(
             "use pp=1 or untie them"
         )
     layers = layer_ranges(config.num_hidden_layers, pp)[mesh.get_local_rank("pp")]
+    ring = None
     if cp > 1:
-        raise ValueError(f"cp={cp} is not supported yet: use cp=1")
-    cast(Any, model).set_attn_implementation("sdpa")
+        ring = use_ring_attention(model, mesh.get_group("cp"))
+    else:
+        cast(Any, model).set_attn_implementation("sdpa")
     stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype if zero_stage == 0 else None)
     _place(stage, model, mesh, zero_stage=zero_stage, dtype=dtype, seed=seed)
-    return ParallelModel(stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, window=window)
+    return ParallelModel(
+        stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, window=window, ring=ring
+    )
 
 
 class ParallelModel:
@@ -113,9 +119,10 @@ class ParallelModel:
         zero_stage: int,
         dtype: torch.dtype | None,
         window: int | None,
+        ring: RingSetting | None,
     ) -> None:
         self.stage, self.mesh, self.device = stage, mesh, _device(mesh)
-        self._window = window
+        self._window, self._ring = window, ring
         self._micro_batch = micro_batch
         self._tp = mesh["tp"].size()
         replicas = _replica_mesh(mesh)
@@ -237,11 +244,18 @@ class ParallelModel:
                 "choose a divisor"
             )
         input_ids, labels = input_ids.to(self.device), labels.to(self.device)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        self.stage.position_ids = torch.arange(seq_len, device=self.device)[None]
+        if self._ring is None:
+            inputs, targets = input_ids, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            positions = torch.arange(seq_len, device=self.device)
+        else:
+            self._ring.seq_len = seq_len
+            inputs = shard_sequence(input_ids, self._ring.group, dim=1)
+            targets = shard_labels(labels, self._ring.group, ignored=IGNORE_INDEX)
+            positions = shard_positions(seq_len, self._ring.group, device=self.device)
+        self.stage.position_ids = positions[None]
         num_targets = (targets != IGNORE_INDEX).sum()
         self._sum_over_replicas(num_targets)
-        return input_ids, targets, num_targets.clamp(min=1)
+        return inputs, targets, num_targets.clamp(min=1)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """Micro-batches one after the other; gradients travel with the last."""

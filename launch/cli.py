@@ -1,0 +1,37 @@
+"""The command `layout-advisor`: a function a command, each in its own file; what a user got wrong, in one line."""
+
+import sys
+
+import typer
+from fourfold.launch.demo_command import demo
+from fourfold.launch.launch_command import launch
+from fourfold.launch.plan_command import plan
+
+from fourfold.launch.processes import RankFailure
+from fourfold.launch.profile_command import profile
+
+app = typer.Typer(
+    help="Measure a cluster, rank the ways to lay a model's training out on it, launch the best, and compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, profile, plan, launch):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. Exit code 2 with one line for what a user got wrong, 1 for a rank that failed."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RankFailure as failure:
+        if failure.exit_code != 2:  # with 2 the rank has said why itself
+            print(failure, file=sys.stderr)
+        sys.exit(2 if failure.exit_code == 2 else 1)
+
+
+if __name__ == "__main__":
+    main()

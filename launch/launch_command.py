@@ -1,0 +1,71 @@
+"""`layout-advisor launch`: train under a layout.toml on this machine."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fourfold.launch.processes import start_ranks
+from fourfold.layouts.layout import Layout, read_layout_file, write_layout_file
+from fourfold.layouts.model import ModelConfig
+
+
+def launch(
+    layout: Annotated[Path, typer.Argument(help="layout.toml, as `layout-advisor plan --out DIR` writes it.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    out: Annotated[Path, typer.Option(help="Folder for metrics.csv, result.json and checkpoints.")] = Path("run"),
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train a decoder on Python's own sources under LAYOUT: starts one rank a device (or core) of this machine.
+
+    On several hosts run `torchrun ... -m fourfold.launch.train --layout LAYOUT` on each instead.
+    """
+    plan, model = read_layout_file(layout)
+    run_layout(
+        plan, model, steps=steps, out=out, learning_rate=learning_rate, seed=seed,
+        checkpoint_every=checkpoint_every, resume=resume, quiet=quiet,
+    )  # fmt: skip
+
+
+def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any) -> None:
+    """Train under `layout` with one rank a device of this machine; results land in `out`.
+
+    Args:
+        options: those of fourfold.launch.train, with underscores: True is a flag, False and None are left out.
+    Raises:
+        ValueError: more ranks than this machine has devices for.
+        RankFailure: a rank failed; the others have been ended.
+    """
+    import torch
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type == "cuda" and layout.world_size > torch.cuda.device_count():
+        raise ValueError(
+            f"the layout {layout} needs {layout.world_size} GPUs, but this machine has {torch.cuda.device_count()}: "
+            "plan for fewer, or use torchrun on several hosts"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "layout.toml"
+        write_layout_file(file, layout, model)
+        arguments = ["--layout", str(file), "--out", str(out)]
+        for name, value in options.items():
+            if value is None or value is False:
+                continue
+            arguments.append("--" + name.replace("_", "-"))
+            if value is not True:
+                arguments.append(str(value))
+        start_ranks("fourfold.launch.train", arguments, num_ranks=layout.world_size, device_type=device_type)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """`folder`, empty."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,64 @@
+"""Starts the ranks of one machine and waits for them, through torch's elastic agent.
+
+The agent is torchrun's own: it starts a process a rank, ends the others when one fails, and forwards signals. Here the
+first failure becomes one exception with that rank's own traceback.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+class RankFailure(RuntimeError):
+    """A rank failed and the others have been ended; the message holds the rank's traceback.
+
+    Attributes:
+        exit_code: the rank's; 2 where it refused its input and has said why.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device_type: str) -> None:
+    """Run `python -m module arguments` as `num_ranks` ranks of this machine and wait until all have ended.
+
+    Args:
+        device_type: "cpu" ranks compute with one thread each, so that they share the cores evenly.
+    Raises:
+        RankFailure: one failed; the rest have been ended.
+    """
+    if device_type == "cpu":
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if any(name == "lo" for _, name in socket.if_nameindex()):
+            # One machine: without this, gloo looks up the host's own name, which may not resolve.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=module,
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as failure:
+        rank, first = failure.get_first_failure()
+        raise RankFailure(f"rank {rank} of {num_ranks} failed: {_reason(first)}", first.exitcode) from None
+
+
+def _reason(failure: ProcessFailure) -> str:
+    """The rank's traceback where it left one, else how it ended."""
+    left: Any = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
+    if isinstance(left, dict):
+        return str(left.get("extraInfo", {}).get("py_callstack") or left.get("message"))
+    return failure.message if isinstance(failure.message, str) else f"exit code {failure.exitcode}"

@@ -1,0 +1,212 @@
+"""Train under a layout: `torchrun --nproc-per-node N -m fourfold.launch.train --layout layout.toml --steps 100`.
+
+Every rank runs this file; the number of ranks must be the layout's. Rank 0 shows progress, and with --out writes
+`metrics.csv` (a row a step) and `result.json`. `layout-advisor launch` starts the same through torch's elastic agent.
+"""
+
+import csv
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from fourfold.layouts.layout import Layout, read_layout_file
+from fourfold.layouts.model import ModelConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fourfold.launch.memory_use import MemoryGauge
+from fourfold.launch.text import byte_frequency_loss, read_standard_library
+from fourfold.launch.training import StepRecord, TrainResult, TrainSettings, slowest_and_largest, train
+from fourfold.parallel import ParallelModel, init_mesh, parallelize
+
+
+def build(layout: Layout, model: ModelConfig, *, seed: int) -> tuple[ParallelModel, MemoryGauge]:
+    """Join the mesh and build the layout's model with random weights, the same under every layout.
+
+    Raises:
+        ValueError: the world is not the layout's, or the layout is not one this runtime launches.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != layout.world_size:
+        raise ValueError(
+            f"the layout {layout} needs {layout.world_size} ranks, but {world_size} were started: "
+            f"use torchrun --nproc-per-node {layout.world_size}, or another layout"
+        )
+    if not layout.runnable:
+        raise ValueError(
+            f"the layout {layout} uses {layout.unrunnable_reason()}, which this runtime does not have: "
+            "plan again with --space runtime"
+        )
+    if torch.cuda.is_available():
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_world_size > torch.cuda.device_count():
+            raise ValueError(f"{local_world_size} ranks on this host, but {torch.cuda.device_count()} CUDA devices")
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    mesh = init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp)
+    on_cuda = mesh.device_type == "cuda"
+    gauge = MemoryGauge(torch.device(mesh.device_type))
+    torch.manual_seed(seed)
+    config = dict(model.config)
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    parallel = parallelize(
+        whole,
+        mesh,
+        micro_batch=layout.micro_batch,
+        checkpointing=layout.checkpointing,
+        zero_stage=layout.zero_stage,
+        dtype=torch.bfloat16 if on_cuda else None,
+    )
+    return parallel, gauge
+
+
+class Display:
+    """Progress on rank 0: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, layout: Layout, model: ModelConfig, settings: TrainSettings, peak_flops_per_s: float) -> None:
+        self._tokens = layout.global_batch * layout.seq_len
+        self._flops = model.flops_per_token(layout.seq_len) * self._tokens
+        self._peak_flops_per_s = peak_flops_per_s
+        self._console = Console()
+        self._last_line_s = 0.0
+        self._num_steps = settings.steps
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=self._console)
+        self._task = self._progress.add_task("", total=settings.steps)
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def show(self, step: StepRecord, peak_bytes: int) -> None:
+        words = f"loss {step.loss:.3f}  {self._tokens / step.step_s:,.0f} tokens/s"
+        if self._peak_flops_per_s:
+            words += f"  MFU {self._flops / step.step_s / self._peak_flops_per_s:.1%}"
+        words += f"  {peak_bytes / 2**30:.2f} GiB"
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=step.step + 1, description=words)
+        elif time.monotonic() - self._last_line_s > 5 or step.step + 1 == self._num_steps:
+            self._last_line_s = time.monotonic()
+            print(f"step {step.step + 1}/{self._num_steps}  {words}", flush=True)
+
+
+def write_results(
+    out: Path, layout: Layout, result: TrainResult, *, byte_frequency_loss: float | None, device: str
+) -> None:
+    """metrics.csv and result.json, each whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "metrics.csv.partial"
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(StepRecord.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(step) for step in result.records)
+    partial.rename(out / "metrics.csv")
+    summary: dict[str, Any] = {
+        "layout": layout.as_dict(),
+        "device": device,
+        "torch": torch.__version__,
+        "steps_s": [step.step_s for step in result.records],
+        "losses": [step.loss for step in result.records],
+        "heldout_loss": result.held_out_loss,
+        "byte_frequency_loss": byte_frequency_loss,
+        "peak_bytes": result.peak_bytes,
+        "runtime_bytes": result.runtime_bytes,
+    }
+    partial = out / "result.json.partial"
+    partial.write_text(json.dumps(summary, indent=1) + "\n")
+    partial.rename(out / "result.json")
+
+
+@record
+def main(
+    layout: Annotated[Path, typer.Option(help="layout.toml, as `layout-advisor plan` writes it")],
+    steps: Annotated[int, typer.Option(help="optimizer steps in all")] = 100,
+    out: Annotated[Path | None, typer.Option(help="folder for metrics.csv, result.json and checkpoints")] = None,
+    learning_rate: Annotated[float, typer.Option(help="at its peak")] = 3e-3,
+    warmup_steps: Annotated[int, typer.Option(help="linear warm-up")] = 10,
+    seed: Annotated[int, typer.Option(help="of weights and batches")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between checkpoints; 0: none")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --out")] = False,
+    held_out_batches: Annotated[int, typer.Option(help="batches of held-out text at the end; 0: none")] = 4,
+    peak_flops_per_s: Annotated[float, typer.Option(help="of all devices together, for MFU; 0: not shown")] = 0.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no progress")] = False,
+) -> None:
+    """Train a decoder on the standard library's sources under a layout; run it on every rank, with torchrun."""
+    # A rank that waits for a dead one is ended by the elastic agent; its own complaint would hide the cause.
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        plan, model = read_layout_file(layout)
+        settings = TrainSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            held_out_batches=held_out_batches,
+        )
+        if model.vocab_size < 256:
+            raise ValueError(f"vocab_size={model.vocab_size}: the text is bytes, so the model needs at least 256")
+        if out is None and (checkpoint_every or resume):
+            raise ValueError("checkpoints need a folder: give --out DIR")
+        parallel, gauge = build(plan, model, seed=seed)
+        text = read_standard_library()
+    except ValueError as error:  # the same on every rank: one of them says it
+        if is_first:
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    display = Display(plan, model, settings, peak_flops_per_s)
+    if is_first and not quiet:
+        with display:
+            result = _train(parallel, plan, text, settings, gauge, out, resume, display)
+    else:
+        result = _train(parallel, plan, text, settings, gauge, out, resume, None)
+    result = slowest_and_largest(result, parallel.device)
+    if is_first:
+        frequencies = byte_frequency_loss(*text) if held_out_batches else None
+        if not quiet and result.held_out_loss is not None:
+            print(f"held-out loss {result.held_out_loss:.3f} nats a byte; byte frequencies alone {frequencies:.3f}")
+        if out is not None:
+            write_results(out, plan, result, byte_frequency_loss=frequencies, device=parallel.device.type)
+    dist.destroy_process_group()
+
+
+def _train(
+    parallel: ParallelModel,
+    layout: Layout,
+    text: tuple[torch.Tensor, torch.Tensor],
+    settings: TrainSettings,
+    gauge: MemoryGauge,
+    out: Path | None,
+    resume: bool,
+    display: Display | None,
+) -> TrainResult:
+    return train(
+        parallel,
+        layout,
+        text,
+        settings,
+        gauge=gauge,
+        checkpoints=out / "checkpoints" if out else None,
+        resume=resume,
+        on_step=(lambda step: display.show(step, gauge.peak_bytes())) if display else (lambda step: None),
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

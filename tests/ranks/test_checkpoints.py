@@ -1,0 +1,64 @@
+"""A checkpoint written under one layout goes on under another as if nothing had happened."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import RankFailure
+from test_one_loss_any_layout import tiny_model
+
+from fourfold.launch.memory_use import MemoryGauge
+from fourfold.launch.training import TrainSettings, train
+from fourfold.layouts.layout import Layout
+from fourfold.parallel import init_mesh, parallelize
+
+TEXT = torch.randint(64, (2, 4000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+
+
+def run(axes: dict, options: dict, folder: str, resume: bool) -> list[float]:
+    layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **axes)
+    mesh = init_mesh(**axes, device_type="cpu")
+    model = parallelize(tiny_model(num_hidden_layers=2), mesh, micro_batch=1, **options)
+    result = train(
+        model,
+        layout,
+        (TEXT[0], TEXT[1]),
+        TrainSettings(steps=4, warmup_steps=2, held_out_batches=0, checkpoint_every=2),
+        gauge=MemoryGauge(torch.device("cpu")),
+        checkpoints=Path(folder),
+        resume=resume,
+    )
+    return [record.loss for record in result.records]
+
+
+def resume_from_step_two(axes: dict, options: dict, folder: str) -> list[float]:
+    if dist.get_rank() == 0:
+        shutil.rmtree(Path(folder) / "step_00000004")
+        (Path(folder) / "partial_00000003").mkdir()  # a stop in the middle of a save leaves this
+    dist.barrier()
+    return run(axes, options, folder, True)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (({"pp": 2}, {}), ({"dp": 2}, {"zero_stage": 3})),
+        (({"dp": 2}, {"zero_stage": 3}), ({"tp": 2}, {})),
+        (({"tp": 2}, {}), ({"pp": 2}, {})),
+        (({"dp": 2}, {}), ({"dp": 2}, {})),
+    ],
+    ids=str,
+)
+def test_resume_under_another_layout(ranks, tmp_path, written, read):
+    folder = str(tmp_path / "checkpoints")
+    losses = ranks(2)(run, *written, folder, False)[0]
+    # Steps 1 and 3 end at saved states; both kept. Only the first is used, so steps 2 and 3 are taken again.
+    again = ranks(2)(resume_from_step_two, *read, folder)[0]
+    assert again == pytest.approx(losses[2:], rel=1e-5)
+
+
+def test_nothing_to_resume_from(ranks, tmp_path):
+    with pytest.raises(RankFailure, match="holds no complete checkpoint: train without --resume first"):
+        ranks(2)(run, {"dp": 2}, {}, str(tmp_path), True)
