@@ -3,10 +3,10 @@
 import sys
 
 import typer
+
 from fourfold.launch.demo_command import demo
 from fourfold.launch.launch_command import launch
 from fourfold.launch.plan_command import plan
-
 from fourfold.launch.processes import RankFailure
 from fourfold.launch.profile_command import profile
 

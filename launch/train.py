@@ -17,8 +17,6 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from fourfold.layouts.layout import Layout, read_layout_file
-from fourfold.layouts.model import ModelConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -27,6 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.text import byte_frequency_loss, read_standard_library
 from fourfold.launch.training import StepRecord, TrainResult, TrainSettings, slowest_and_largest, train
+from fourfold.layouts.layout import Layout, read_layout_file
+from fourfold.layouts.model import ModelConfig
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
 
 

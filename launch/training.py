@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from fourfold.layouts.layout import Layout
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from fourfold.launch.checkpoints import load_checkpoint, save_checkpoint
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.text import held_out_rows, training_rows
+from fourfold.layouts.layout import Layout
 from fourfold.parallel import ParallelModel
 
 
