@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ def demo(
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     config = model or Path(str(files("fourfold.launch").joinpath("data/byte-llama.json")))
-    decoder = load_model(config)
+    decoder = replace(load_model(config), name=config.stem)
 
     _headline(console, "1. profile", "what this machine can do")
     machine = _measured_cluster(out, config, cluster, seq_len, ranks, profile_seconds)
@@ -211,7 +212,7 @@ def _show_machine(console: Console, machine: Cluster) -> None:
 def _comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Predicted against measured", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layout", no_wrap=True)
-    for name in ("predicted step", "measured", "off by", "predicted GiB", "measured", "off by"):
+    for name in ("said", "step", "off by", "said", "GiB", "off by"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(

@@ -1,43 +1,60 @@
 """How much memory this rank's tensors took at most.
 
-CUDA's allocator counts. On a CPU torch keeps no count, so the process's high-water mark of resident memory is
-read, less what the process held before the model was built (interpreter, libraries).
+CUDA's allocator counts. On a CPU torch keeps no count, and the resident size of the process says more about the C
+library's allocator than about tensors, so torch's profiler records every allocation instead.
 """
 
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 class MemoryGauge:
-    """Counts from its creation: make it after start-up, before the model is built."""
+    """Counts from its creation, which comes before the model's, to `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.runtime_bytes: int = psutil.Process().memory_info().rss
-        """What the process held on the host before the model."""
+        self._peak_bytes: int | None = None
+        self._profile = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            _reset_high_water_mark()
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.start()
 
+    def stop(self) -> None:
+        """End counting; later calls change nothing."""
+        if self._peak_bytes is not None:
+            return
+        if self._profile is None:
+            self._peak_bytes = int(torch.cuda.max_memory_allocated(self._device))
+        else:
+            self._profile.stop()
+            assert self._profile.profiler is not None
+            events: Iterable[Any] = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+            changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+            self._peak_bytes = _highest_sum(size for _, size in sorted(changes, key=lambda change: change[0]))
+            self._profile = None
+
+    @property
     def peak_bytes(self) -> int:
-        """Most bytes held by tensors at one time since creation."""
+        """Most bytes held by tensors at one time, between creation and `stop`, which must have been called."""
+        assert self._peak_bytes is not None
+        return self._peak_bytes
+
+    def in_use_bytes(self) -> int:
+        """What to show while running: the allocator's peak on CUDA, the process's resident size on a CPU."""
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
-        return max(0, _high_water_mark() - self.runtime_bytes)
+        return int(psutil.Process().memory_info().rss)
 
 
-def _reset_high_water_mark() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not allowed: the mark then counts from the process's start
-        return
-
-
-def _high_water_mark() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+def _highest_sum(changes: Iterable[int]) -> int:
+    total = highest = 0
+    for change in changes:
+        total += change
+        highest = max(highest, total)
+    return highest

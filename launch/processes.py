@@ -39,6 +39,8 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
         if any(name == "lo" for _, name in socket.if_nameindex()):
             # One machine: without this, gloo looks up the host's own name, which may not resolve.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # torch's profiler, which counts memory on CPUs, logs its start and stop below this level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

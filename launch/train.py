@@ -1,15 +1,18 @@
 """Train under a layout: `torchrun --nproc-per-node N -m fourfold.launch.train --layout layout.toml --steps 100`.
 
-Every rank runs this file; the number of ranks must be the layout's. Rank 0 shows progress, and with --out writes
-`metrics.csv` (a row a step) and `result.json`. `layout-advisor launch` starts the same through torch's elastic agent.
+Every rank runs this file, started by torchrun or by mpiexec; the number of ranks must be the layout's. Rank 0 shows
+progress, and with --out writes `metrics.csv` (a row a step) and `result.json`. `layout-advisor launch` starts the same
+through torch's elastic agent.
 """
 
 import csv
+import gc
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,12 +22,21 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.launch.memory_use import MemoryGauge
+from fourfold.launch.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.launch.text import byte_frequency_loss, read_standard_library
-from fourfold.launch.training import StepRecord, TrainResult, TrainSettings, slowest_and_largest, train
+from fourfold.launch.training import (
+    StepRecord,
+    TrainResult,
+    TrainSettings,
+    make_optimizer,
+    slowest_and_largest,
+    train,
+)
 from fourfold.layouts.layout import Layout, read_layout_file
 from fourfold.layouts.model import ModelConfig
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
@@ -54,20 +66,44 @@ def build(layout: Layout, model: ModelConfig, *, seed: int) -> tuple[ParallelMod
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     mesh = init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp)
-    on_cuda = mesh.device_type == "cuda"
+    _warm_up(layout, model, mesh)
     gauge = MemoryGauge(torch.device(mesh.device_type))
-    torch.manual_seed(seed)
-    config = dict(model.config)
-    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    parallel = parallelize(
+    return _parallel_model(layout, model.config, mesh, seed=seed), gauge
+
+
+def _parallel_model(layout: Layout, config: Mapping[str, Any], mesh: DeviceMesh, *, seed: int) -> ParallelModel:
+    settings = dict(config)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    return parallelize(
         whole,
         mesh,
         micro_batch=layout.micro_batch,
         checkpointing=layout.checkpointing,
         zero_stage=layout.zero_stage,
-        dtype=torch.bfloat16 if on_cuda else None,
+        dtype=torch.bfloat16 if mesh.device_type == "cuda" else None,
+        seed=seed,
     )
-    return parallel, gauge
+
+
+def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
+    """One step of a model of the same kind and the smallest size that the layout can cut.
+
+    Libraries load and connections open now, so that the first step's time and the memory are the model's own.
+    """
+    width = 16 * layout.tp
+    small = {
+        "hidden_size": width, "intermediate_size": width, "num_attention_heads": layout.tp,
+        "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width, "num_hidden_layers": layout.pp,
+        "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    parallel = _parallel_model(layout, {**model.config, **small}, mesh, seed=0)
+    optimizer = make_optimizer(parallel, TrainSettings(steps=1))
+    parallel.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp, dtype=torch.int64))
+    parallel.clip_grad_norm_(1.0)
+    optimizer.step()
+    del parallel, optimizer
+    gc.collect()  # a pipeline refers to itself; what it holds must be gone before memory is counted
 
 
 class Display:
@@ -93,11 +129,11 @@ class Display:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def show(self, step: StepRecord, peak_bytes: int) -> None:
+    def show(self, step: StepRecord, memory_bytes: int) -> None:
         words = f"loss {step.loss:.3f}  {self._tokens / step.step_s:,.0f} tokens/s"
         if self._peak_flops_per_s:
             words += f"  MFU {self._flops / step.step_s / self._peak_flops_per_s:.1%}"
-        words += f"  {peak_bytes / 2**30:.2f} GiB"
+        words += f"  {memory_bytes / 2**30:.2f} GiB"
         if self._console.is_terminal:
             self._progress.update(self._task, completed=step.step + 1, description=words)
         elif time.monotonic() - self._last_line_s > 5 or step.step + 1 == self._num_steps:
@@ -125,7 +161,6 @@ def write_results(
         "heldout_loss": result.held_out_loss,
         "byte_frequency_loss": byte_frequency_loss,
         "peak_bytes": result.peak_bytes,
-        "runtime_bytes": result.runtime_bytes,
     }
     partial = out / "result.json.partial"
     partial.write_text(json.dumps(summary, indent=1) + "\n")
@@ -149,8 +184,9 @@ def main(
     """Train a decoder on the standard library's sources under a layout; run it on every rank, with torchrun."""
     # A rank that waits for a dead one is ended by the elastic agent; its own complaint would hide the cause.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    is_first = int(os.environ.get("RANK", "0")) == 0
     try:
+        if started_by_mpi(os.environ):
+            adopt_mpi_ranks()
         plan, model = read_layout_file(layout)
         settings = TrainSettings(
             steps=steps,
@@ -164,12 +200,13 @@ def main(
             raise ValueError(f"vocab_size={model.vocab_size}: the text is bytes, so the model needs at least 256")
         if out is None and (checkpoint_every or resume):
             raise ValueError("checkpoints need a folder: give --out DIR")
-        parallel, gauge = build(plan, model, seed=seed)
         text = read_standard_library()
+        parallel, gauge = build(plan, model, seed=seed)
     except ValueError as error:  # the same on every rank: one of them says it
-        if is_first:
+        if _is_first():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    is_first = _is_first()
     display = Display(plan, model, settings, peak_flops_per_s)
     if is_first and not quiet:
         with display:
@@ -184,6 +221,10 @@ def main(
         if out is not None:
             write_results(out, plan, result, byte_frequency_loss=frequencies, device=parallel.device.type)
     dist.destroy_process_group()
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _train(
@@ -204,7 +245,7 @@ def _train(
         gauge=gauge,
         checkpoints=out / "checkpoints" if out else None,
         resume=resume,
-        on_step=(lambda step: display.show(step, gauge.peak_bytes())) if display else (lambda step: None),
+        on_step=(lambda step: display.show(step, gauge.in_use_bytes())) if display else (lambda step: None),
     )
 
 

@@ -17,6 +17,9 @@ from fourfold.launch.text import held_out_rows, training_rows
 from fourfold.layouts.layout import Layout
 from fourfold.parallel import ParallelModel
 
+COUNTED_STEPS = 2
+"""Steps whose memory is counted: the optimizer's states are made in the first and held through the second."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSettings:
@@ -66,9 +69,7 @@ class TrainResult:
     records: list[StepRecord] = field(default_factory=list)
     held_out_loss: float | None = None
     peak_bytes: int = 0
-    """Most bytes that tensors held on this rank, evaluation included."""
-    runtime_bytes: int = 0
-    """What the process held before the model."""
+    """Most bytes that tensors held on this rank in building the model and the first steps."""
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
@@ -106,7 +107,7 @@ def train(
 
     Args:
         text: (train, held_out), one-dimensional uint8.
-        gauge: made before the model was.
+        gauge: made before the model was; it is stopped after the second step, which has seen the optimizer's states.
         checkpoints: folder for checkpoints; needed when `settings.checkpoint_every` or `resume`.
         resume: start from the newest checkpoint there instead of from scratch.
         on_step: called on every rank after every step.
@@ -117,7 +118,7 @@ def train(
     optimizer = make_optimizer(model, settings)
     first = load_checkpoint(_needed(checkpoints), model, optimizer) if resume else 0
     rows = model.batch_rows(layout.global_batch)
-    result = TrainResult(runtime_bytes=gauge.runtime_bytes)
+    result = TrainResult()
     for step in range(first, settings.steps):
         start = time.perf_counter()
         ids = training_rows(
@@ -137,11 +138,14 @@ def train(
             raise FloatingPointError(f"the loss is {record.loss} at step {step}: lower the learning rate {rate:.2g}")
         result.records.append(record)
         on_step(record)
+        if step == first + COUNTED_STEPS - 1:
+            gauge.stop()
         if settings.checkpoint_every and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
             save_checkpoint(_needed(checkpoints), model, optimizer, step=step + 1)
     if settings.held_out_batches:
         result.held_out_loss = held_out_loss(model, layout, text[1], settings.held_out_batches)
-    result.peak_bytes = gauge.peak_bytes()
+    gauge.stop()
+    result.peak_bytes = gauge.peak_bytes
     return result
 
 
@@ -166,12 +170,12 @@ def held_out_loss(model: ParallelModel, layout: Layout, text: Tensor, num_batche
 def slowest_and_largest(result: TrainResult, device: torch.device) -> TrainResult:
     """The same result with every step's time, and the memory, of the rank that had most; every rank calls."""
     times = torch.tensor([record.step_s for record in result.records], dtype=torch.float64, device=device)
-    sizes = torch.tensor([result.peak_bytes, result.runtime_bytes], dtype=torch.int64, device=device)
+    peak = torch.tensor(result.peak_bytes, dtype=torch.int64, device=device)
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     for record, step_s in zip(result.records, times.tolist(), strict=True):
         record.step_s = step_s
-    result.peak_bytes, result.runtime_bytes = sizes.tolist()
+    result.peak_bytes = int(peak)
     return result
 
 

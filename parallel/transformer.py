@@ -15,6 +15,7 @@ sums.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,12 @@ from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, c
 from fourfold.parallel.weights import materialise
 
 IGNORE_INDEX = -100
+
+# The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
+_DDP_ARGUMENTS = signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
+}
 
 
 def parallelize(
@@ -134,7 +141,7 @@ class ParallelModel:
             self._averaged_over = replicas.size()
         elif self._replica_group is not None and self._tp == 1:
             self._module = DistributedDataParallel(
-                stage, process_group=self._replica_group, broadcast_buffers=False, gradient_as_bucket_view=True
+                stage, process_group=self._replica_group, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
             )
             self._averaged_over = replicas.size()
         self._sums_own_gradients = self._averaged_over == 1 and self._replica_group is not None
