@@ -26,7 +26,7 @@ def profile(
     On several hosts run `torchrun --nnodes N ... -m fourfold.profiling.run --out cluster.toml` on each instead.
     """
     from fourfold.profiling.settings import ProfileSettings
-    from fourfold.profiling.start import profile_here
+    from fourfold.profiling.start import ProfileFailure, profile_here
 
     settings = ProfileSettings(
         out=out,
@@ -38,4 +38,8 @@ def profile(
         resume=resume,
         device=device,
     )
-    profile_here(settings, num_ranks=ranks)
+    try:
+        profile_here(settings, num_ranks=ranks)
+    except ProfileFailure as failure:
+        typer.echo(f"profile: {failure}", err=True)
+        raise typer.Exit(1) from None

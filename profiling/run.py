@@ -17,6 +17,7 @@ from fourfold.profiling.clock import Clock
 from fourfold.profiling.cluster_file import cluster_table, write_cluster
 from fourfold.profiling.hardware import device_name, free_memory_bytes
 from fourfold.profiling.links import find_tiers
+from fourfold.profiling.partial import PartialProfile
 from fourfold.profiling.plan import profile_cases
 from fourfold.profiling.progress import ProgressLine
 from fourfold.profiling.session import measure
@@ -39,9 +40,16 @@ def profile_ranks(settings: ProfileSettings) -> None:
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     tiers = find_tiers(device.type)
     cases = profile_cases(settings, device, tiers)
+    name = device_name(device)
+    partial = PartialProfile(settings, cases, {"device": name, "ranks": world_size, "torch": torch.__version__})
     with ProgressLine(enabled=dist.get_rank() == 0) as progress:
         timings, left_out = measure(
-            cases, Clock(device), seconds=settings.seconds - (time.perf_counter() - start), progress=progress.show
+            cases,
+            Clock(device),
+            seconds=settings.seconds - (time.perf_counter() - start),
+            timings=partial.load() if settings.resume and dist.get_rank() == 0 else None,
+            progress=progress.show,
+            keep=partial.save,
         )
     if dist.get_rank():
         return
@@ -53,7 +61,6 @@ def profile_ranks(settings: ProfileSettings) -> None:
             if case.table == "link":
                 row["num_ranks"] = sizes[row["tier"]]
             rows.setdefault(case.table, []).append(row)
-    name = device_name(device)
     header = {
         "name": f"{world_size} x {name} ({device.type})",
         "provenance": f"measured by layout-advisor profile, {datetime.date.today()}, torch {torch.__version__}",
@@ -67,6 +74,7 @@ def profile_ranks(settings: ProfileSettings) -> None:
         "memory_bytes": memory.item(),
     }
     write_cluster(settings.out, cluster_table(header, described, rows))
+    partial.remove()
     note = f", {len(left_out)} left out for want of time (raise --seconds)" if left_out else ""
     print(f"{settings.out}: {len(timings.rounds)} cases on {header['name']}{note}", file=sys.stderr, flush=True)
 

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,14 +36,19 @@ def profile_here(settings: ProfileSettings, *, num_ranks: int | None = None) -> 
         raise ValueError(f"--ranks {num_ranks}: this machine has {available} CUDA devices; start between 1 and that")
     if settings.model:
         model_shape(read_config(settings.model))  # a broken config is told here, not by a rank's traceback
-    _launch(settings, num_ranks, device_type)
-
-
-def _launch(settings: ProfileSettings, num_ranks: int, device_type: str) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if device_type == "cpu" and any(name == "lo" for _, name in socket.if_nameindex()):
         # One machine: without this, gloo looks the host's own name up, which may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    start_ranks(["-m", "fourfold.profiling.run", *settings.arguments()], num_ranks)
+
+
+def start_ranks(arguments: list[str], num_ranks: int) -> None:
+    """Run `python *arguments` as `num_ranks` ranks of this host, and wait for them.
+
+    Raises:
+        ProfileFailure: with the traceback of the first rank that failed; the others have been ended.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -53,9 +59,11 @@ def _launch(settings: ProfileSettings, num_ranks: int, device_type: str) -> None
         max_restarts=0,
         monitor_interval=0.2,
     )
-    command = ["-m", "fourfold.profiling.run", *settings.arguments()]
     try:
-        elastic_launch(config, sys.executable)(*command)
+        elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
-        raise ProfileFailure(f"rank {rank} of {num_ranks} failed\n{first.message}") from None
+        message: Any = first.message  # a table where the rank recorded its exception, else words
+        if isinstance(message, dict):
+            message = message["extraInfo"]["py_callstack"]
+        raise ProfileFailure(f"rank {rank} of {num_ranks} failed (exit code {first.exitcode})\n{message}") from None
