@@ -96,7 +96,7 @@ def measure(
         keep: called on rank 0 after each round with all timings so far.
     Returns:
         On rank 0 the timings, on other ranks empty ones; and the cases left out.
-    Cost: one or two warm-up calls of every case, then rounds of about BATCH_S a case; two small collectives a case and round.
+    Cost: one or two warm-up calls of every case, then rounds of about BATCH_S a case, with two small collectives each.
     """
     timings = timings or Timings()
     start = time.perf_counter() - timings.elapsed_s
