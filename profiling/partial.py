@@ -10,6 +10,10 @@ from fourfold.profiling.session import Case, Timings
 from fourfold.profiling.settings import ProfileSettings
 
 
+class StaleProfileError(ValueError):
+    """What an interrupted profile left does not fit this one."""
+
+
 class PartialProfile:
     """The file OUT.partial beside OUT: all rounds so far, rewritten after each, removed at the end.
 
@@ -26,7 +30,7 @@ class PartialProfile:
         """The interrupted profile's timings; none where there is no such file.
 
         Raises:
-            ValueError: the file is of another machine or of other options, or broken.
+            StaleProfileError: the file is of another machine or of other options, or broken.
         """
         if not self.path.exists():
             return Timings()
@@ -34,10 +38,14 @@ class PartialProfile:
             table = json.loads(self.path.read_text())
             identity, timings = table["identity"], Timings(rounds=table["rounds"], elapsed_s=table["elapsed_s"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: broken ({error!r}); remove it and profile without --resume") from None
+            raise StaleProfileError(
+                f"{self.path}: broken ({error!r}); remove it and profile without --resume"
+            ) from None
         if identity != self._identity:
             differing = [name for name in self._identity if identity.get(name) != self._identity[name]]
-            raise ValueError(f"{self.path}: measured with other {', '.join(differing)}; profile without --resume")
+            raise StaleProfileError(
+                f"{self.path}: measured with other {', '.join(differing)}; profile without --resume"
+            )
         return timings
 
     def save(self, timings: Timings) -> None:

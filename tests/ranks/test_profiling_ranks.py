@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import tomllib
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from fourfold.launch.processes import RankFailure, start_ranks
+from fourfold.launch.profile_command import profile_machine
 from fourfold.profiling import run
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model
@@ -19,7 +20,6 @@ from fourfold.profiling.memory import AllocationPeak, _LossModel, step_memory
 from fourfold.profiling.partial import PartialProfile
 from fourfold.profiling.session import MIN_ROUNDS, Case, Timings, measure
 from fourfold.profiling.settings import ProfileSettings
-from fourfold.profiling.start import ProfileFailure, start_ranks
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -127,26 +127,21 @@ def test_another_machines_partial_profile_is_refused(tmp_path):
         PartialProfile(settings, [], {"ranks": 2}).load()
 
 
-FAILING = """
-import os, time
-from torch.distributed.elastic.multiprocessing.errors import record
-
-@record
-def main():
-    if os.environ["RANK"] == "1":
-        raise ArithmeticError("deliberate")
-    time.sleep(600)
-
-main()
-"""
-
-
-def test_a_failing_rank_ends_the_others_and_shows_its_traceback(tmp_path):
-    (tmp_path / "failing.py").write_text(FAILING)
-    start = time.monotonic()
-    with pytest.raises(ProfileFailure, match=r"(?s)rank 1 of 2 failed.*failing\.py.*ArithmeticError: deliberate"):
-        start_ranks([str(tmp_path / "failing.py")], 2)
-    assert time.monotonic() - start < 120  # rank 0 would sleep for 600 s
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "src"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
+    settings = ProfileSettings(out=tmp_path / "c.toml", model=tmp_path / "config.json")
+    with pytest.raises(ValueError, match="4 attention heads do not divide into 3"):
+        profile_machine(settings, num_ranks=2)
+    with pytest.raises(ValueError, match="--ranks 0"):
+        profile_machine(ProfileSettings(out=tmp_path / "c.toml"), num_ranks=0)
+    # The same from a rank, as under torchrun.
+    with pytest.raises(RankFailure) as failure:
+        start_ranks("fourfold.profiling.run", settings.arguments(), num_ranks=2, device_type="cpu")
+    assert failure.value.exit_code == 2
+    error = capfd.readouterr().err
+    assert error.count("error: 4 attention heads do not divide into 3 key/value heads") == 1
+    assert "Traceback" not in error
 
 
 def real_sharded_peak(checkpointing: str) -> int:
