@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.launch.launch_command import fresh_folder, run_layout
+from fourfold.launch.profile_command import profile_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
 from fourfold.layouts.cluster import Cluster, load_cluster
 from fourfold.layouts.layout import write_layout_file
@@ -24,6 +25,7 @@ from fourfold.layouts.report import write_report
 from fourfold.layouts.search import Plan, advice
 from fourfold.layouts.search import plan as rank_layouts
 from fourfold.layouts.tables import gib_text, plan_table, seconds_text, why_not, write_csv
+from fourfold.profiling.settings import ProfileSettings
 
 NUM_MEASURED = 3
 MEASURED_STEPS = 12
@@ -96,11 +98,8 @@ def _measured_cluster(
         if cluster.resolve() != target.resolve():
             target.write_text(cluster.read_text())
         return machine
-    from fourfold.profiling.settings import ProfileSettings
-    from fourfold.profiling.start import profile_here
-
     settings = ProfileSettings(out=target, seconds=seconds, model=config, seq_len=seq_len)
-    profile_here(settings, num_ranks=ranks)
+    profile_machine(settings, num_ranks=ranks)
     return load_cluster(target)
 
 

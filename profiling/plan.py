@@ -13,6 +13,7 @@ from fourfold.profiling.compute import (
     matmul_case,
     overhead_case,
 )
+from fourfold.profiling.layer import layer_cases, optimizer_cases
 from fourfold.profiling.links import Tier, link_cases
 from fourfold.profiling.session import Case
 from fourfold.profiling.settings import ProfileSettings
@@ -23,7 +24,8 @@ KIB, MIB = 1024, 1024 * 1024
 
 def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[Tier]) -> list[Case]:
     """All cases of this profile, the same on every rank."""
-    model = model_shape(read_config(settings.model)) if settings.model else None
+    config = read_config(settings.model) if settings.model else None
+    model = model_shape(config) if config else None
     on_gpu = device.type == "cuda"
     world_size = dist.get_world_size()
     general = [256, 512, 1024, 2048] + ([4096, 8192] if on_gpu else [])
@@ -48,6 +50,10 @@ def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[T
             cases.append(copy_case(pool, (64 if on_gpu else 4) * MIB))
             cases += [elementwise_case(pool, 4**power * KIB) for power in range(1, 7 if not on_gpu else 9)]
     cases += _attention_cases(settings, model, device, training, world_size)
+    if config and model and settings.layers:
+        for tp in model.tp_degrees(world_size):
+            cases += layer_cases(config, device, tp=tp, micro_batches=settings.micro_batches, seq_len=settings.seq_len)
+        cases += optimizer_cases(model, device)
     for tier in tiers:
         cases += link_cases(tier, device, sorted({*messages, *ours}), ours)
     return list({case.key: case for case in cases}.values())

@@ -1,6 +1,6 @@
 """The profile as every rank runs it: `torchrun ... -m fourfold.profiling.run --out cluster.toml`.
 
-On one machine `layout-advisor profile` starts the ranks by itself (start.py). On several hosts start this module with
+On one machine `layout-advisor profile` starts the ranks by itself. On several hosts start this module with
 torchrun on each of them; links inside a host and between hosts are measured as separate tiers.
 """
 
@@ -8,6 +8,7 @@ import datetime
 import os
 import sys
 import time
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,12 @@ from fourfold.profiling.clock import Clock
 from fourfold.profiling.cluster_file import cluster_table, write_cluster
 from fourfold.profiling.hardware import device_name, free_memory_bytes
 from fourfold.profiling.links import find_tiers
+from fourfold.profiling.partial import PartialProfile, StaleProfileError
 from fourfold.profiling.plan import profile_cases
 from fourfold.profiling.progress import ProgressLine
 from fourfold.profiling.session import measure
 from fourfold.profiling.settings import ProfileSettings, parse_settings
+from fourfold.profiling.shapes import model_shape, read_config
 
 
 def profile_ranks(settings: ProfileSettings) -> None:
@@ -39,9 +42,16 @@ def profile_ranks(settings: ProfileSettings) -> None:
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     tiers = find_tiers(device.type)
     cases = profile_cases(settings, device, tiers)
+    name = device_name(device)
+    partial = PartialProfile(settings, cases, {"device": name, "ranks": world_size, "torch": torch.__version__})
     with ProgressLine(enabled=dist.get_rank() == 0) as progress:
         timings, left_out = measure(
-            cases, Clock(device), seconds=settings.seconds - (time.perf_counter() - start), progress=progress.show
+            cases,
+            Clock(device),
+            seconds=settings.seconds - (time.perf_counter() - start),
+            timings=partial.load() if settings.resume and dist.get_rank() == 0 else None,
+            progress=progress.show,
+            keep=partial.save,
         )
     if dist.get_rank():
         return
@@ -53,7 +63,6 @@ def profile_ranks(settings: ProfileSettings) -> None:
             if case.table == "link":
                 row["num_ranks"] = sizes[row["tier"]]
             rows.setdefault(case.table, []).append(row)
-    name = device_name(device)
     header = {
         "name": f"{world_size} x {name} ({device.type})",
         "provenance": f"measured by layout-advisor profile, {datetime.date.today()}, torch {torch.__version__}",
@@ -67,6 +76,7 @@ def profile_ranks(settings: ProfileSettings) -> None:
         "memory_bytes": memory.item(),
     }
     write_cluster(settings.out, cluster_table(header, described, rows))
+    partial.remove()
     note = f", {len(left_out)} left out for want of time (raise --seconds)" if left_out else ""
     print(f"{settings.out}: {len(timings.rounds)} cases on {header['name']}{note}", file=sys.stderr, flush=True)
 
@@ -83,17 +93,30 @@ def _device(asked: str | None) -> torch.device:
 
 @record
 def main() -> None:
-    settings = parse_settings()
+    try:
+        settings = parse_settings()
+        device = _device(settings.device)
+        if settings.model:
+            model_shape(read_config(settings.model))
+    except ValueError as error:
+        _refuse(error)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    device = _device(settings.device)
     # A lost rank ends the others within this time, should the launcher not have ended them.
     limit = datetime.timedelta(seconds=max(120.0, 4 * settings.seconds))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=limit, device_id=device if device.type == "cuda" else None)
     try:
         profile_ranks(settings)
-    finally:
-        dist.destroy_process_group()
+    except StaleProfileError as error:
+        _refuse(error)
+    dist.destroy_process_group()
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    """One line on rank 0, and exit code 2; the launcher ends the other ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

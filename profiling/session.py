@@ -21,7 +21,7 @@ import torch.distributed as dist
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.fitting import spread
 
-BATCH_S = 4e-3
+BATCH_S, LONG_S = 4e-3, 5e-2
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 
 
@@ -36,6 +36,7 @@ class Case:
         run: (clock, iterations) -> seconds a call for each column. Every rank calls it; one with nothing to do in it
             answers zeros, which are left out of the medians.
         essential: kept, whatever the budget.
+        facts: more fields of the row, found once on rank 0 after the timing; no communication in it.
     """
 
     table: str
@@ -43,6 +44,7 @@ class Case:
     columns: tuple[str, ...] = ("seconds",)
     run: Callable[[Clock, int], tuple[float, ...]]
     essential: bool = False
+    facts: Callable[[], Mapping[str, Any]] = dict
 
     @property
     def key(self) -> str:
@@ -52,17 +54,27 @@ class Case:
 
 @dataclass(slots=True)
 class Timings:
-    """rounds[key]: one list a round, of each rank's times (one a column)."""
+    """What has been timed so far, on rank 0.
 
-    rounds: dict[str, list[list[list[float]]]] = field(default_factory=dict)
+    Attributes:
+        rounds: by case key, one entry a round: the median over the ranks, of each column.
+        elapsed_s: time spent on them.
+    """
+
+    rounds: dict[str, list[list[float]]] = field(default_factory=dict)
+    elapsed_s: float = 0.0
 
     def row(self, case: Case) -> dict[str, Any]:
-        """The case's fields, the median of each column over rounds and ranks, spread and number of rounds."""
+        """The case's fields, the median of each column over the rounds, its spread and the number of rounds."""
         rounds = self.rounds[case.key]
-        samples = [times for ranks in rounds for times in ranks if any(times)]
-        columns = {name: median(times[i] for times in samples) for i, name in enumerate(case.columns)}
-        totals = [median(sum(times) for times in ranks if any(times)) for ranks in rounds]
-        return {**case.fields, **columns, "spread": round(spread(totals), 4), "rounds": len(rounds)}
+        columns = {name: median(times[i] for times in rounds) for i, name in enumerate(case.columns)}
+        deviation = round(spread([sum(times) for times in rounds]), 4)
+        return {**case.fields, **columns, **case.facts(), "spread": deviation, "rounds": len(rounds)}
+
+    def add(self, case: Case, ranks: Sequence[Sequence[float]]) -> None:
+        """A further round: every rank's times. Ranks that had nothing to do (zeros) do not count."""
+        busy = [times for times in ranks if any(times)]
+        self.rounds.setdefault(case.key, []).append([median(column) for column in zip(*busy, strict=True)])
 
 
 def measure(
@@ -70,7 +82,7 @@ def measure(
     clock: Clock,
     *,
     seconds: float,
-    taken: Timings | None = None,
+    timings: Timings | None = None,
     progress: Callable[[float, str], None] = lambda fraction, text: None,
     keep: Callable[[Timings], None] = lambda timings: None,
 ) -> tuple[Timings, list[Case]]:
@@ -79,48 +91,48 @@ def measure(
     Args:
         seconds: budget. Where it is too short for MIN_ROUNDS of all, the costliest cases that are not essential are
             left out; the essential ones are measured even beyond the budget.
-        taken: (rank 0) what an earlier, interrupted call had measured; those cases are not repeated.
+        timings: (rank 0) what an earlier, interrupted call had measured: its rounds and its time count.
         progress: called on rank 0 with the finished fraction.
         keep: called on rank 0 after each round with all timings so far.
     Returns:
-        On rank 0 the timings and the cases left out; on other ranks empty timings.
-    Cost: one warm-up of every case, then rounds of about BATCH_S a case; two small collectives a case and round.
+        On rank 0 the timings, on other ranks empty ones; and the cases left out.
+    Cost: one or two warm-up calls of every case, then rounds of about BATCH_S a case, with two small collectives each.
     """
-    start = time.perf_counter()
-    timings = taken or Timings()
-    finished = _from_rank_0([1.0 if case.key in timings.rounds else 0.0 for case in cases])
-    todo = [case for case, known in zip(cases, finished, strict=True) if not known]
+    timings = timings or Timings()
+    start = time.perf_counter() - timings.elapsed_s
+    past = _from_rank_0([float(len(timings.rounds.get(case.key, ()))) for case in cases])
     estimates = []
-    for index, case in enumerate(todo):
-        case.run(clock, 1)  # the first call loads kernels and opens connections
-        _agree([0.0])
-        estimates.append(max(sum(case.run(clock, 1)), 1e-7))
-        progress(0.0, f"warming up {index + 1} of {len(todo)}")
+    for index, case in enumerate(cases):
+        # The first call loads kernels and opens connections: it tells the cost of long cases only.
+        (estimate,) = _agree([sum(case.run(clock, 1))])
+        if estimate < LONG_S:
+            estimate = sum(case.run(clock, 1))
+        estimates.append(max(estimate, 1e-7))
+        progress(0.0, f"warming up {index + 1} of {len(cases)}")
     estimates = _agree(estimates)
     iterations = [min(500, max(1, ceil(BATCH_S / estimate))) for estimate in estimates]
     costs = [count * estimate + 5e-4 for count, estimate in zip(iterations, estimates, strict=True)]
-    remaining = seconds - _agree([time.perf_counter() - start])[0]
-    chosen, left_out = _within(remaining / MIN_ROUNDS, todo, costs)
-    cost = sum(costs[index] for index in chosen)
-    planned = max(MIN_ROUNDS, min(MAX_ROUNDS, int(remaining / cost) if cost else 0))
-    taken_now: dict[str, list[list[list[float]]]] = {todo[index].key: [] for index in chosen}
-    for turn in range(planned if chosen else 0):
+    remaining = seconds - _from_rank_0([time.perf_counter() - start])[0]
+    chosen, left_out = _within(remaining / MIN_ROUNDS, cases, costs)
+    least = MIN_ROUNDS - int(min((past[index] for index in chosen), default=0.0))
+    affordable = int(remaining / max(1e-9, sum(costs[index] for index in chosen)))
+    planned = max(least, min(MAX_ROUNDS, affordable))
+    for turn in range(planned):
         order = list(chosen)
         random.Random(turn).shuffle(order)  # the same order on every rank
         for index in order:
             _agree([0.0])
-            times = todo[index].run(clock, iterations[index])
-            gathered = _gather(times)
-            if gathered:
-                taken_now[todo[index].key].append(gathered)
-        elapsed = _agree([time.perf_counter() - start])[0]
-        progress(max((turn + 1) / planned, elapsed / seconds), f"round {turn + 1} of {planned}")
-        if turn + 1 >= MIN_ROUNDS and elapsed * (turn + 2) / (turn + 1) > seconds:
+            ranks = _gather(cases[index].run(clock, iterations[index]))
+            if ranks:
+                timings.add(cases[index], ranks)
+        (elapsed,) = _from_rank_0([time.perf_counter() - start])
+        if dist.get_rank() == 0:
+            timings.elapsed_s = elapsed
+            keep(timings)
+            progress(max((turn + 1) / planned, elapsed / seconds), f"round {turn + 1} of {planned}")
+        if turn + 1 >= least and elapsed * (turn + 2) / (turn + 1) > seconds:
             break
-    if dist.get_rank() == 0:
-        timings.rounds.update(taken_now)
-        keep(timings)
-    return timings, [todo[index] for index in left_out]
+    return timings, [cases[index] for index in left_out if cases[index].key not in timings.rounds]
 
 
 def _within(round_s: float, cases: Sequence[Case], costs: Sequence[float]) -> tuple[list[int], list[int]]:

@@ -1,0 +1,183 @@
+"""One real decoder layer of a model, timed: what the planner corrects its formulas by.
+
+Matmul and attention curves leave out the norms, the rotary embedding, the residuals, autograd and the allocator. So the
+layers of transformers itself are timed, built from the model's own config. A tensor-parallel degree is emulated by the
+layer of a rank: heads, MLP width and vocabulary divided by tp, and no communication (the links are measured apart).
+
+Tables, each row a median over all ranks at work together:
+
+    [[layer]]      dtype, tp, micro_batch, seq_len, forward_s, backward_s, activation_bytes, peak_bytes
+    [[ends]]       dtype, tp, micro_batch, seq_len, embedding_forward_s, embedding_backward_s, head_forward_s,
+                   head_backward_s
+    [[optimizer]]  dtype, parameters, tensors, fused, step_s, clip_s
+
+[[layer]] is one layer's share of a forward pass through DEPTH layers and the backward pass after it, without
+checkpointing, gradients put into new memory as in a step's first micro-batch. activation_bytes are the distinct
+storages that one layer's forward pass keeps for its backward pass, its input among them, weights not; peak_bytes is the
+most that one layer's forward and backward pass hold at a time, its input, weights and their gradients included.
+[[ends]]: embedding with the rotary tables; final norm, head and the summed cross-entropy of fp32 logits.
+[[optimizer]]: one AdamW step and one gradient-norm clipping on `parameters` weights in `tensors` tensors of the model's
+shapes (at most MAX_PARAMETERS of them); fused is torch's option, false its default.
+dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 weights, as in training.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fourfold.profiling.clock import Clock
+from fourfold.profiling.decoder import local_model, loss_of_logits, run_layers
+from fourfold.profiling.memory import AllocationPeak
+from fourfold.profiling.session import Case
+from fourfold.profiling.shapes import ModelShape
+
+DEPTH = 2
+MAX_PARAMETERS = 100_000_000
+
+
+def layer_cases(
+    config: dict[str, Any], device: torch.device, *, tp: int, micro_batches: tuple[int, ...], seq_len: int
+) -> list[Case]:
+    """[[layer]] and [[ends]] for one tensor-parallel degree; the model is shared by all cases."""
+    with device:
+        model = local_model(config, tp=tp, num_layers=DEPTH)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    named = {"dtype": str(dtype).removeprefix("torch."), "tp": tp}
+    cases = []
+    for micro_batch in micro_batches:
+        work = _Work(model, device, dtype, micro_batch, seq_len)
+        fields = {**named, "micro_batch": micro_batch, "seq_len": seq_len}
+        cases.append(
+            Case(
+                table="layer", fields=fields, columns=("forward_s", "backward_s"), run=work.time_layers,
+                facts=work.layer_bytes, essential=True,
+            )
+        )  # fmt: skip
+        columns = ("embedding_forward_s", "embedding_backward_s", "head_forward_s", "head_backward_s")
+        cases.append(Case(table="ends", fields=fields, columns=columns, run=work.time_ends, essential=True))
+    return cases
+
+
+class _Work:
+    """Timed passes through the layers and the ends of one model, on random input."""
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, micro_batch: int, seq_len: int) -> None:
+        self._model, self._device, self._dtype = model, device, dtype
+        self._shape = (micro_batch, seq_len, model.config.hidden_size)
+        self._positions = torch.arange(seq_len, device=device)[None]
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
+
+    def _hidden(self) -> Tensor:
+        return torch.randn(self._shape, device=self._device, requires_grad=True)
+
+    def time_layers(self, clock: Clock, iterations: int) -> tuple[float, float]:
+        hidden, grad = self._hidden(), torch.randn(self._shape, device=self._device)
+        rotary = self._model.model.rotary_emb(hidden, position_ids=self._positions)
+        forward, backward = 0.0, 0.0
+        for _ in range(iterations):
+            self._model.zero_grad(set_to_none=True)
+            start = clock.mark()
+            with self._autocast():
+                out = run_layers(self._model, hidden, rotary, self._positions)
+            middle = clock.mark()
+            out.backward(grad)  # type: ignore[no-untyped-call]
+            end = clock.mark()
+            clock.wait()
+            forward += clock.seconds(start, middle)
+            backward += clock.seconds(middle, end)
+        self._model.zero_grad(set_to_none=True)
+        return forward / iterations / DEPTH, backward / iterations / DEPTH
+
+    def time_ends(self, clock: Clock, iterations: int) -> tuple[float, float, float, float]:
+        model, vocab = self._model, self._model.config.vocab_size
+        tokens = torch.randint(vocab, self._shape[:2], device=self._device)
+        hidden, grad = self._hidden(), torch.randn(self._shape, device=self._device)
+        totals = [0.0] * 4
+        for _ in range(iterations):
+            model.zero_grad(set_to_none=True)
+            marks = [clock.mark()]
+            with self._autocast():
+                embedded = model.model.embed_tokens(tokens)
+                model.model.rotary_emb(embedded, position_ids=self._positions)
+            marks.append(clock.mark())
+            embedded.backward(grad)
+            marks.append(clock.mark())
+            with self._autocast():
+                logits = model.lm_head(model.model.norm(hidden))
+            loss = loss_of_logits(logits, tokens)
+            marks.append(clock.mark())
+            loss.backward()  # type: ignore[no-untyped-call]
+            marks.append(clock.mark())
+            clock.wait()
+            for index in range(4):
+                totals[index] += clock.seconds(marks[index], marks[index + 1])
+        model.zero_grad(set_to_none=True)
+        return totals[0] / iterations, totals[1] / iterations, totals[2] / iterations, totals[3] / iterations
+
+    def layer_bytes(self) -> dict[str, int]:
+        """activation_bytes and peak_bytes of one layer."""
+        weights = {weight.untyped_storage().data_ptr() for weight in self._model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hidden, grad = self._hidden(), torch.randn(self._shape, device=self._device)
+        rotary = self._model.model.rotary_emb(hidden, position_ids=self._positions)
+        tables = {table.untyped_storage().data_ptr() for table in rotary}
+        with AllocationPeak() as peak:
+            with saved_tensors_hooks(keep, lambda tensor: tensor), self._autocast():
+                out = run_layers(self._model, hidden, rotary, self._positions, num_layers=1)
+            out.backward(grad)  # type: ignore[no-untyped-call]
+        self._model.zero_grad(set_to_none=True)
+        activations = sum(size for pointer, size in kept.items() if pointer not in tables)
+        return {"activation_bytes": activations, "peak_bytes": peak.bytes}
+
+
+def optimizer_cases(shape: ModelShape, device: torch.device) -> list[Case]:
+    """[[optimizer]], torch's default AdamW and the fused one."""
+    weights = [torch.zeros(size, device=device) for size in _parameter_shapes(shape)]
+    parameters = [nn.Parameter(weight) for weight in weights]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    fields = {"dtype": "float32", "parameters": sum(weight.numel() for weight in weights), "tensors": len(weights)}
+
+    def run(optimizer: torch.optim.Optimizer) -> Callable[[Clock, int], tuple[float, float]]:
+        return lambda clock, iterations: (
+            clock.repeat(optimizer.step, iterations),
+            clock.repeat(lambda: nn.utils.clip_grad_norm_(parameters, 1e9), iterations),
+        )
+
+    return [
+        Case(
+            table="optimizer",
+            fields={**fields, "fused": fused},
+            columns=("step_s", "clip_s"),
+            run=run(torch.optim.AdamW(parameters, lr=1e-6, fused=fused or None)),
+            essential=True,
+        )
+        for fused in (False, True)
+    ]
+
+
+def _parameter_shapes(shape: ModelShape) -> list[tuple[int, ...]]:
+    """The model's weights, or as many of its layers as MAX_PARAMETERS holds, at least one."""
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden, ffn = shape.hidden, shape.ffn
+    layer: list[tuple[int, ...]] = [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (ffn, hidden),
+             (ffn, hidden), (hidden, ffn), (hidden,), (hidden,)]  # fmt: skip
+    ends: list[tuple[int, ...]] = [(shape.vocab, hidden), (hidden,), (shape.vocab, hidden)]
+    room = MAX_PARAMETERS - 2 * shape.vocab * hidden
+    count = max(1, min(shape.num_layers, room // shape.layer_parameters))
+    return layer * count + (ends if room > 0 else [])

@@ -1,0 +1,174 @@
+"""A profile on gloo ranks: two hosts' tiers, interruption and resumption, a failing rank, memory against real FSDP2."""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fourfold.launch.processes import RankFailure, start_ranks
+from fourfold.launch.profile_command import profile_machine
+from fourfold.profiling import run
+from fourfold.profiling.clock import Clock
+from fourfold.profiling.decoder import local_model
+from fourfold.profiling.memory import AllocationPeak, _LossModel, step_memory
+from fourfold.profiling.partial import PartialProfile
+from fourfold.profiling.session import MIN_ROUNDS, Case, Timings, measure
+from fourfold.profiling.settings import ProfileSettings
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 40, "max_position_embeddings": 64,
+}  # fmt: skip
+OPERATIONS = {"send", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
+
+
+def write_profile(folder: str, ranks_per_host: int, seconds: float, model: bool) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_host)
+    config = Path(folder) / "config.json"
+    if dist.get_rank() == 0 and model:
+        config.write_text(json.dumps(CONFIG))
+    dist.barrier()
+    try:
+        run.profile_ranks(
+            ProfileSettings(
+                out=Path(folder) / "cluster.toml", seconds=seconds, model=config if model else None, seq_len=32,
+                micro_batches=(1,), device="cpu",
+            )
+        )  # fmt: skip
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def test_two_hosts_have_two_tiers(ranks, tmp_path):
+    ranks(4)(write_profile, str(tmp_path), 2, 0.1, False)
+    table = tomllib.loads((tmp_path / "cluster.toml").read_text())
+    assert (table["num_devices"], table["devices_per_node"]) == (4, 2)
+    assert [(link["name"], link["num_ranks"]) for link in table["link"]] == [("host", 2), ("network", 2)]
+    for link in table["link"]:
+        assert {entry["operation"] for entry in link["operation"]} == OPERATIONS
+        assert all(entry["bandwidth_bytes_per_s"] > 0 for entry in link["operation"])
+
+
+def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
+    ranks(2)(write_profile, str(tmp_path), 2, 0.5, True)
+    table = tomllib.loads((tmp_path / "cluster.toml").read_text())
+    layers = {row["tp"]: row for row in table["layer"]}
+    assert set(layers) == {1, 2}
+    # Half the heads and half the MLP: less is kept, but norms and residuals stay whole.
+    assert layers[1]["activation_bytes"] / 2 < layers[2]["activation_bytes"] < layers[1]["activation_bytes"]
+    assert all(row["forward_s"] > 0 and row["backward_s"] > 0 for row in table["layer"])
+    assert all(row["peak_bytes"] > row["activation_bytes"] for row in table["layer"])
+    assert {row["fused"] for row in table["optimizer"]} == {True, False}
+    # one layer has 32*8*2*(4+2) + 3*32*64 + 64 weights; embedding and head 40*32 each, the last norm 32
+    assert table["optimizer"][0]["parameters"] == 3 * 9280 + 2 * 40 * 32 + 32
+    assert {(row["m"], row["n"], row["k"]) for row in table["matmul"]} >= {(32, 32, 32), (32, 16, 32), (64, 32, 32)}
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "cluster.toml."))] == []
+
+
+def unequal_hosts() -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
+    try:
+        run.find_tiers("cpu")
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def test_hosts_of_unequal_size_are_refused(ranks):
+    with pytest.raises(AssertionError, match="between 1 and 2 ranks a host"):
+        ranks(2)(unequal_hosts)
+
+
+def interrupted_and_resumed(folder: str) -> tuple[int, int, int]:
+    """Rounds kept by a profile that is interrupted in its third round; rounds and calls of the one after it."""
+    calls, last = 0, 2 + 2  # two warm-up calls, two rounds
+
+    def work(clock: Clock, iterations: int) -> tuple[float]:
+        nonlocal calls
+        calls += 1
+        if calls > last:
+            raise KeyboardInterrupt
+        return (1e-3 * (1 + dist.get_rank()),)
+
+    case = Case(table="matmul", fields={"m": 1}, run=work, essential=True)
+    partial = PartialProfile(ProfileSettings(out=Path(folder) / "c.toml"), [case], {"ranks": 2})
+    clock = Clock(torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        measure([case], clock, seconds=1e-3, keep=partial.save)
+    dist.barrier()
+    calls, last = 0, 1000
+    taken = partial.load()
+    kept = len(taken.rounds[case.key])
+    timings, _ = measure([case], clock, seconds=1e-3, timings=taken if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        assert timings.row(case)["seconds"] == pytest.approx(1.5e-3)  # the median of the ranks' 1 and 2 ms
+    return kept, len(timings.rounds.get(case.key, ())), calls
+
+
+def test_an_interrupted_profile_goes_on_where_it_stopped(ranks, tmp_path):
+    first, second = ranks(2)(interrupted_and_resumed, str(tmp_path), timeout_s=30.0)
+    warm_up = 2
+    assert first == (2, MIN_ROUNDS, warm_up + MIN_ROUNDS - 2)
+    assert second == (2, 0, first[2])
+
+
+def test_another_machines_partial_profile_is_refused(tmp_path):
+    settings = ProfileSettings(out=tmp_path / "c.toml")
+    PartialProfile(settings, [], {"ranks": 2}).save(Timings())
+    with pytest.raises(ValueError, match=r"c\.toml\.partial: measured with other ranks"):
+        PartialProfile(settings, [], {"ranks": 4}).load()
+    settings.out.with_name("c.toml.partial").write_text("{")
+    with pytest.raises(ValueError, match="broken"):
+        PartialProfile(settings, [], {"ranks": 2}).load()
+
+
+def test_bad_input_ends_with_one_line_and_code_2(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "src"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
+    settings = ProfileSettings(out=tmp_path / "c.toml", model=tmp_path / "config.json")
+    with pytest.raises(ValueError, match="4 attention heads do not divide into 3"):
+        profile_machine(settings, num_ranks=2)
+    with pytest.raises(ValueError, match="--ranks 0"):
+        profile_machine(ProfileSettings(out=tmp_path / "c.toml"), num_ranks=0)
+    # The same from a rank, as under torchrun.
+    with pytest.raises(RankFailure) as failure:
+        start_ranks("fourfold.profiling.run", settings.arguments(), num_ranks=2, device_type="cpu")
+    assert failure.value.exit_code == 2
+    error = capfd.readouterr().err
+    assert error.count("error: 4 attention heads do not divide into 3 key/value heads") == 1
+    assert "Traceback" not in error
+
+
+def real_sharded_peak(checkpointing: str) -> int:
+    """Peak of the second step of real FSDP2 on this world, traced with real tensors."""
+    torch.manual_seed(0)
+    model = _LossModel(local_model(CONFIG, num_layers=3), checkpointing)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.decoder.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens = torch.randint(40, (2, 64))
+    held = 0
+    for step in range(2):
+        with AllocationPeak() as peak:
+            model(tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 0:
+            # The tracker sees the weights of modules that are called; of states it sees new ones only.
+            held = sum(value.to_local().nbytes if hasattr(value, "to_local") else value.nbytes
+                        for state in optimizer.state.values() for value in state.values())  # fmt: skip
+    return held + peak.bytes
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_dry_run_of_fsdp_agrees_with_two_real_ranks(ranks, checkpointing):
+    real = max(ranks(2)(real_sharded_peak, checkpointing))
+    dry = step_memory(CONFIG, micro_batch=2, seq_len=64, checkpointing=checkpointing, zero_stage=3, dp=2)
+    assert dry.peak_bytes == real
