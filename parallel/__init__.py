@@ -11,6 +11,8 @@ if __name__ != "fourfold.parallel":
     raise ImportError(f"import fourfold.parallel, not {__name__!r}: a second copy would make second classes")
 
 if TYPE_CHECKING:
+    from fourfold.parallel.attention_interface import shard_batch as shard_batch
+    from fourfold.parallel.attention_interface import use_ring_attention as use_ring_attention
     from fourfold.parallel.mesh import init_mesh as init_mesh
     from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
     from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 _HOME = {
     "init_mesh": "mesh",
     "ring_attention": "ring_self_attention",
+    "shard_batch": "attention_interface",
     "shard_labels": "sequence_tensors",
     "shard_positions": "sequence_tensors",
     "shard_sequence": "sequence_tensors",
     "unshard_sequence": "sequence_tensors",
+    "use_ring_attention": "attention_interface",
 }
 __all__ = sorted(_HOME)
 
