@@ -19,14 +19,18 @@ if TYPE_CHECKING:
     from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
+    from fourfold.parallel.sparse_attention import linformer_attention as linformer_attention
+    from fourfold.parallel.two_pass_ring import two_pass_ring_attention as two_pass_ring_attention
 
 _HOME = {
     "init_mesh": "mesh",
+    "linformer_attention": "sparse_attention",
     "ring_attention": "ring_self_attention",
     "shard_batch": "attention_interface",
     "shard_labels": "sequence_tensors",
     "shard_positions": "sequence_tensors",
     "shard_sequence": "sequence_tensors",
+    "two_pass_ring_attention": "two_pass_ring",
     "unshard_sequence": "sequence_tensors",
     "use_ring_attention": "attention_interface",
 }

@@ -38,8 +38,8 @@ def shard_sequence(
         group: the context-parallel group, or (rank, size); None is torch's default group, or one process alone.
         sharding, cu_seqlens: see sequence_sharding.shard_ranges.
     Returns:
-        x with its shard along `dim`, contiguous, possibly empty. Differentiable: the rank's own copy of x gets the gradient of
-        its shard, zero elsewhere.
+        x with its shard along `dim`, contiguous, possibly empty. Differentiable: the rank's own copy of x gets the
+        gradient of its shard, zero elsewhere.
     Raises:
         ValueError: see shard_ranges.
     """
