@@ -11,24 +11,32 @@ if __name__ != "fourfold.parallel":
     raise ImportError(f"import fourfold.parallel, not {__name__!r}: a second copy would make second classes")
 
 if TYPE_CHECKING:
+    from fourfold.parallel.attention_interface import shard_batch as shard_batch
+    from fourfold.parallel.attention_interface import use_ring_attention as use_ring_attention
     from fourfold.parallel.mesh import init_mesh as init_mesh
     from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
     from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
     from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
+    from fourfold.parallel.sparse_attention import linformer_attention as linformer_attention
     from fourfold.parallel.transformer import ParallelModel as ParallelModel
     from fourfold.parallel.transformer import parallelize as parallelize
+    from fourfold.parallel.two_pass_ring import two_pass_ring_attention as two_pass_ring_attention
 
 _HOME = {
     "ParallelModel": "transformer",
     "init_mesh": "mesh",
     "parallelize": "transformer",
+    "linformer_attention": "sparse_attention",
     "ring_attention": "ring_self_attention",
+    "shard_batch": "attention_interface",
     "shard_labels": "sequence_tensors",
     "shard_positions": "sequence_tensors",
     "shard_sequence": "sequence_tensors",
+    "two_pass_ring_attention": "two_pass_ring",
     "unshard_sequence": "sequence_tensors",
+    "use_ring_attention": "attention_interface",
 }
 __all__ = sorted(_HOME)
 

@@ -277,3 +277,28 @@ def _offsets(shard: Shard) -> list[int]:
 
 def _groups(shards: Sequence[Shard], count: int) -> list[Sequence[Shard]]:
     return [shards[start : start + count] for start in range(0, len(shards), count)]
+
+
+def keys_sent(
+    rank: int,
+    size: int,
+    seq_len: int,
+    sharding: str = "zigzag",
+    *,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
+    heads_degree: int = 1,
+) -> tuple[int, int]:
+    """(sent, received): keys that one ring rank sends to all others, and receives, in one pass around the ring.
+
+    Forward moves sent * 2 * B * (H_kv / heads_degree) * D * itemsize bytes out of the rank (keys and values; a
+    replicated head counts as one). Backward moves them again, and returns received * 2 * B * (H_kv / heads_degree) * D
+    gradients in fp32. With s = seq_len / ring size, and n ring ranks, unmasked: sent = (n-1)*s. Causal zigzag:
+    (n-1+rank)*s/2, for earlier pieces are all that later ranks read. Causal contiguous: (n-1-rank)*s.
+
+    Args: as plan_hops', rank among the ring ranks.
+    """
+    hops = plan_hops(rank, size, seq_len, sharding, causal, window, cu_seqlens, heads_degree)
+    sent = sum(stop - start for hop in hops for start, stop in hop.send)
+    return sent, sum(hop.num_received for hop in hops)

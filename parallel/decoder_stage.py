@@ -43,14 +43,12 @@ def check_decoder(model: nn.Module) -> None:
         )
 
 
-def sliding_window(model: nn.Module) -> int | None:
-    """The shortest attention window of any layer in tokens, or None where every layer sees the whole sequence."""
+def has_sliding_window(model: nn.Module) -> bool:
+    """Whether some layer's queries see only the keys near them."""
     config = cast(Any, model).config
-    window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
-    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
-        return None
-    return int(window)
+    windowed = layer_types is None or "sliding_attention" in layer_types
+    return windowed and getattr(config, "sliding_window", None) is not None
 
 
 class DecoderStage(nn.Module):
@@ -63,6 +61,7 @@ class DecoderStage(nn.Module):
         autocast_dtype: the dtype matrix products run in, or None for the parameters' own.
 
     `position_ids` ([1, S_local] int64) must be set before a forward pass: the caller knows which tokens these are.
+    `attention_arguments` go to the attention function with every call.
     """
 
     def __init__(
@@ -79,6 +78,7 @@ class DecoderStage(nn.Module):
         self.hidden_size: int = whole.config.hidden_size
         self.vocab_size: int = whole.config.vocab_size
         self.position_ids: Tensor | None = None
+        self.attention_arguments: dict[str, Any] = {}
         self.model = nn.Module()
         self.model.rotary_emb = whole.model.rotary_emb
         self.model.layers = nn.ModuleDict({str(index): whole.model.layers[index] for index in layers})
@@ -127,6 +127,7 @@ class DecoderStage(nn.Module):
             "position_ids": self.position_ids,
             "position_embeddings": rotary,
             "use_cache": False,
+            **self.attention_arguments,
         }
         if self.checkpointing == "full" and torch.is_grad_enabled():
             # No randomness in a supported layer, so no generator state to keep.

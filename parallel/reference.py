@@ -54,3 +54,20 @@ def attention_mask(
         seen &= document.unsqueeze(0) == document.unsqueeze(1)
         seen &= (tokens < cu_seqlens[-1]).unsqueeze(1)
     return seen
+
+
+def linformer_reference(q: Tensor, k: Tensor, v: Tensor, key_projection: Tensor, value_projection: Tensor) -> Tensor:
+    """softmax(q (E k)^T / sqrt(D)) (F v) over the whole sequence, in fp64, differentiable.
+
+    Args:
+        q: [B, H, S, D]. k, v: [B, H_kv, S, D]. key_projection (E), value_projection (F): [R, S].
+    Returns:
+        [B, H, S, D], fp64.
+    """
+    q, k, v = (x.double() for x in (q, k, v))
+    keys, values = (
+        (projection.double() @ x).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        for projection, x in ((key_projection, k), (value_projection, v))
+    )
+    scores: Tensor = q @ keys.mT * q.shape[-1] ** -0.5
+    return scores.softmax(-1) @ values

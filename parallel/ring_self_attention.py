@@ -56,8 +56,8 @@ def ring_attention(
         heads_degree: h, a divisor of N. Groups of h consecutive ranks swap sequence for heads (Ulysses), and only
             N/h groups form the ring. h must divide H, and divide H_kv or be a multiple of it.
         backend: a name of attention.BACKENDS; None chooses by device, dtype and head size.
-        seq_len: tokens of the whole sequence. None asks the ranks: 8 bytes a rank, and on CUDA one host wait a call;
-            a shard of the wrong length is then an error on every rank, not on one alone.
+        seq_len: tokens of the whole sequence. None asks the ranks (8 bytes a rank, and on CUDA one host wait a call),
+            and makes a shard of the wrong length an error on every rank. A given one is checked by each rank alone.
     Returns:
         [B, H, S_local, D] in q.dtype. Gradients are the exact ones of the sum of all ranks' losses: parameters behind
         q, k and v get their part on each rank, to be summed over the group.
@@ -162,19 +162,20 @@ def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     """(dq, dk, dv) in the accumulation dtype. Gradients of keys go back to their rank while the next hop computes."""
     dq, dk, dv = _Sum(q), _Sum(k), _Sum(v)
     returning: _Return | None = None
-    keys, values = k, v
+    held = [k, v]
     for step, hop in enumerate(task.hops):
         following = _Arrival(k, v, task, step + 1)
-        key_sum, value_sum = (dk, dv) if step == 0 else (_Sum(keys), _Sum(values))
+        key_sum, value_sum = (dk, dv) if step == 0 else (_Sum(held[0]), _Sum(held[1]))
         for block in hop.blocks:
-            gradients = _attend_backward(grad_out, q, keys, values, out, lse, block, task)
+            gradients = _attend_backward(grad_out, q, held[0], held[1], out, lse, block, task)
             for total, span, part in zip((dq, key_sum, value_sum), (block.q, block.k, block.k), gradients, strict=True):
                 total.add(span, part)
-        keys, values = following.wait()
-        if step:
-            if returning:
-                returning.wait()
-            returning = _Return(key_sum, value_sum, dk, dv, hop, task)
+        held.clear()  # free the keys before the next buffers are made
+        leaving = _Return(key_sum, value_sum, dk, dv, hop, task) if step else None
+        held.extend(following.wait())
+        if returning:
+            returning.wait()
+        returning = leaving
     if returning:
         returning.wait()
     return dq.value(), dk.value(), dv.value()
@@ -233,7 +234,7 @@ class _Return:
         degree, inner = task.heads.degree, task.heads.inner
         num_expected = sum(stop - start for start, stop in hop.send)
         self._totals, self._spans = (dk, dv), hop.send
-        self._buffers = [_message(total.like, num_expected, accumulation_dtype(total.like.dtype)) for total in (dk, dv)]
+        self._buffers = [total.message(num_expected) for total in (dk, dv)]
         self._flight = exchange(
             task.place,
             [(total.value().transpose(1, 2).contiguous(), hop.source * degree + inner) for total in (keys, values)]
@@ -256,20 +257,25 @@ class _Sum:
     """A gradient summed from parts over spans of tokens, in the accumulation dtype."""
 
     def __init__(self, like: Tensor) -> None:
-        self.like = like
+        # Of `like` only what a zero of its shape needs: the tensor itself may go.
+        self._zero = like.new_zeros((), dtype=accumulation_dtype(like.dtype))
+        self._batch, self._heads, self._tokens, self._size = like.shape
         self._total: Tensor | None = None
 
     def add(self, span: Span, part: Tensor) -> None:
-        whole = span == (0, self.like.shape[2])
-        if self._total is None and whole and part.dtype == accumulation_dtype(self.like.dtype):
+        if self._total is None and span == (0, self._tokens) and part.dtype == self._zero.dtype:
             self._total = part
         else:
             self.value()[:, :, slice(*span)].add_(part)
 
     def value(self) -> Tensor:
         if self._total is None:
-            self._total = _zeros_like(self.like)
+            self._total = self.message(self._tokens).zero_().transpose(1, 2)
         return self._total
+
+    def message(self, num_tokens: int) -> Tensor:
+        """An empty [B, n, H, D] of this sum's dtype."""
+        return self._zero.new_empty((self._batch, num_tokens, self._heads, self._size))
 
 
 def _zeros_like(x: Tensor) -> Tensor:
@@ -278,8 +284,8 @@ def _zeros_like(x: Tensor) -> Tensor:
     return x.new_zeros((batch, tokens, heads, size), dtype=accumulation_dtype(x.dtype)).transpose(1, 2)
 
 
-def _message(x: Tensor, num_tokens: int, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty((x.shape[0], num_tokens, x.shape[1], x.shape[3]), dtype=dtype or x.dtype)
+def _message(x: Tensor, num_tokens: int) -> Tensor:
+    return x.new_empty((x.shape[0], num_tokens, x.shape[1], x.shape[3]))
 
 
 def _pack(x: Tensor, spans: Sequence[Span]) -> Tensor:

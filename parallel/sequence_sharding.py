@@ -14,14 +14,17 @@ torch's context_parallel has the zigzag ("head-tail") for lengths that divide by
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from heapq import heappop, heappush
 from itertools import pairwise
+from math import ceil
 
 SHARDINGS = ("contiguous", "zigzag", "striped")
 Shard = tuple[range, ...]
 
-# A document stays whole on one rank when it is a smaller part than this of one rank's share, in work and in tokens:
-# placing whole documents greedily then leaves less than that part of imbalance, and they need no communication.
-WHOLE_DOCUMENT_PART = 1 / 32
+# No rank takes a larger part than this of its share (of the work, or of the tokens) from one document, unless all
+# ranks share it: placing the parts greedily leaves less imbalance than that, and short documents, whole on one rank or
+# on few, need little communication or none.
+SMALL_PART = 1 / 32
 
 
 @lru_cache(maxsize=64)
@@ -36,8 +39,8 @@ def shard_ranges(
         sharding: "contiguous": cut in `size` runs. "zigzag": rank r holds pieces r and 2*size-1-r of 2*size.
             "striped": rank r holds tokens r, r+size, r+2*size, ...
         cu_seqlens: starts of the packed documents and the end of the last, from 0. Zigzag then cuts each document on
-            its own, and gives documents too short to matter whole to the rank with the least causal work so far.
-            Tokens past the last end are padding.
+            its own, over as many ranks as its causal work asks for (short ones stay whole). Tokens past the last end
+            are padding.
     Returns:
         For each rank its ranges, ascending, none empty, neighbours joined. A rank may hold nothing.
     Raises:
@@ -114,7 +117,7 @@ def attended_pairs(
     Args: as ring_attention's.
     Returns:
         One count a rank. Attention costs 4*D flops a pair and head forward, 10*D backward.
-    Cost: O(seq_len / stride) only for striped shards; else O(ranges).
+    Cost: O(documents * ranges of all shards).
     """
     documents = document_ranges(seq_len, cu_seqlens)
     left, right = mask_reach(causal, window)
@@ -160,42 +163,48 @@ def _runs(tokens: range, count: int) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(cuts)]
 
 
-def _zigzag(documents: Sequence[range], size: int, padding: range = range(0)) -> tuple[Shard, ...]:
+def _zigzag(documents: Sequence[range], size: int, padding: range) -> tuple[Shard, ...]:
+    """Longest document first, each cut in zigzag over the ranks with the least causal work so far."""
     held: list[list[range]] = [[run] for run in _runs(padding, size)]
-    work, tokens = [0] * size, [0] * size
-    total_work = sum(len(document) * (len(document) + 1) // 2 for document in documents)
+    total_work = sum(_causal_pairs(document) for document in documents)
     total_tokens = sum(len(document) for document in documents)
+    least = [(0, 0, rank) for rank in range(size)]
     for document in sorted(documents, key=len, reverse=True):
-        cost = len(document) * (len(document) + 1) // 2
-        part = max(cost * size / total_work, len(document) * size / total_tokens)
-        if part <= WHOLE_DOCUMENT_PART:
-            rank = min(range(size), key=lambda rank: (work[rank], tokens[rank]))
-            held[rank].append(document)
-            work[rank] += cost
-            tokens[rank] += len(document)
-        else:
-            for piece, run in enumerate(_runs(document, 2 * size)):
-                held[min(piece, 2 * size - 1 - piece)].append(run)
+        work = _causal_pairs(document)
+        shares = max(work * size / total_work, len(document) * size / total_tokens)
+        num_ranks = min(size, ceil(shares / SMALL_PART))
+        chosen = sorted((heappop(least) for _ in range(num_ranks)), key=lambda load: load[2])
+        runs = _runs(document, 2 * num_ranks)
+        for index, (work_held, tokens_held, rank) in enumerate(chosen):
+            pair = runs[index], runs[-1 - index]
+            held[rank].extend(pair)
+            # Equal work by construction; the rounding of lengths is left to the tokens, which break ties.
+            tokens_added = len(pair[0]) + len(pair[1])
+            heappush(least, (work_held + work // num_ranks, tokens_held + tokens_added, rank))
     return tuple(join_ranges(ranges) for ranges in held)
+
+
+def _causal_pairs(document: range) -> int:
+    return len(document) * (len(document) + 1) // 2
 
 
 def _keys_before(queries: range, document: range, reach: int | None) -> int:
     """Sum over queries of the keys of the document before each, at most `reach` of them."""
-    return (
-        sum(min(query - document.start, reach) for query in queries)
-        if reach is not None
-        else _sum(queries, -document.start)
-    )
+    if reach is None:
+        return _sum(queries, -document.start)
+    near = clip(queries, document.start, document.start + reach)
+    return _sum(near, -document.start) + (len(queries) - len(near)) * reach
 
 
 def _keys_after(queries: range, document: range, reach: int | None) -> int:
     last = document.stop - 1
-    if reach is None:
-        return len(queries) * last - _sum(queries, 0)
-    return sum(min(last - query, reach) for query in queries)
+    near = queries if reach is None else clip(queries, document.stop - reach, document.stop)
+    return len(near) * last - _sum(near, 0) + (len(queries) - len(near)) * (reach or 0)
 
 
 def _sum(tokens: range, offset: int) -> int:
+    if not tokens:
+        return 0
     return len(tokens) * (tokens[0] + tokens[-1] + 2 * offset) // 2
 
 

@@ -15,6 +15,8 @@ from fourfold.parallel.communication import Place, exchange, gather_lengths, pla
 from fourfold.parallel.sequence_sharding import Shard, positions, shard_length, shard_ranges
 
 Documents = Sequence[int] | Tensor | None
+# A process group, or (rank, size) where nobody communicates, or None: torch's default group, or one process alone.
+Group = dist.ProcessGroup | tuple[int, int] | None
 IGNORED_LABEL = -100
 
 
@@ -27,23 +29,22 @@ def document_ends(cu_seqlens: Documents) -> tuple[int, ...] | None:
 
 
 def shard_sequence(
-    x: Tensor, group: dist.ProcessGroup | None, *, dim: int, sharding: str = "zigzag", cu_seqlens: Documents = None
+    x: Tensor, group: Group, *, dim: int, sharding: str = "zigzag", cu_seqlens: Documents = None
 ) -> Tensor:
     """This rank's tokens of a tensor that every rank holds whole.
 
     Args:
         x: any shape, the whole sequence along `dim`, any length.
-        group: the context-parallel group; None is torch's default group, or one process alone.
+        group: the context-parallel group, or (rank, size); None is torch's default group, or one process alone.
         sharding, cu_seqlens: see sequence_sharding.shard_ranges.
     Returns:
-        x with its shard along `dim`, possibly empty. Differentiable: the rank's own copy of x gets the gradient of
-        its shard, zero elsewhere.
+        x with its shard along `dim`, contiguous, possibly empty. Differentiable: the rank's own copy of x gets the
+        gradient of its shard, zero elsewhere.
     Raises:
         ValueError: see shard_ranges.
     """
-    place = place_in(group)
-    shard = shard_ranges(x.shape[dim], place.size, sharding, document_ends(cu_seqlens))[place.rank]
-    return take(x, shard, dim)
+    rank, size = _rank_and_size(group)
+    return take(x, shard_ranges(x.shape[dim], size, sharding, document_ends(cu_seqlens))[rank], dim).contiguous()
 
 
 def unshard_sequence(
@@ -75,7 +76,7 @@ def unshard_sequence(
 
 def shard_positions(
     seq_len: int,
-    group: dist.ProcessGroup | tuple[int, int] | None,
+    group: Group,
     sharding: str = "zigzag",
     cu_seqlens: Documents = None,
     *,
@@ -89,7 +90,7 @@ def shard_positions(
     Returns:
         [S_local], int64.
     """
-    rank, size = group if isinstance(group, tuple) else (place_in(group).rank, place_in(group).size)
+    rank, size = _rank_and_size(group)
     ends = document_ends(cu_seqlens)
     shard = shard_ranges(seq_len, size, sharding, ends)[rank]
     if ends is None:
@@ -99,7 +100,7 @@ def shard_positions(
 
 def shard_labels(
     labels: Tensor,
-    group: dist.ProcessGroup | None,
+    group: Group,
     *,
     sharding: str = "zigzag",
     cu_seqlens: Documents = None,
@@ -160,6 +161,13 @@ class _Unshard(torch.autograd.Function):
         for part in received[1:]:
             total += part
         return total, None, None, None
+
+
+def _rank_and_size(group: Group) -> tuple[int, int]:
+    if isinstance(group, tuple):
+        return group
+    place = place_in(group)
+    return place.rank, place.size
 
 
 def _indices(shard: Shard, device: torch.device | str | None) -> Tensor:

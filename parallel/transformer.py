@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
-from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, sliding_window
+from fourfold.parallel.attention_interface import use_ring_attention
+from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sliding_window
 from fourfold.parallel.gradients import clip_gradients, resolve_partial_gradients, sum_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
-from fourfold.parallel.huggingface_attention import RingSetting, use_ring_attention
 from fourfold.parallel.pipeline import Pipeline
 from fourfold.parallel.sequence_tensors import shard_labels, shard_positions, shard_sequence
 from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
@@ -75,7 +75,7 @@ def parallelize(
         A ParallelModel that holds this rank's part.
     Raises:
         ValueError: what cannot be exact: another model family, heads that tp does not divide, fewer layers than
-            stages, tied embeddings with pp > 1, a sliding window with cp > 1.
+            stages, tied embeddings with pp > 1.
     Cost: no communication but DDP's or FSDP's start: one broadcast or none.
     """
     check_decoder(model)
@@ -88,25 +88,21 @@ def parallelize(
     config = cast(Any, model).config
     pp, cp, tp = (mesh[axis].size() for axis in ("pp", "cp", "tp"))
     check_tensor_parallel(config, tp)
-    window = sliding_window(model)
-    if cp > 1 and window is not None:
-        raise ValueError(f"sliding_window={window} with cp={cp} is not supported: use cp=1 or sliding_window=None")
     if pp > 1 and config.tie_word_embeddings:
         raise ValueError(
             f"tie_word_embeddings=true with pp={pp}: the first and the last stage would each hold a copy; "
             "use pp=1 or untie them"
         )
     layers = layer_ranges(config.num_hidden_layers, pp)[mesh.get_local_rank("pp")]
-    ring = None
-    if cp > 1:
-        ring = use_ring_attention(model, mesh.get_group("cp"))
+    # Without a mask torch's kernel sees the whole sequence; the ring's blocks know windows, also on one rank.
+    ring = mesh.get_group("cp") if cp > 1 or has_sliding_window(model) else None
+    if ring is not None:
+        use_ring_attention(model, ring)
     else:
         cast(Any, model).set_attn_implementation("sdpa")
     stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype if zero_stage == 0 else None)
     _place(stage, model, mesh, zero_stage=zero_stage, dtype=dtype, seed=seed)
-    return ParallelModel(
-        stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, window=window, ring=ring
-    )
+    return ParallelModel(stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, ring=ring)
 
 
 class ParallelModel:
@@ -125,11 +121,10 @@ class ParallelModel:
         micro_batch: int | None,
         zero_stage: int,
         dtype: torch.dtype | None,
-        window: int | None,
-        ring: RingSetting | None,
+        ring: dist.ProcessGroup | None,
     ) -> None:
         self.stage, self.mesh, self.device = stage, mesh, _device(mesh)
-        self._window, self._ring = window, ring
+        self._ring = ring
         self._micro_batch = micro_batch
         self._tp = mesh["tp"].size()
         replicas = _replica_mesh(mesh)
@@ -167,7 +162,7 @@ class ParallelModel:
             The mean loss over all targets of the global batch, a detached float32 scalar, the same on every rank.
             Without any target: zero, and zero gradients.
         Raises:
-            ValueError: shapes that differ, a batch that micro_batch does not divide, a sequence past the window.
+            ValueError: shapes that differ, or a batch that micro_batch does not divide.
         Cost: one forward and backward pass; the layout's collectives, and three of 8 bytes for count and loss.
         """
         inputs, targets, num_targets = self._prepare(input_ids, labels)
@@ -240,11 +235,6 @@ class ParallelModel:
                 f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)}: both are [batch, sequence]"
             )
         batch, seq_len = input_ids.shape
-        if self._window is not None and seq_len > self._window:
-            raise ValueError(
-                f"a sequence of {seq_len} tokens is longer than sliding_window={self._window}, which is not supported: "
-                "use shorter sequences or sliding_window=None"
-            )
         if batch % (self._micro_batch or 1):
             raise ValueError(
                 f"a local batch of {batch} sequences does not divide by micro_batch={self._micro_batch}: "
@@ -255,10 +245,10 @@ class ParallelModel:
             inputs, targets = input_ids, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             positions = torch.arange(seq_len, device=self.device)
         else:
-            self._ring.seq_len = seq_len
-            inputs = shard_sequence(input_ids, self._ring.group, dim=1)
-            targets = shard_labels(labels, self._ring.group, ignored=IGNORE_INDEX)
-            positions = shard_positions(seq_len, self._ring.group, device=self.device)
+            self.stage.attention_arguments["ring_seq_len"] = seq_len
+            inputs = shard_sequence(input_ids, self._ring, dim=1)
+            targets = shard_labels(labels, self._ring, ignored=IGNORE_INDEX)
+            positions = shard_positions(seq_len, self._ring, device=self.device)
         self.stage.position_ids = positions[None]
         num_targets = (targets != IGNORE_INDEX).sum()
         self._sum_over_replicas(num_targets)

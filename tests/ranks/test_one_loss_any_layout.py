@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from fourfold.parallel import init_mesh, parallelize
 
@@ -25,7 +25,7 @@ def tiny_model(family: str = "llama", **changes: object) -> torch.nn.Module:
         "tie_word_embeddings": False, "initializer_range": 0.1,
     } | changes  # fmt: skip
     torch.manual_seed(1)
-    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**sizes)
+    config = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}[family](**sizes)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
@@ -141,3 +141,8 @@ def test_tied_embeddings(ranks, mesh_shape):
 def test_norms_over_heads(ranks, mesh_shape, zero_stage):
     world = 4 if "dp" in mesh_shape else 2
     assert_one_loss(ranks(world), mesh_shape, model={"family": "qwen3"}, micro_batch=1, zero_stage=zero_stage)
+
+
+@pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"cp": 2}, {"pp": 2}], ids=str)
+def test_sliding_window(ranks, mesh_shape):
+    assert_one_loss(ranks(2), mesh_shape, model={"family": "mistral", "sliding_window": 5}, micro_batch=1)
