@@ -11,10 +11,36 @@ if __name__ != "fourfold.parallel":
     raise ImportError(f"import fourfold.parallel, not {__name__!r}: a second copy would make second classes")
 
 if TYPE_CHECKING:
+    from fourfold.parallel.delayed_optimizer import DelayedOptimizer as DelayedOptimizer
     from fourfold.parallel.mesh import init_mesh as init_mesh
+    from fourfold.parallel.pipe_communication import PipelineError as PipelineError
+    from fourfold.parallel.pipeline_emulator import PipelinedBackpropEmulator as PipelinedBackpropEmulator
+    from fourfold.parallel.pipeline_program import Program as Program
+    from fourfold.parallel.pipeline_schedule import PipelineSchedule as PipelineSchedule
+    from fourfold.parallel.pipelined_backprop import PipelinedBackprop as PipelinedBackprop
+    from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
+    from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
+    from fourfold.parallel.weight_prediction import Mitigation as Mitigation
+    from fourfold.parallel.weight_prediction import equivalent_horizon as equivalent_horizon
+    from fourfold.parallel.weight_prediction import scale_adam_hyperparameters as scale_adam_hyperparameters
+    from fourfold.parallel.weight_prediction import scale_hyperparameters as scale_hyperparameters
+    from fourfold.parallel.weight_prediction import spike_compensation as spike_compensation
 
 _HOME = {
+    "DelayedOptimizer": "delayed_optimizer",
+    "Mitigation": "weight_prediction",
+    "PipelineError": "pipe_communication",
+    "PipelineSchedule": "pipeline_schedule",
+    "PipelinedBackprop": "pipelined_backprop",
+    "PipelinedBackpropEmulator": "pipeline_emulator",
+    "Program": "pipeline_program",
+    "balanced_ranges": "stage_partition",
+    "cut_into_stages": "stage_profiling",
+    "equivalent_horizon": "weight_prediction",
     "init_mesh": "mesh",
+    "scale_adam_hyperparameters": "weight_prediction",
+    "scale_hyperparameters": "weight_prediction",
+    "spike_compensation": "weight_prediction",
 }
 __all__ = sorted(_HOME)
 
