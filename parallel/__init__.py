@@ -13,27 +13,53 @@ if __name__ != "fourfold.parallel":
 if TYPE_CHECKING:
     from fourfold.parallel.attention_interface import shard_batch as shard_batch
     from fourfold.parallel.attention_interface import use_ring_attention as use_ring_attention
+    from fourfold.parallel.delayed_optimizer import DelayedOptimizer as DelayedOptimizer
     from fourfold.parallel.mesh import init_mesh as init_mesh
+    from fourfold.parallel.pipe_communication import PipelineError as PipelineError
+    from fourfold.parallel.pipeline_emulator import PipelinedBackpropEmulator as PipelinedBackpropEmulator
+    from fourfold.parallel.pipeline_program import Program as Program
+    from fourfold.parallel.pipeline_schedule import PipelineSchedule as PipelineSchedule
+    from fourfold.parallel.pipelined_backprop import PipelinedBackprop as PipelinedBackprop
     from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
     from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
     from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
     from fourfold.parallel.sparse_attention import linformer_attention as linformer_attention
+    from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
+    from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
     from fourfold.parallel.transformer import ParallelModel as ParallelModel
     from fourfold.parallel.transformer import parallelize as parallelize
     from fourfold.parallel.two_pass_ring import two_pass_ring_attention as two_pass_ring_attention
+    from fourfold.parallel.weight_prediction import Mitigation as Mitigation
+    from fourfold.parallel.weight_prediction import equivalent_horizon as equivalent_horizon
+    from fourfold.parallel.weight_prediction import scale_adam_hyperparameters as scale_adam_hyperparameters
+    from fourfold.parallel.weight_prediction import scale_hyperparameters as scale_hyperparameters
+    from fourfold.parallel.weight_prediction import spike_compensation as spike_compensation
 
 _HOME = {
+    "DelayedOptimizer": "delayed_optimizer",
+    "Mitigation": "weight_prediction",
     "ParallelModel": "transformer",
+    "PipelineError": "pipe_communication",
+    "PipelineSchedule": "pipeline_schedule",
+    "PipelinedBackprop": "pipelined_backprop",
+    "PipelinedBackpropEmulator": "pipeline_emulator",
+    "Program": "pipeline_program",
+    "balanced_ranges": "stage_partition",
+    "cut_into_stages": "stage_profiling",
+    "equivalent_horizon": "weight_prediction",
     "init_mesh": "mesh",
-    "parallelize": "transformer",
     "linformer_attention": "sparse_attention",
+    "parallelize": "transformer",
     "ring_attention": "ring_self_attention",
+    "scale_adam_hyperparameters": "weight_prediction",
+    "scale_hyperparameters": "weight_prediction",
     "shard_batch": "attention_interface",
     "shard_labels": "sequence_tensors",
     "shard_positions": "sequence_tensors",
     "shard_sequence": "sequence_tensors",
+    "spike_compensation": "weight_prediction",
     "two_pass_ring_attention": "two_pass_ring",
     "unshard_sequence": "sequence_tensors",
     "use_ring_attention": "attention_interface",

@@ -1,0 +1,254 @@
+"""Pipeline schedules as data: what each stage does, in which order, and how old its gradients become.
+
+torch.distributed.pipelining also has schedules as lists of actions (`2F0`), but only for steps that end in a flush,
+with the update outside of the schedule. Pipelined backpropagation needs the update inside: where a stage updates
+decides how stale a gradient is, and the mitigations of weight_prediction.py must be told exactly that number. So here
+a schedule is a rule that yields every stage's actions for a stream of any length, and the delay is counted from them.
+
+    F  forward    B  backward    I, W  the halves of a backward: input gradient, weight gradient    U  update
+
+No torch in this file: layouts prices schedules on a laptop.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import count, islice
+from math import ceil
+from typing import Literal, get_args
+
+from fourfold.parallel.pipeline_program import Action, Program
+
+Name = Literal["lockstep", "1f1b-async", "2bw", "paci", "gpipe", "1f1b", "zb-h1"]
+NAMES: tuple[str, ...] = get_args(Name)
+FLUSHED = ("gpipe", "1f1b", "zb-h1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineSchedule:
+    """A rule that says what each stage does with a stream of micro-batches.
+
+    lockstep    pipelined backpropagation: every stage one F and one B a tick, an update a micro-batch; delay 2(S-1-s)
+    1f1b-async  PipeDream's order: one F, one B, an update a micro-batch; delay S-1-s
+    2bw         PipeDream-2BW: an update every m >= S micro-batches, two weight versions; delay 1 everywhere
+    paci        the order of 1f1b-async, gradients accumulated locally over m micro-batches, no copies; delay (S-1-s)/m
+    gpipe, 1f1b, zb-h1   flushed before every update, for comparison; delay 0
+
+    Attributes:
+        num_stages: S; stages count from 0.
+        update_every: m, micro-batches an update. At the end of the stream a smaller last group also updates.
+
+    Source: Kosson et al. 2021 (arXiv 2003.11666); Narayanan et al. 2019 and 2021 (PipeDream, arXiv 1806.03377; 2BW,
+    arXiv 2006.09503); Huang et al. 2019 (GPipe, arXiv 1811.06965); Qi et al. 2024 (zero bubble, arXiv 2401.10241).
+    """
+
+    name: str
+    num_stages: int
+    update_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"schedule {self.name!r} is not known: choose one of {', '.join(NAMES)}")
+        for field in ("num_stages", "update_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: at least 1")
+        if self.name in ("lockstep", "1f1b-async") and self.update_every != 1:
+            raise ValueError(
+                f"{self.name} updates at every micro-batch, not every {self.update_every}: use 'paci' to accumulate"
+            )
+        if self.name == "2bw" and self.update_every < self.num_stages:
+            raise ValueError(
+                f"2bw with {self.num_stages} stages needs update_every >= {self.num_stages} for two weight versions "
+                f"to suffice, not {self.update_every}"
+            )
+
+    @classmethod
+    def named(cls, text: str, num_stages: int) -> "PipelineSchedule":
+        """The schedule called `text`: a name, or `name:m` for an update every m micro-batches.
+
+        Without m: 1 for lockstep and 1f1b-async, S for the others.
+        """
+        name, _, every = text.partition(":")
+        if every and not every.isdecimal():
+            raise ValueError(f"schedule {text!r}: write 'name' or 'name:m', m micro-batches an update")
+        default = 1 if name in ("lockstep", "1f1b-async") else num_stages
+        return cls(name=name, num_stages=num_stages, update_every=int(every) if every else default)
+
+    @property
+    def flushed(self) -> bool:
+        """Whether the pipeline drains before every update (no staleness, but a bubble)."""
+        return self.name in FLUSHED
+
+    @property
+    def double_buffered(self) -> bool:
+        """Whether forward and backward of a group both read the weights one update behind it (2bw)."""
+        return self.name == "2bw"
+
+    def warm_up(self, stage: int) -> int:
+        """Forwards that `stage` runs ahead of its backwards once the pipeline is full (within a group, if flushed)."""
+        behind = self.num_stages - 1 - stage
+        return {"lockstep": 2 * behind, "gpipe": self.update_every - 1}.get(self.name, behind)
+
+    def actions(self, stage: int, micro_batches: Iterator[int]) -> Iterator[Action]:
+        """What `stage` does, in order. A micro-batch is pulled when its forward is due: the stream may be endless."""
+        if not 0 <= stage < self.num_stages:
+            raise ValueError(f"stage {stage} is outside of {self.num_stages} stages")
+        order = _flushed if self.flushed else _flowing
+        return order(self, stage, micro_batches)
+
+    def program(self, num_micro_batches: int) -> Program:
+        """All stages' actions for a stream of `num_micro_batches`."""
+        if num_micro_batches < 1:
+            raise ValueError(f"num_micro_batches={num_micro_batches}: at least 1")
+        stages = range(self.num_stages)
+        return Program(
+            stages=tuple(tuple(self.actions(stage, iter(range(num_micro_batches)))) for stage in stages),
+            double_buffered=self.double_buffered,
+        )
+
+    def versions(self, stage: int) -> Iterator[tuple[int, int]]:
+        """For every micro-batch of an endless stream: (updates seen by its forward, updates before its own).
+
+        The difference is the delay of its gradient, in updates.
+        """
+        updates = 0
+        for action in self.actions(stage, count()):
+            if action.kind == "U":
+                updates += 1
+            elif action.kind == "F":
+                group = action.micro_batch // self.update_every
+                yield max(0, group - 1) if self.double_buffered else updates, group
+
+    def delay(self, stage: int) -> int | float:
+        """Steady-state delay D of the gradients of `stage`, in updates, counted from the actions.
+
+        A whole number wherever every micro-batch has the same delay; the mean over a group otherwise (paci).
+        """
+        group = self.update_every
+        ramp = group * (ceil(self.warm_up(stage) / group) + 1)
+        steady = [own - seen for seen, own in islice(self.versions(stage), ramp, ramp + group)]
+        mean = Fraction(sum(steady), group)
+        return int(mean) if mean.denominator == 1 else float(mean)
+
+    def delays(self) -> list[int | float]:
+        return [self.delay(stage) for stage in range(self.num_stages)]
+
+    def in_flight(self, stage: int, num_micro_batches: int | None = None) -> int:
+        """Micro-batches whose activations `stage` holds at the peak.
+
+        Args:
+            num_micro_batches: length of the stream; None for an endless one.
+        """
+        length = num_micro_batches or 2 * (self.warm_up(stage) + self.num_stages + self.update_every)
+        return peak_in_flight(self.actions(stage, iter(range(length))))
+
+    def weight_versions(self, stage: int, *, stash: bool = False) -> int:
+        """Versions of its weights that `stage` must keep: 1, 2 for double buffering, D + 1 with stashing."""
+        if stash and not self.flushed:
+            return 1 + ceil(self.delay(stage))
+        return 2 if self.double_buffered else 1
+
+    def bubble(self, num_micro_batches: int) -> float:
+        """Fraction of stage time that is idle over a stream, forward = backward (= each half of it) = 1, free links."""
+        return self.program(num_micro_batches).simulate().bubble
+
+    def __str__(self) -> str:
+        every = "every micro-batch" if self.update_every == 1 else f"every {self.update_every} micro-batches"
+        delays = ", ".join(f"{delay:g}" for delay in self.delays())
+        return f"{self.name}, {self.num_stages} stages, an update (*) {every}, delays {delays}"
+
+
+def async_speedup(num_stages: int, micro_batches: int) -> float:
+    """Steady-state speed-up of a pipeline that never drains over one flushed every `micro_batches`: (M+S-1)/M.
+
+    Balanced stages, free links. Over zero-bubble H1 with F = I = W it is only 1 + (S-1)/(3M).
+    """
+    return (micro_batches + num_stages - 1) / micro_batches
+
+
+def peak_in_flight(actions: Iterator[Action]) -> int:
+    """The most micro-batches that were forwarded and not yet fully backwarded."""
+    held = peak = 0
+    for action in actions:
+        held += {"F": 1, "B": -1, "W": -1}.get(action.kind, 0)
+        peak = max(peak, held)
+    return peak
+
+
+def updates_behind(delays: Sequence[int | float], stage: int) -> int:
+    """Updates of `stage` between its backward of a micro-batch and that of stage 0: half of what D_0 has over D.
+
+    The other half is the forward's way from stage 0 to `stage`.
+    """
+    return max(0, int(delays[0] - delays[stage]) // 2)
+
+
+def resolve_schedule(schedule: str | PipelineSchedule | Program, num_stages: int) -> PipelineSchedule | Program:
+    """The schedule as data. Raises ValueError where it is unknown, invalid or for another number of stages."""
+    resolved = PipelineSchedule.named(schedule, num_stages) if isinstance(schedule, str) else schedule
+    if resolved.num_stages != num_stages:
+        raise ValueError(f"the schedule is for {resolved.num_stages} stages, but there are {num_stages}")
+    if isinstance(resolved, Program):
+        resolved.validate()
+    return resolved
+
+
+def _flowing(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> Iterator[Action]:
+    """Warm up once, then one forward and one backward in turn to the end of the stream."""
+    waiting: deque[int] = deque()
+
+    def backward() -> Iterator[Action]:
+        micro_batch = waiting.popleft()
+        yield Action(stage, "B", micro_batch)
+        update, place = divmod(micro_batch, schedule.update_every)
+        if place == schedule.update_every - 1:
+            yield Action(stage, "U", update)
+
+    last = -1
+    for last in stream:
+        yield Action(stage, "F", last)
+        waiting.append(last)
+        if len(waiting) > schedule.warm_up(stage):
+            yield from backward()
+    while waiting:
+        yield from backward()
+    update, rest = divmod(last + 1, schedule.update_every)
+    if rest:
+        yield Action(stage, "U", update)
+
+
+def _flushed(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> Iterator[Action]:
+    """Group after group: warm up, one forward and one backward in turn, drain, update."""
+    # Zero bubble H1: stage s postpones s weight gradients: then every stage holds S micro-batches, as the first does.
+    split, postponed = schedule.name == "zb-h1", stage if schedule.name == "zb-h1" else 0
+    for update in count():
+        waiting: deque[int] = deque()
+        weights: deque[int] = deque()
+
+        def backward(
+            waiting: deque[int] = waiting, weights: deque[int] = weights, postponed: int = postponed
+        ) -> Iterator[Action]:
+            micro_batch = waiting.popleft()
+            yield Action(stage, "I" if split else "B", micro_batch)
+            if split:
+                weights.append(micro_batch)
+                if len(weights) > postponed:
+                    yield Action(stage, "W", weights.popleft())
+
+        group = 0
+        for micro_batch in islice(stream, schedule.update_every):
+            group += 1
+            yield Action(stage, "F", micro_batch)
+            waiting.append(micro_batch)
+            if len(waiting) > schedule.warm_up(stage):
+                yield from backward()
+        if not group:
+            return
+        while waiting:
+            yield from backward()
+        for micro_batch in weights:
+            yield Action(stage, "W", micro_batch)
+        yield Action(stage, "U", update)
+        if group < schedule.update_every:
+            return

@@ -1,0 +1,59 @@
+"""Cut a list of modules into pipeline stages balanced by measured time."""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.parallel.stage_partition import balanced_ranges
+
+
+def cut_into_stages(
+    modules: Sequence[nn.Module], num_stages: int, example: Tensor, *, repeats: int = 5
+) -> list[nn.Sequential]:
+    """Group `modules` into `num_stages` sequential stages, balanced by profiled time.
+
+    Args:
+        modules: applied one after another (an nn.Sequential, or a decoder's embedding, layers and head), each from one
+            tensor to one tensor.
+        example: one micro-batch's input, on the modules' device.
+    Returns:
+        One nn.Sequential a stage, holding the same module objects.
+    Raises:
+        ValueError: fewer modules than stages.
+    Cost: `repeats` + 1 forwards and backwards. Every rank measures for itself: cut on one and share the ranges, or
+        the ranks' cuts may differ.
+    """
+    seconds = profile_modules(modules, example, repeats=repeats)
+    return [nn.Sequential(*(modules[i] for i in run)) for run in balanced_ranges(seconds, num_stages)]
+
+
+def profile_modules(modules: Sequence[nn.Module], example: Tensor, *, repeats: int = 5) -> list[float]:
+    """Seconds of forward and backward of each module in turn: the median of `repeats` after one to warm up.
+
+    Gradients of the parameters are left as they were.
+    """
+    samples: list[list[float]] = [[] for _ in modules]
+    for repeat in range(repeats + 1):
+        value = example
+        for index, module in enumerate(modules):
+            leaf = value.detach()
+            if index and leaf.is_floating_point():
+                leaf.requires_grad_()
+            start = _now(leaf)
+            output = module(leaf)
+            wanted = [t for t in (leaf, *module.parameters()) if t.requires_grad]
+            if output.requires_grad:
+                torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
+            if repeat:
+                samples[index].append(_now(leaf) - start)
+            value = output
+    return [median(each) for each in samples]
+
+
+def _now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()

@@ -1,0 +1,56 @@
+"""Small pipelines for the tests: uneven stages, a stage without parameters, dropout, checkpointing."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+class Residual(nn.Module):
+    """A block with a skip, so that an input has several users whose gradients add up."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its inner module in the backward."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def stages(num_stages: int, *, dropout: float = 0.0, matrices_only: bool = False) -> list[nn.Module]:
+    """`num_stages` uneven stages with the same weights in every process."""
+    torch.manual_seed(11)
+    if matrices_only:
+        return [nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()) for _ in range(num_stages - 1)] + [
+            nn.Linear(6, 3, bias=False)
+        ]
+    parts: list[nn.Module] = [
+        nn.Sequential(nn.Linear(6, 8), nn.Dropout(dropout), Residual(8, 12)),
+        nn.Sequential(nn.ReLU(), nn.Dropout(dropout)),
+        nn.Sequential(nn.Linear(8, 5), Checkpointed(Residual(5, 4)), Residual(5, 9)),
+        nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3)),
+    ]
+    if num_stages == 1:
+        return [nn.Sequential(*parts)]
+    merged = [nn.Sequential(*parts[: 5 - num_stages]), *parts[5 - num_stages :]]
+    return merged if num_stages > 2 else [nn.Sequential(*parts[:3]), parts[3]]
+
+
+def batches(count: int, *, size: int = 3, seed: int = 5, last: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """`count` micro-batches of `size` samples, the last one of `last`."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [size] * (count - 1) + [last or size]
+    return [(torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
