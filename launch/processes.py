@@ -8,10 +8,10 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
 class RankFailure(RuntimeError):
@@ -34,6 +34,10 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
     Raises:
         RankFailure: one failed; the rest have been ended.
     """
+    # Not at the top: the command line imports this file, and does not wait for torch to print its help.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     if device_type == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         if any(name == "lo" for _, name in socket.if_nameindex()):
@@ -58,7 +62,7 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
         raise RankFailure(f"rank {rank} of {num_ranks} failed: {_reason(first)}", first.exitcode) from None
 
 
-def _reason(failure: ProcessFailure) -> str:
+def _reason(failure: "ProcessFailure") -> str:
     """The rank's traceback where it left one, else how it ended."""
     left: Any = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
     if isinstance(left, dict):

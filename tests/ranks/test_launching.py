@@ -1,0 +1,111 @@
+"""Ranks started for real: a failure is shown and ends all of them, and the whole demo keeps its promises."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fourfold.launch.processes import RankFailure, start_ranks
+from fourfold.launch.runs import COLUMNS
+from fourfold.layouts.cluster import load_cluster
+from fourfold.layouts.layout import Layout, read_layout_file, write_layout_file
+from fourfold.layouts.model import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 256,
+    "max_position_embeddings": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize(("how", "shown"), [("raise", "ArithmeticError: deliberate failure"), ("kill", "SIGKILL")])
+def test_a_rank_that_dies_ends_the_run(how, shown):
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    start = time.monotonic()
+    with pytest.raises(RankFailure, match=rf"(?s)rank 1 of 2 failed.*{shown}"):
+        start_ranks("failing_rank", [how], num_ranks=2, device_type="cpu")
+    assert time.monotonic() - start < 90  # rank 0 alone would wait half an hour
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert not [child for child in left if "failing_rank" in " ".join(child.cmdline())]
+
+
+def python(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_a_world_of_another_size_is_refused(tmp_path):
+    layout = tmp_path / "layout.toml"
+    write_layout_file(layout, Layout(dp=2, global_batch=2, seq_len=16), load_model(CONFIG))
+    result = python("-m", "fourfold.launch.train", "--layout", layout)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [
+        "error: the layout dp2 mb1 needs 2 ranks, but 1 were started: "
+        "use torchrun --nproc-per-node 2, or another layout"
+    ]
+
+
+def test_torchrun_and_mpi_train_alike(tmp_path):
+    layout = tmp_path / "layout.toml"
+    write_layout_file(layout, Layout(pp=2, global_batch=4, seq_len=32), load_model(CONFIG))
+    words = ["--layout", layout, "--steps", 2, "--held-out-batches", 0, "--quiet", "--out"]
+    torchrun = python(
+        "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "fourfold.launch.train", *words, tmp_path / "a"
+    )
+    assert torchrun.returncode == 0, torchrun.stderr
+    losses = json.loads((tmp_path / "a" / "result.json").read_text())["losses"]
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
+    mpi = subprocess.run(
+        [mpiexec, "-n", "2", sys.executable, "-m", "fourfold.launch.train", *map(str, words), tmp_path / "b"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert mpi.returncode == 0, mpi.stderr
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["losses"] == losses
+
+
+@pytest.mark.slow
+def test_demo_writes_what_it_promises(tmp_path):
+    config, out = tmp_path / "tiny.json", tmp_path / "out"
+    config.write_text(json.dumps(CONFIG))
+    result = python(
+        "-m", "fourfold.launch.cli", "demo", "--out", out, "--model", config, "--steps", 4, "--seq-len", 32,
+        "--global-batch", 4, "--profile-seconds", 4, "--ranks", 2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert load_cluster(out / "cluster.toml").measured
+    assert read_layout_file(out / "layout.toml")[0].world_size == 2
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["layouts"]) == 4
+    for row in summary["layouts"]:
+        assert Layout(**row["layout"]).world_size == 2
+        for name in ("predicted_step_s", "measured_step_s", "predicted_peak_gib", "measured_peak_gib"):
+            assert row[name] > 0
+    assert summary["loss_last"] < summary["loss_first"]
+    assert summary["heldout_loss"] > 0
+    assert summary["tokens_per_s"] > 0
+    with (out / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert len(rows) == 5  # four measured and the training
+    page = (out / "report.html").read_text()
+    assert "<html" in page
+    assert 'src="http' not in page  # opens offline
+    with (out / "plan.csv").open(newline="") as file:
+        steps = [float(row["step_s"]) for row in csv.DictReader(file)]
+    assert len(steps) > 4
+    assert steps == sorted(steps)
