@@ -33,16 +33,16 @@ MEASURED_STEPS = 12
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("run"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the training on the best layout.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the training on the best layout.")] = 240,
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face config.json; default: a small byte-level Llama.")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
-    global_batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 16,
+    global_batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to use; default: one a GPU, or a core (at most 4).")
     ] = None,
-    profile_seconds: Annotated[float, typer.Option(help="Time budget of the measurement of the machine.")] = 40.0,
+    profile_seconds: Annotated[float, typer.Option(help="Time budget of the measurement of the machine.")] = 30.0,
     cluster: Annotated[
         Path | None, typer.Option(help="A cluster.toml measured before, instead of measuring now.")
     ] = None,
