@@ -1,0 +1,60 @@
+"""The CUDA backends against fp64, alone and under every kind of block the ring makes."""
+
+import pytest
+import torch
+
+from fourfold.parallel import ring_attention
+from fourfold.parallel.attention import select_backend
+from fourfold.parallel.reference import attention_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+BACKENDS = ["cuda_flash", "cudnn", "flash_attn", "math"]
+TOLERANCE = 1e-2  # bf16: 8 bits of mantissa
+
+
+def inputs(seq_len: int, size: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 8, seq_len, size), (1, 2, seq_len, size), (1, 2, seq_len, size), (1, 8, seq_len, size)]
+    return [torch.randn(shape, generator=generator).to("cuda", torch.bfloat16) for shape in shapes]
+
+
+def error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": False},
+        {"window": (100, 0)},
+        {"window": (60, 30), "causal": False},
+        {"cu_seqlens": (0, 3, 200, 333)},
+        {"cu_seqlens": (0, 3, 200, 300), "window": (50, 0)},
+    ],
+)
+def test_ring_blocks_equal_fp64(backend, size, options):
+    q, k, v, grad = inputs(333, size)
+    try:
+        select_backend(backend, q, k)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    local = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = ring_attention(*local, None, backend=backend, **options)
+    out.backward(grad)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = attention_reference(*leaves, **options)
+    truth.backward(grad.double())
+    assert error(out, truth) < TOLERANCE
+    for mine, leaf in zip(local, leaves, strict=True):
+        assert error(mine.grad, leaf.grad) < TOLERANCE
+
+
+def test_fp32_falls_back_to_math():
+    q, k, _, _ = (x.float() for x in inputs(16, 64))
+    assert select_backend(None, q, k).name == "math"

@@ -1,0 +1,106 @@
+"""One block: every backend's output, lse and gradients against fp64; merging; who is chosen."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fourfold.parallel.attention import BACKENDS, CudaFlash, CudnnAttention, merge, select_backend
+from fourfold.parallel.reference import attention_reference
+
+# Rounding of each dtype: bf16 has 8 bits of mantissa.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
+
+
+def block(num_queries: int, num_keys: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(2, 6, num_queries, 32), (2, 3, num_keys, 32), (2, 3, num_keys, 32), (2, 6, num_queries, 32)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["cpu_flash", "math"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-13)]
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_square_block_equals_fp64(name, dtype, tolerance, causal):
+    q, k, v, grad = block(45, 45, dtype)
+    backend = select_backend(name, q, k)
+    out, lse = backend.forward(q, k, v, causal=causal, scale=0.2)
+    gradients = backend.backward(grad, q, k, v, out, lse, causal=causal, scale=0.2)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = attention_reference(*leaves, causal=causal, scale=0.2)
+    truth.backward(grad.double())
+    assert error(out, truth) < tolerance
+    for mine, leaf in zip(gradients, leaves, strict=True):
+        assert mine.dtype == dtype
+        assert error(mine, leaf.grad) < tolerance
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cpu_flash", "math"])
+def test_blocks_of_keys_merge_to_the_whole(name):
+    q, k, v, grad = block(20, 70)
+    backend = BACKENDS[name]
+    out, lse = torch.zeros(2, 6, 20, 32), torch.full((2, 6, 20), -torch.inf)
+    parts = [slice(0, 1), slice(1, 50), slice(50, 70)]
+    for part in parts:
+        merge(out, lse, *backend.forward(q, k[:, :, part], v[:, :, part], causal=False, scale=0.2))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = dense(*leaves)
+    truth.backward(grad.double())
+    assert error(out, truth) < 2e-6
+    scores = leaves[0].detach() @ leaves[1].detach().repeat_interleave(2, 1).mT * 0.2
+    assert error(lse, scores.logsumexp(-1)) < 2e-6  # natural log
+    dq = torch.zeros_like(q)
+    for part in parts:
+        part_dq, dk, dv = backend.backward(grad, q, k[:, :, part], v[:, :, part], out, lse, causal=False, scale=0.2)
+        dq += part_dq
+        assert error(dk, leaves[1].grad[:, :, part]) < 4e-6  # a single key's gradient has few terms to average over
+        assert error(dv, leaves[2].grad[:, :, part]) < 4e-6
+    assert error(dq, leaves[0].grad) < 2e-6
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    return (q @ k.mT * 0.2).softmax(-1) @ v
+
+
+def test_merging_with_nothing_changes_nothing():
+    nothing, minus = torch.zeros(1, 1, 2, 4), torch.full((1, 1, 2), -torch.inf)
+    out, lse = nothing.clone(), minus.clone()
+    merge(out, lse, nothing, minus)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    something, finite = torch.randn(1, 1, 2, 4), torch.tensor([[[3.0, -200.0]]])
+    merge(out, lse, something, finite)
+    assert torch.equal(out, something)
+    assert torch.equal(lse, finite)
+    merge(out, lse, nothing, minus)
+    assert torch.equal(out, something)
+
+
+def test_the_choice_and_its_refusals():
+    q, k, *_ = block(4, 4)
+    assert select_backend(None, q, k).name == "cpu_flash"
+    with pytest.raises(ValueError, match="backend='fast': choose one of cpu_flash, flash_attn, cuda_flash"):
+        select_backend("fast", q, k)
+    with pytest.raises(ValueError, match=r"flash_attn is not installed|needs tensors on a CUDA device"):
+        select_backend("flash_attn", q, k)
+    with pytest.raises(ValueError, match="cuda_flash needs tensors on a CUDA device, not on cpu"):
+        select_backend("cuda_flash", q, k)
+    with pytest.raises(ValueError, match=r"not torch\.int64"):
+        select_backend("math", q.long(), k.long())
+
+
+@pytest.mark.parametrize("backend", [CudaFlash(), CudnnAttention()])
+def test_cuda_calls_fit_the_operators(backend):
+    """Shapes and arguments against torch's own shape functions; the numbers are checked in tests/gpu."""
+    q, k, v, grad = (x.to("meta") for x in block(16, 16, torch.bfloat16))
+    out, lse = backend.forward(q, k, v, causal=True, scale=0.2)
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+    gradients = backend.backward(grad, q, k, v, out, lse, causal=True, scale=0.2)
+    assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
