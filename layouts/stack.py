@@ -70,3 +70,9 @@ FSDP = Stack(
     reduce_bytes=2, gather_bytes=2, fused_norm=False, fused_ops=False, logits_bytes=12.0, dp_overlap=0.8,
     zero3_overlap=0.8,
 )  # fmt: skip
+
+STUDY = Stack(
+    name="3D parallel of Hagemann et al. 2023 (bf16 weights and gradients, ZeRO 1)", compute_bytes=2, weight_bytes=2,
+    grad_bytes=2, state_bytes=12, reduce_bytes=2, gather_bytes=2, logits_sharded=False, logits_bytes=16.0,
+    dp_overlap=0.0,
+)  # fmt: skip
