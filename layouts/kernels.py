@@ -53,7 +53,7 @@ class CurveKernels:
     ) -> tuple[Column, Column]:
         k_ = self.constants
         flops = 4.0 * batch * heads * q_len * kv_len * head_dim
-        rate = self.device.peak_flops_per_s * k_.matmul_peak(self.device.name) * min(1.0, head_dim / 128) ** 0.5
+        rate = self.device.peak_flops_per_s * k_.matmul_peak(self.device.name) * min(1.0, head_dim / 128) ** 0.2
         loss = 1.0 + k_.attention_half / np.asarray(kv_len, float)
         forward = flops * loss / (rate * k_.attention_forward)
         return forward + k_.kernel_gap_s, 2.5 * flops * loss / (rate * k_.attention_backward) + k_.kernel_gap_s

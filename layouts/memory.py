@@ -113,8 +113,10 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
     per_layer = share * held + (1 - share) * kept
     activations = stages.in_flight * stages.layers * per_layer
     entries = c.tokens * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
+    # Gathering shards over tp holds the pieces and their concatenation for a moment.
+    gather = 0.0 if stack.logits_sharded else np.where(c.tp > 1, 2.0 * stack.compute_bytes, 0.0)
     chunks = np.where(c.checkpointing == STREAM, c.stream_chunks, 1)
-    logits = stages.has_head * entries * stack.logits_bytes / chunks
+    logits = stages.has_head * entries * (stack.logits_bytes + gather) / chunks
     # One layer at work: what is recomputed, and the gradients of its widest activations.
     width = max(model.ffn_size, model.q_size) * (2 if model.gated_mlp else 1)
     work = np.where(checkpointed, kept, 0.0) / chunks

@@ -95,10 +95,16 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         raise ValueError(f"num_gpus={gpus} is no multiple of tp={tp} x pp={pp} x cp={cp}")
     dp = gpus // (tp * pp * cp)
     zero = _whole(row, "zero_stage", default=1, least=0)
+    stack = _stack(row, zero)
+    sequence = row.get("sequence_parallel", "").lower()
+    if sequence not in ("", "true", "false"):
+        raise ValueError(f"sequence_parallel={sequence!r}: neither true nor false")
+    # Where a 3D-parallel run does not tell, it is on: Megatron-LM's recommendation since it has it.
+    parallel = tp > 1 and (sequence == "true" or (not sequence and stack.name == MEGATRON.name))
     layout = Layout(
         dp=dp, pp=pp, cp=cp, tp=tp, micro_batch=_whole(row, "micro_batch", default=1), checkpointing=kind,
         checkpoint_every=every, zero_stage=zero, vp=_whole(row, "vp", default=1), ep=_whole(row, "ep", default=1),
-        sequence_parallel=row.get("sequence_parallel", "").lower() == "true" and tp > 1,
+        sequence_parallel=parallel,
         global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
     )  # fmt: skip
     check(layout, model)
@@ -109,9 +115,9 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
     if step is None and oom is None:
         raise ValueError("gives neither a step time, an MFU, nor whether it ran out of memory")
     return Run(
-        number=number, row=row, model=model, cluster=cluster, layout=layout, stack=_stack(row, zero),
-        sweep=" ".join([model.name, f"seq{layout.seq_len}", f"{gpus}x{device}", f"gbs{layout.global_batch}"]
-                       + (["sp"] if row.get("sequence_parallel", "").lower() == "true" else [])),
+        number=number, row=row, model=model, cluster=cluster, layout=layout, stack=stack,
+        sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
+        + (" sp" if sequence == "true" else ""),
         step_s=None if oom else step, mfu=mfu, oom=oom, memory_gib=_number(row, "mem_gib"),
     )  # fmt: skip
 
@@ -124,10 +130,9 @@ def _model(row: Mapping[str, str]) -> ModelConfig:
     kv_heads = _whole(row, "kv_heads", default=heads)
     gated = ffn != 4 * hidden or kv_heads != heads or any(word in name.lower() for word in ("llama", "mistral", "qwen"))
     positions = 0 if gated else _whole(row, "seq_len")
-    plain = {"hidden_size": hidden, "num_layers": _whole(row, "layers"), "num_heads": heads, "num_kv_heads": kv_heads}
-    vocab = _whole(row, "vocab")
     return ModelConfig(
-        name=name, **plain, head_dim=max(1, hidden // heads), ffn_size=ffn, vocab_size=vocab, gated_mlp=gated,
+        name=name, hidden_size=hidden, num_layers=_whole(row, "layers"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=max(1, hidden // heads), ffn_size=ffn, vocab_size=_whole(row, "vocab"), gated_mlp=gated,
         norm_params=1 if gated else 2, rotary=gated, learned_positions=positions, tied_embeddings=not gated,
         qkv_bias=not gated, out_bias=not gated, mlp_bias=not gated,
     )  # fmt: skip
