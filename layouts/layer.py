@@ -58,8 +58,9 @@ def layer_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stac
 def attention_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Times:
     """The attention core. Of the causal triangle a cp rank computes its even share, block by block, hop by hop."""
     keys = np.full(len(c), score_length(model, c.seq_len))
+    block = keys / np.maximum(c.cp // c.cp_heads, 1)
     forward, backward = kernels.attention_s(
-        c.micro_batch, model.num_heads // c.tp, c.seq_len / c.cp, keys, model.head_dim
+        c.micro_batch, model.num_heads // c.tp, c.seq_len / c.cp, keys, block, model.head_dim
     )
     slower = k.flash1 if stack.attention == "flash1" else 1.0
     return Times(forward / slower, backward / slower)

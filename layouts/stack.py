@@ -25,8 +25,12 @@ class Stack:
     """Weights on the wire (ZeRO 1 to 3)."""
     cast_bytes: int = 0
     """A low-precision copy of each weight that autocast keeps through a micro-batch."""
-    bucket_copy: bool = False
-    """Whether reduction holds a second copy of the gradients."""
+    accumulates_whole: bool = False
+    """Whether ZeRO 3 keeps whole gradients between micro-batches, to reduce them once a step (FSDP2 without sync)."""
+    fresh_gradients: bool = False
+    """Gradients are made in the first backward of a step, not held through its forward, where nothing needs them."""
+    allocator_waste: bool = True
+    """Whether the device's allocator fragments; a host's memory is counted tensor by tensor."""
     fused_norm: bool = True
     norm_kept_bytes: float = 8.0
     """What an unfused norm keeps an element besides its input and output: both again in fp32."""
@@ -58,14 +62,16 @@ class Stack:
 
 RUNTIME_CPU = Stack(
     name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
-    gather_bytes=4, bucket_copy=True, fused_norm=False, norm_kept_bytes=4.0, fused_ops=False, logits_bytes=16.0,
-    dp_overlap=0.0, zero3_overlap=0.0, pp_outermost=False, optimizer_passes=24.0, launched=False,
+    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, allocator_waste=False, fused_norm=False,
+    norm_kept_bytes=4.0, fused_ops=False, logits_bytes=12.0, dp_overlap=0.0, zero3_overlap=0.0, pp_outermost=False,
+    optimizer_passes=10.0, launched=False,
 )  # fmt: skip
 
 RUNTIME_CUDA = Stack(
     name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
-    state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, bucket_copy=True, fused_norm=False, fused_ops=False,
-    logits_bytes=16.0, dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
+    state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, accumulates_whole=True, fresh_gradients=True,
+    fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0, dp_overlap=0.8, zero3_overlap=0.8,
+    pp_outermost=False, optimizer_passes=10.0,
 )  # fmt: skip
 
 MEGATRON = Stack(

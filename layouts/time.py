@@ -14,6 +14,7 @@ from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
 from fourfold.layouts.kernels import kernels_of
 from fourfold.layouts.layer import Times, attention_times, embedding_times, head_times, layer_times, recomputed
+from fourfold.layouts.measured_layers import corrected, optimizer_rate, rows_for
 from fourfold.layouts.memory import stage_params
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import Stack
@@ -78,17 +79,22 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     strides = Strides.of(c, stack)
     stages = stages_of(model, c)
     m = c.num_micro_batches
-    layer = layer_times(model, c, kernels, stack, k)
+    layers = rows_for(model, cluster, "layer", stack)
+    layer = corrected(layers, ("forward_s", "backward_s"), lambda at: layer_times(model, at, kernels, stack, k), c)
     attention = attention_times(model, c, kernels, stack, k)
     again = recomputed(model, c, layer.forward, attention.forward)
-    ends_e, ends_h = embedding_times(model, c, kernels, stack), head_times(model, c, kernels, stack)
+    ends = rows_for(model, cluster, "ends", stack)
+    embedding = corrected(
+        ends, ("embedding_forward_s", "embedding_backward_s"), lambda at: embedding_times(model, at, kernels, stack), c
+    )
+    head = corrected(ends, ("head_forward_s", "head_backward_s"), lambda at: head_times(model, at, kernels, stack), c)
     tp_layer = _tp_seconds(model, c, network, strides, stack)
     cp_layer = _cp_seconds(model, c, network, strides, stack, attention)
     ep_layer = _ep_seconds(model, c, network, strides, stack)
 
     work = stages.layers * (layer.forward + layer.backward)
-    work = work + stages.has_embedding * (ends_e.forward + ends_e.backward)
-    work = work + stages.has_head * (ends_h.forward + ends_h.backward)
+    work = work + stages.has_embedding * (embedding.forward + embedding.backward)
+    work = work + stages.has_head * (head.forward + head.backward)
     recompute = stages.layers * again
     tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
@@ -225,5 +231,8 @@ def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stac
     """AdamW and gradient clipping over the states that a rank holds, by bytes; [3, candidates]."""
     shared, experts = stage_params(model, c, stages_of(model, c))
     local = (shared + experts) / np.where(c.zero_stage >= 1, c.shards, 1)
+    measured = optimizer_rate(cluster)
+    if measured is not None:
+        return local * measured
     bandwidth = cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
     return local * 4.0 * stack.optimizer_passes / bandwidth
