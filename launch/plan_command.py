@@ -59,7 +59,7 @@ def plan(
     if not result.layouts:
         raise ValueError(advice(result))
     console = Console()
-    console.print(plan_table(result, result.layouts, num_tokens=tokens))
+    console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
     if why_not(result):
         console.print(f"Ruled out: {why_not(result)}.", style="dim")
     if html is not None:

@@ -118,8 +118,8 @@ class Cluster:
     matmul: tuple[MatmulSample, ...] = field(default=(), repr=False)
     attention: tuple[AttentionSample, ...] = field(default=(), repr=False)
     elementwise: tuple[ElementwiseSample, ...] = field(default=(), repr=False)
-    layers: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-    """A real layer's timings, where `profile --model` measured one."""
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False, hash=False)
+    """layer, ends, optimizer: a real model's timings, where `profile --model` took them."""
 
     @property
     def measured(self) -> bool:
@@ -198,7 +198,7 @@ def read_cluster(table: Mapping[str, Any], *, title: str) -> Cluster:
             matmul=_samples(MatmulSample, table, "matmul", title),
             attention=_samples(AttentionSample, table, "attention", title),
             elementwise=_samples(ElementwiseSample, table, "elementwise", title),
-            layers=tuple(_tables(table, "layer", title)),
+            tables={key: tuple(_tables(table, key, title)) for key in ("layer", "ends", "optimizer")},
         ),
         title,
     )

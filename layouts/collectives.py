@@ -52,19 +52,15 @@ class Network:
 
     def _one_tier(self, operation: str, num_bytes: Column, size: Column, tier: int, *, ports: Column) -> Column:
         link, efficiency = self._tier(tier)
-        seconds = np.zeros(size.shape)
-        for group in np.unique(size):
-            rows = size == group
-            measured = link.find(operation, int(group))
-            if measured is not None and measured.group_size == group:
-                latency, per_byte = measured.latency_s, 1 / measured.bandwidth_bytes_per_s
-                seconds[rows] = latency + num_bytes[rows] * per_byte / ports[rows]
-                continue
-            passes, share = _PASSES[operation], (group - 1) / group
-            bandwidth = link.send.bandwidth_bytes_per_s * efficiency
-            # Rings inside a node and trees between nodes: hops grow with the logarithm for small messages.
-            latency = passes * link.send.latency_s * np.minimum(group - 1, 2 * np.ceil(np.log2(max(group, 2))))
-            seconds[rows] = latency + passes * share * num_bytes[rows] / (bandwidth * ports[rows])
+        passes = _PASSES[operation]
+        # Rings inside a node and trees between nodes: hops grow with the logarithm for small messages.
+        hops = np.minimum(size - 1, 2 * np.ceil(np.log2(np.maximum(size, 2))))
+        bandwidth = link.send.bandwidth_bytes_per_s * efficiency
+        seconds = passes * (link.send.latency_s * hops + (size - 1) / size * num_bytes / (bandwidth * ports))
+        for measured in link.operations:
+            if measured.operation == operation:
+                fitted = measured.latency_s + num_bytes / (measured.bandwidth_bytes_per_s * ports)
+                seconds = np.where(size == measured.group_size, fitted, seconds)
         return seconds
 
     def send_s(self, num_bytes: Column, size: Column, stride: Column) -> Column:

@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -18,6 +19,8 @@ class Constants:
     attention_forward: float
     """Share of a large matmul's rate that the attention kernel's forward reaches at head dim 128."""
     attention_backward: float
+    flash1: float
+    """FlashAttention 1 and the Triton kernels of its time, relative to FlashAttention 2."""
     attention_half: float
     """Keys at which attention's rate is half of its best."""
     memory_efficiency: float
@@ -29,6 +32,9 @@ class Constants:
     inner_link: float
     """Share of the innermost links' bandwidth that collectives reach."""
     outer_link: float
+    """Share of the outer links' bandwidth, one port a device, that collectives reach."""
+    study_link: float
+    """The same in the cluster of Hagemann et al. 2023, whose network is not stated: near one port a node of eight."""
     step_overhead_s: float
     """A micro-batch on a stage, besides all that is counted."""
     straggler: float
@@ -48,10 +54,24 @@ class Constants:
 
 
 def load_constants() -> Constants:
-    """The constants shipped in data/constants.toml."""
-    text = files("fourfold.layouts").joinpath("data/constants.toml").read_text(encoding="utf-8")
+    """The constants shipped in data/constants.toml: `prior` fitted to published runs."""
+    return _shipped("constants")
+
+
+def load_prior() -> Constants:
+    """The constants before any fit, from data/prior.toml."""
+    return _shipped("prior")
+
+
+@cache
+def _shipped(name: str) -> Constants:
+    text = files("fourfold.layouts").joinpath(f"data/{name}.toml").read_text(encoding="utf-8")
     return constants_from(tomllib.loads(text)["constants"])
 
 
 def constants_from(table: Mapping[str, Any]) -> Constants:
     return Constants(**{entry.name: table[entry.name] for entry in fields(Constants)})
+
+
+def constants_to(constants: Constants) -> dict[str, Any]:
+    return {entry.name: getattr(constants, entry.name) for entry in fields(Constants)}

@@ -22,9 +22,12 @@ class Kernels(Protocol):
         ...
 
     def attention_s(
-        self, batch: Column, heads: Column, q_len: Column, kv_len: Column, head_dim: int
+        self, batch: Column, heads: Column, q_len: Column, kv_len: Column, block: Column, head_dim: int
     ) -> tuple[Column, Column]:
-        """Seconds (forward, backward) of attention that computes q_len x kv_len scores a head, nothing masked."""
+        """Seconds (forward, backward) of attention that computes q_len x kv_len scores a head, nothing masked.
+
+        `block` is how many of the kv_len keys one call sees.
+        """
         ...
 
     def memory_s(self, num_bytes: Column, num_operators: float) -> Column:
@@ -49,12 +52,12 @@ class CurveKernels:
         return np.maximum(compute, traffic / self._bandwidth) + k_.kernel_gap_s
 
     def attention_s(
-        self, batch: Column, heads: Column, q_len: Column, kv_len: Column, head_dim: int
+        self, batch: Column, heads: Column, q_len: Column, kv_len: Column, block: Column, head_dim: int
     ) -> tuple[Column, Column]:
         k_ = self.constants
         flops = 4.0 * batch * heads * q_len * kv_len * head_dim
-        rate = self.device.peak_flops_per_s * k_.matmul_peak(self.device.name) * min(1.0, head_dim / 128) ** 0.5
-        loss = 1.0 + k_.attention_half / np.asarray(kv_len, float)
+        rate = self.device.peak_flops_per_s * k_.matmul_peak(self.device.name) * min(1.0, head_dim / 128) ** 0.2
+        loss = 1.0 + k_.attention_half / np.asarray(block, float)
         forward = flops * loss / (rate * k_.attention_forward)
         return forward + k_.kernel_gap_s, 2.5 * flops * loss / (rate * k_.attention_backward) + k_.kernel_gap_s
 
@@ -82,7 +85,7 @@ class MeasuredKernels:
         return flops / _nearby(np.stack(np.broadcast_arrays(m, n, k)), shapes, rates) + overhead
 
     def attention_s(
-        self, batch: Column, heads: Column, q_len: Column, kv_len: Column, head_dim: int
+        self, batch: Column, heads: Column, q_len: Column, kv_len: Column, block: Column, head_dim: int
     ) -> tuple[Column, Column]:
         device = self.cluster.device
         samples = [s for s in self.cluster.attention if s.dtype == device.dtype] or list(self.cluster.attention)
@@ -91,7 +94,7 @@ class MeasuredKernels:
             rate = 0.5 * device.peak_flops_per_s
             return flops / rate, 2.5 * flops / rate
         shapes = np.array([(s.batch * s.heads, s.seq_len, s.head_dim) for s in samples], float)
-        wanted = np.stack(np.broadcast_arrays(batch * heads, np.sqrt(1.0 * q_len * kv_len), head_dim))
+        wanted = np.stack(np.broadcast_arrays(batch * heads, np.sqrt(2.0 * q_len * kv_len), head_dim))
         forward = flops / _nearby(wanted, shapes, np.array([_attention_flops(s) / s.forward_s for s in samples]))
         return forward, flops / _nearby(wanted, shapes, np.array([_attention_flops(s) / s.backward_s for s in samples]))
 

@@ -50,14 +50,20 @@ def layer_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stac
     q, kv = model.q_size // tp, model.kv_size // tp
     parts = [_linear(kernels, t, np.full_like(t, h), q + 2 * kv), _linear(kernels, t, q, np.full_like(t, h))]
     parts.append(_mlp_times(model, c, kernels))
-    keys = score_length(model, c.seq_len)
-    # Of the causal triangle a cp rank computes its share in blocks, hop by hop.
-    attention = kernels.attention_s(
-        c.micro_batch, model.num_heads // tp, c.seq_len / c.cp, np.full(len(t), keys), model.head_dim
-    )
-    parts.append(Times(*attention))
+    parts.append(attention_times(model, c, kernels, stack, k))
     parts.append(_memory_bound(model, c, kernels, stack, k))
     return _sum(parts)
+
+
+def attention_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Times:
+    """The attention core. Of the causal triangle a cp rank computes its even share, block by block, hop by hop."""
+    keys = np.full(len(c), score_length(model, c.seq_len))
+    block = keys / np.maximum(c.cp // c.cp_heads, 1)
+    forward, backward = kernels.attention_s(
+        c.micro_batch, model.num_heads // c.tp, c.seq_len / c.cp, keys, block, model.head_dim
+    )
+    slower = k.flash1 if stack.attention == "flash1" else 1.0
+    return Times(forward / slower, backward / slower)
 
 
 def _mlp_times(model: ModelConfig, c: Candidates, kernels: Kernels) -> Times:
@@ -136,13 +142,11 @@ def embedding_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: 
 def head_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack) -> Times:
     """Final norm, projection to the vocabulary, softmax and loss."""
     t = c.tokens
-    local = model.vocab_size // c.tp
+    local = model.vocab_size // (c.tp if stack.head_sharded else 1) + 0 * c.tp
     projection = _linear(kernels, t, np.full_like(t, model.hidden_size), local)
-    entries = t * (local if stack.logits_sharded else model.vocab_size)
-    return Times(
-        projection.forward + kernels.memory_s(entries * 4.0 * 5, 5),
-        projection.backward + kernels.memory_s(entries * 4.0 * 4, 3),
-    )
+    entries = t * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
+    loss = kernels.memory_s(entries * 4.0 * stack.logits_passes / 2, 4)
+    return Times(projection.forward + loss, projection.backward + loss)
 
 
 def recomputed(model: ModelConfig, c: Candidates, forward: Column, attention_forward: Column) -> Column:
@@ -159,13 +163,13 @@ def saved_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> tuple[Column
     """Bytes that autograd keeps for one micro-batch in an average layer: (with everything kept, layer input alone).
 
     Counted from the operators: what each needs for its backward, a token. h: hidden, q, kv: query and key widths,
-    f: feed-forward. A norm keeps its input and hands its output on; unfused it keeps the normalised input as well, and
-    at 16-bit compute both of those in fp32 (Korthikanti et al. 2022, arXiv 2205.05198, section 4, for the rest).
+    f: feed-forward. A norm keeps its input and hands its output on; unfused it keeps more, as the
+    stack says (Korthikanti et al. 2022, arXiv 2205.05198, section 4, for the rest).
     """
     b, tp = stack.compute_bytes, c.tp
     split = np.where(c.sequence_parallel, tp, 1)
     h = model.hidden_size
-    norm_kept = 0.0 if stack.fused_norm else (1.0 * b if b == 4 else 10.0)
+    norm_kept = 0.0 if stack.fused_norm else stack.norm_kept_bytes
     wide = model.norms_per_layer * h * (2.0 * b + norm_kept)
     qk = (2.0 * model.q_size + 2.0 * model.kv_size) * b + model.num_heads * 4.0  # q, output; k, v; log-sum-exp
     acts = (4.0 if not stack.fused_ops else 3.0) if model.gated_mlp else 2.0

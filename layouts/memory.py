@@ -13,7 +13,7 @@ import numpy as np
 from fourfold.layouts.candidates import FULL, STREAM, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.constants import Constants
-from fourfold.layouts.layer import saved_bytes
+from fourfold.layouts.layer import active_ffn, saved_bytes
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import Stack
 from fourfold.layouts.stages import Stages, stages_of
@@ -92,6 +92,17 @@ def stage_params(model: ModelConfig, c: Candidates, stages: Stages) -> tuple[Col
     return stages.layers * layer + ends, stages.layers * experts / (c.tp * c.ep)
 
 
+def _loss_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> Column:
+    """Logits, their softmax and gradient, and what the final norm keeps, of one micro-batch."""
+    entries = c.tokens * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
+    # Gathering shards over tp holds the pieces and their concatenation for a moment.
+    gather = 0.0 if stack.logits_sharded else np.where(c.tp > 1, 2.0 * stack.compute_bytes, 0.0)
+    norm = (
+        c.tokens * model.hidden_size * (2.0 * stack.compute_bytes + (0 if stack.fused_norm else stack.norm_kept_bytes))
+    )
+    return entries * (stack.logits_bytes + gather) + norm
+
+
 def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Memory:
     """Peak memory of the kinds of stage of every candidate."""
     stages = stages_of(model, c)
@@ -103,32 +114,35 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
         return shared / np.where(yes, d, 1) + experts / np.where(yes, expert_d, 1)
 
     full3 = c.zero_stage == 3
+    held = shared + experts
+    several = c.num_micro_batches > 1
     weights = sharded(3) * stack.weight_bytes
-    gradients = sharded(2) * stack.grad_bytes
+    gradients = np.where(full3 & several & stack.accumulates_whole, held, sharded(2)) * stack.grad_bytes
     optimizer = sharded(1) * stack.state_bytes
     kept, layer_input = saved_bytes(model, c, stack)
     checkpointed = (c.checkpointing == FULL) | (c.checkpointing == STREAM)
-    held = np.where(c.offload, 0.0, layer_input)
     share = np.where(checkpointed, 1.0 / c.checkpoint_every, 0.0)
-    per_layer = share * held + (1 - share) * kept
+    per_layer = share * np.where(c.offload, 0.0, layer_input) + (1 - share) * kept
     activations = stages.in_flight * stages.layers * per_layer
-    entries = c.tokens * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
     chunks = np.where(c.checkpointing == STREAM, c.stream_chunks, 1)
-    logits = stages.has_head * entries * stack.logits_bytes / chunks
-    # One layer at work: what is recomputed, and the gradients of its widest activations.
-    width = max(model.ffn_size, model.q_size) * (2 if model.gated_mlp else 1)
-    work = np.where(checkpointed, kept, 0.0) / chunks
-    work = work + 2.0 * c.tokens * (width / c.tp + model.hidden_size) * stack.compute_bytes / chunks
-    layer_params = (shared + experts) / np.maximum(stages.layers, 1)
+    logits = stages.has_head * _loss_bytes(model, c, stack) / chunks
+    # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
+    width = model.hidden_size + np.where(checkpointed, active_ffn(model) / c.tp, 0.0)
+    work = (np.where(checkpointed, kept, 0.0) + 2.0 * c.tokens * width * stack.compute_bytes) / chunks
+    layer_params = held / np.maximum(stages.layers, 1)
     gathered = np.where(full3, 2.0 * layer_params * (stack.gather_bytes + stack.reduce_bytes), 0.0)
-    casts = (shared + experts) * stack.cast_bytes * np.where(full3, 0, 1)
-    buckets = np.where((c.zero_stage == 0) & (d > 1) & stack.bucket_copy, shared * stack.grad_bytes, 0.0)
-    # Activations and logits do not peak together with the optimizer's work; the work space peaks with either.
-    workspace = np.where(logits > work, 0.0, work) + gathered + casts + buckets
+    casts = np.where(full3, 0.0, held * stack.cast_bytes)
+    # The loss and a layer's backward take turns: the larger of the two counts.
+    workspace = np.where(logits > work, 0.0, work)
     logits = np.where(logits > work, logits, 0.0)
-    changing = activations + logits + work
-    workspace = workspace + k.fragmentation * changing
-    spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes)
+    changing = activations + logits + workspace
+    if stack.fresh_gradients:
+        # With one micro-batch, and no buckets that hold gradients all along, these grow as activations go.
+        buckets = (c.zero_stage == 0) & (d > 1) & (c.tp == 1)
+        hidden = np.minimum(gradients, changing) * ~(several | buckets)
+        gradients = gradients - hidden
+    workspace = workspace + gathered + casts + stack.allocator_waste * k.fragmentation * changing
+    spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes if stack.launched else 0.02 * weights)
     reserve = k.reserve_bytes if stack.launched else 0.0
     return Memory(
         weights,

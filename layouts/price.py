@@ -16,8 +16,8 @@ from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Stack
 from fourfold.layouts.time import StepTime, time_of
 
 GIB = float(1 << 30)
-SAFE = 0.95
-"""Below this probability of fitting a layout is called unsafe; below a half, not fitting."""
+FITS, SAFE = 0.5, 0.95
+"""Least probability of fitting at which a layout counts as fitting, and as safe."""
 STAGE_NAMES = ("first", "second", "last")
 
 
@@ -46,7 +46,7 @@ class PricedLayout:
 
     @property
     def fits(self) -> bool:
-        return self.fit_probability >= 0.5
+        return self.fit_probability >= FITS
 
     @property
     def safe(self) -> bool:

@@ -271,14 +271,14 @@ def _measured_chart(measured: Sequence[Mapping[str, Any]]) -> str:
     import plotly.graph_objects as go
 
     rows = [row for row in measured if row.get("predicted_step_s") and row.get("measured_step_s")]
-    labels = [_layout_name(row["layout"]).replace(" ", "<br>", 2) for row in rows]
+    labels = [_layout_name(row["layout"]).replace(" ", "<br>") for row in rows]
+    height = 110 + sum(26 + 17 * label.count("<br>") for label in labels)
+    pairs = (("predicted_step_s", "predicted", "#7fb2d3"), ("measured_step_s", "measured", "#2f6f9f"))
     traces = [
-        go.Bar(x=labels, y=[row[key] for row in rows], name=name, marker_color=colour)
-        for key, name, colour in (
-            ("predicted_step_s", "predicted", "#7fb2d3"), ("measured_step_s", "measured", "#2f6f9f"),
-        )
-    ]  # fmt: skip
-    return _figure(traces, 340, barmode="group", yaxis={"title": "s a step"}, xaxis={"tickangle": 0})
+        go.Bar(y=labels, x=[row[key] for row in rows], name=name, marker_color=colour, orientation="h")
+        for key, name, colour in pairs
+    ]
+    return _figure(traces, height, barmode="group", xaxis={"title": "s a step"}, yaxis={"autorange": "reversed"})
 
 
 def _loss_chart(losses: Sequence[tuple[float, float]]) -> str:

@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.candidates import Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.constants import Constants, load_constants
-from fourfold.layouts.layout import CHECKPOINTING
 from fourfold.layouts.memory import memory_of
 from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.price import GIB, PricedLayout, priced, stack_for
+from fourfold.layouts.price import FITS, GIB, SAFE, PricedLayout, priced, stack_for
+from fourfold.layouts.space import SPACES, enumerate_space
 from fourfold.layouts.stack import Stack
 from fourfold.layouts.time import time_of
 from fourfold.parallel.grid import AXES
 
-SPACES = ("runtime", "full")
+BLOCK = 1 << 15
+"""Candidates priced at a time: their columns stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +46,6 @@ class Plan:
     """Reason -> how many combinations it ruled out."""
     nearest: PricedLayout | None
     """Where nothing fits: the layout that comes nearest."""
-
-
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def plan(
@@ -100,27 +97,62 @@ def plan(
         raise ValueError(
             f"no layout of {num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
         )
-    memory = memory_of(model, candidates, cluster, stack, constants)
-    fitting = np.flatnonzero(memory.fit_probability >= 0.5)
-    reasons["does not fit in memory"] = len(candidates) - len(fitting)
-    common = {
+    found = _scan(model, cluster, candidates, stack, constants)
+    reasons["does not fit in memory"] = len(candidates) - len(found.rows)
+    common: dict[str, Any] = {
         "model": model, "cluster": cluster, "stack": stack, "num_devices": num_devices,
-        "num_candidates": len(candidates), "num_fitting": len(fitting), "infeasible": reasons,
+        "num_candidates": len(candidates), "num_fitting": len(found.rows), "infeasible": reasons,
     }  # fmt: skip
-    if not len(fitting):
-        best = candidates.take(np.array([int(np.argmax(memory.margin))]))
-        nearest = _objects(model, cluster, best, stack, constants)[0]
-        return Plan(**common, layouts=[], slowest=None, safe=None, nearest=nearest)  # type: ignore[arg-type]
-    fits = candidates.take(fitting)
-    step = time_of(model, fits, cluster, stack, constants).total
+
+    def objects(rows: Column) -> list[PricedLayout]:
+        chosen = candidates.take(rows)
+        memory = memory_of(model, chosen, cluster, stack, constants)
+        return priced(model, cluster, chosen, memory, time_of(model, chosen, cluster, stack, constants))
+
+    if not len(found.rows):
+        return Plan(**common, layouts=[], slowest=None, safe=None, nearest=objects(np.array([found.nearest]))[0])
+    cuts = (candidates.tp * candidates.pp * candidates.cp)[found.rows]
     # Where two cost the same, the one with more room, then the one with fewer cuts.
-    order = np.lexsort((fits.tp * fits.pp * fits.cp, -memory.margin[fitting], step))
-    chosen = order if top is None else order[:top]
-    ranked = _objects(model, cluster, fits.take(chosen), stack, constants)
-    safe_rows = order[memory.fit_probability[fitting][order] >= 0.95][:1]
-    safe = _objects(model, cluster, fits.take(safe_rows), stack, constants)[0] if len(safe_rows) else None
-    slowest = _objects(model, cluster, fits.take(order[-1:]), stack, constants)[0]
-    return Plan(**common, layouts=ranked, slowest=slowest, safe=safe, nearest=None)  # type: ignore[arg-type]
+    order = np.lexsort((cuts, -found.margin, found.step_s))
+    ranked = objects(found.rows[order if top is None else order[:top]])
+    safe = objects(found.rows[order[found.fit_probability[order] >= SAFE][:1]])
+    slowest = objects(found.rows[order[-1:]])[0]
+    return Plan(**common, layouts=ranked, slowest=slowest, safe=safe[0] if safe else None, nearest=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Columns over the candidates that fit, and the row that comes nearest to fitting."""
+
+    rows: Column
+    step_s: Column
+    margin: Column
+    fit_probability: Column
+    nearest: int
+
+
+def _scan(model: ModelConfig, cluster: Cluster, candidates: Candidates, stack: Stack, constants: Constants) -> _Found:
+    """Memory of every candidate, time of those that fit, a block at a time."""
+    rows, steps, margins, chances = [], [], [], []
+    nearest, best = 0, -math.inf
+    for start in range(0, len(candidates), BLOCK):
+        block = candidates.take(np.arange(start, min(start + BLOCK, len(candidates))))
+        memory = memory_of(model, block, cluster, stack, constants)
+        margin, chance = memory.margin, memory.fit_probability
+        if margin.max() > best:
+            best, nearest = float(margin.max()), start + int(margin.argmax())
+        fitting = np.flatnonzero(chance >= FITS)
+        if not len(fitting):
+            continue
+        rows.append(start + fitting)
+        margins.append(margin[fitting])
+        chances.append(chance[fitting])
+        steps.append(time_of(model, block.take(fitting), cluster, stack, constants).total)
+    if not rows:
+        nothing = np.array([], dtype=int)
+        return _Found(nothing, nothing, nothing, nothing, nearest)
+    together = [np.concatenate(parts) for parts in (rows, steps, margins, chances)]
+    return _Found(together[0], together[1], together[2], together[3], nearest)
 
 
 def _check_fixed_axes(fix: Mapping[str, Any], num_devices: int) -> None:
@@ -132,98 +164,6 @@ def _check_fixed_axes(fix: Mapping[str, Any], num_devices: int) -> None:
             if num_devices % product
             else f"{' x '.join(axes)} makes {product} ranks, but there are {num_devices} devices: fix other sizes"
         )
-
-
-def _objects(
-    model: ModelConfig, cluster: Cluster, c: Candidates, stack: Stack, constants: Constants
-) -> list[PricedLayout]:
-    return priced(
-        model, cluster, c, memory_of(model, c, cluster, stack, constants), time_of(model, c, cluster, stack, constants)
-    )
-
-
-def enumerate_space(
-    model: ModelConfig,
-    num_devices: int,
-    *,
-    global_batch: int,
-    seq_len: int,
-    space: str,
-    fix: Mapping[str, Any],
-    asynchronous: bool = False,
-) -> tuple[Candidates, dict[str, int]]:
-    """All combinations of a space that can cut the model, and for each rule how many it turned away.
-
-    Returns:
-        (candidates, reason -> count); a combination is counted under the first rule that refuses it.
-    """
-    full = space == "full"
-    axes = [
-        (dp, pp, cp, tp)
-        for tp in divisors(num_devices)
-        for cp in divisors(num_devices // tp)
-        for pp in divisors(num_devices // tp // cp)
-        for dp in [num_devices // tp // cp // pp]
-    ]
-    grid = np.array(axes)
-    reasons: dict[str, int] = {}
-
-    def keep(rows: Column, allowed: Column, reason: str) -> Column:
-        refused = int((~allowed).sum())
-        if refused:
-            reasons[reason] = reasons.get(reason, 0) + refused
-        return rows[allowed]
-
-    ffn = model.ffn_size or model.expert_ffn_size
-    grid = keep(grid, model.num_heads % grid[:, 3] == 0, f"tp does not divide {model.num_heads} attention heads")
-    grid = keep(grid, model.num_kv_heads % grid[:, 3] == 0, f"tp does not divide {model.num_kv_heads} key-value heads")
-    grid = keep(grid, ffn % grid[:, 3] == 0, f"tp does not divide the feed-forward width {ffn}")
-    grid = keep(grid, grid[:, 1] <= model.num_layers, f"pp is more than {model.num_layers} layers")
-    pieces = np.where(grid[:, 2] > 1, 2 * grid[:, 2], 1)
-    grid = keep(grid, seq_len % pieces == 0, f"2 cp does not divide the sequence of {seq_len}")
-    grid = keep(grid, global_batch % grid[:, 0] == 0, f"dp does not divide the global batch {global_batch}")
-    for axis, name in enumerate(AXES):
-        if name in fix:
-            grid = keep(grid, grid[:, axis] == fix[name], f"{name} is not the fixed {fix[name]}")
-    columns = dict(zip(AXES, grid.T, strict=True))
-
-    def expand(name: str, values: list[Any]) -> None:
-        if name in fix:
-            values = [fix[name]]
-            if name == "checkpointing":
-                values = [CHECKPOINTING.index(fix[name])] if fix[name] in CHECKPOINTING else []
-            if not values:
-                raise ValueError(f"--fix {name}={fix[name]}: choose one of {', '.join(CHECKPOINTING)}")
-        length = len(columns["dp"])
-        for key in columns:
-            columns[key] = np.repeat(columns[key], len(values))
-        columns[name] = np.tile(np.array(values), length)
-
-    def restrict(allowed: Column, reason: str) -> None:
-        refused = int((~allowed).sum())
-        if refused:
-            reasons[reason] = reasons.get(reason, 0) + refused
-            for key in columns:
-                columns[key] = columns[key][allowed]
-
-    expand("micro_batch", [size for size in divisors(global_batch) if size <= 64 or global_batch == size])
-    restrict(
-        global_batch // columns["dp"] % columns["micro_batch"] == 0, "the micro-batch does not divide a replica's batch"
-    )
-    expand("checkpointing", [NONE, SELECTIVE, FULL, STREAM] if full else [NONE, FULL])
-    expand("zero_stage", [0, 1, 2, 3] if full else [0, 3])
-    restrict((columns["zero_stage"] == 0) | (columns["dp"] * columns["cp"] > 1), "ZeRO needs dp x cp of at least 2")
-    if full:
-        expand("sequence_parallel", [False, True])
-        restrict(~columns["sequence_parallel"] | (columns["tp"] > 1), "sequence parallelism needs tp of at least 2")
-        expand("vp", [1, 2, 4])
-        restrict((columns["vp"] == 1) | (columns["pp"] > 1), "interleaving needs pp of at least 2")
-    if asynchronous:
-        columns["asynchronous"] = columns["pp"] > 1
-    for name in fix:
-        if name not in columns and name not in AXES:
-            expand(name, [fix[name]])
-    return Candidates.from_columns(columns, global_batch=global_batch, seq_len=seq_len), reasons
 
 
 def advice(result: Plan) -> str:

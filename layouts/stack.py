@@ -25,17 +25,27 @@ class Stack:
     """Weights on the wire (ZeRO 1 to 3)."""
     cast_bytes: int = 0
     """A low-precision copy of each weight that autocast keeps through a micro-batch."""
-    bucket_copy: bool = False
-    """Whether reduction holds a second copy of the gradients."""
+    accumulates_whole: bool = False
+    """Whether ZeRO 3 keeps whole gradients between micro-batches, to reduce them once a step (FSDP2 without sync)."""
+    fresh_gradients: bool = False
+    """Gradients are made in the first backward of a step, not held through its forward, where nothing needs them."""
+    allocator_waste: bool = True
+    """Whether the device's allocator fragments; a host's memory is counted tensor by tensor."""
     fused_norm: bool = True
+    norm_kept_bytes: float = 8.0
+    """What an unfused norm keeps an element besides its input and output: both again in fp32."""
     fused_ops: bool = True
     """Rotary embedding, activation and residuals as fused kernels."""
     attention: str = "flash2"
-    """flash2, flash1, fused (softmax kernel, scores stored) or eager (scores stored several times)."""
+    """flash2, flash1 (also Triton's of its time), fused (softmax kernel, scores stored) or eager (several copies)."""
     logits_sharded: bool = True
     """Vocabulary-parallel loss; else each tp rank holds all logits."""
     logits_bytes: float = 10.0
     """At the peak of the loss, a token and a vocabulary entry."""
+    head_sharded: bool = True
+    """Whether tp cuts the output projection."""
+    logits_passes: float = 4.0
+    """fp32 values read or written a token and a vocabulary entry by the loss, forward and backward."""
     dp_overlap: float = 1.0
     zero3_overlap: float = 1.0
     pp_outermost: bool = True
@@ -44,20 +54,24 @@ class Stack:
     """Tensor-parallel ranks send a slice each between stages, and gather inside the node."""
     optimizer_passes: float = 7.0
     """fp32 values read or written a parameter a step, gradient clipping included."""
+    link: str = "outer_link"
+    """Which constant tells the share of the outer links that its runs reached."""
     launched: bool = True
     """Operators run behind the host (CUDA); else the host itself computes."""
 
 
 RUNTIME_CPU = Stack(
     name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
-    gather_bytes=4, bucket_copy=True, fused_norm=False, fused_ops=False, logits_bytes=16.0, dp_overlap=0.0,
-    zero3_overlap=0.0, pp_outermost=False, optimizer_passes=24.0, launched=False,
+    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, allocator_waste=False, fused_norm=False,
+    norm_kept_bytes=4.0, fused_ops=False, logits_bytes=12.0, dp_overlap=0.0, zero3_overlap=0.0, pp_outermost=False,
+    optimizer_passes=10.0, launched=False,
 )  # fmt: skip
 
 RUNTIME_CUDA = Stack(
     name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
-    state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, bucket_copy=True, fused_norm=False, fused_ops=False,
-    logits_bytes=16.0, dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
+    state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, accumulates_whole=True, fresh_gradients=True,
+    fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0, dp_overlap=0.8, zero3_overlap=0.8,
+    pp_outermost=False, optimizer_passes=10.0,
 )  # fmt: skip
 
 MEGATRON = Stack(
@@ -66,7 +80,13 @@ MEGATRON = Stack(
 )  # fmt: skip
 
 FSDP = Stack(
-    name="FSDP (bf16 compute, fp32 shards)", compute_bytes=2, weight_bytes=4, grad_bytes=4, state_bytes=8,
-    reduce_bytes=2, gather_bytes=2, fused_norm=False, fused_ops=False, logits_bytes=12.0, dp_overlap=0.8,
-    zero3_overlap=0.8,
+    name="FSDP (bf16 compute, fp32 shards, fused cross-entropy)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
+    state_bytes=8, reduce_bytes=2, gather_bytes=2, attention="flash1", fused_ops=False, logits_bytes=6.0,
+    dp_overlap=0.8, zero3_overlap=0.8,
+)  # fmt: skip
+
+STUDY = Stack(
+    name="3D parallel of Hagemann et al. 2023 (bf16 weights and gradients, ZeRO 1)", compute_bytes=2, weight_bytes=2,
+    grad_bytes=2, state_bytes=12, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_sharded=False,
+    logits_bytes=16.0, dp_overlap=0.0, link="study_link",
 )  # fmt: skip

@@ -57,8 +57,11 @@ def mark(result: Plan, priced: PricedLayout) -> str:
     return "fast+safe" if fastest and safe else "fastest" if fastest else "safe" if safe else ""
 
 
-def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: float = 0.0) -> Table:
-    """The ranked table; the safe pick is added below where it is not among `layouts`."""
+def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: float = 0.0, width: int = 80) -> Table:
+    """The ranked table; the safe pick is added below where it is not among `layouts`.
+
+    On a terminal narrower than 100 columns the shares of communication and bubble are left out.
+    """
     table = Table(
         title=f"{result.model.name} ({human_count(result.model.num_params)}) on {result.num_devices} x "
         f"{result.cluster.device.name}: {result.num_fitting} of {result.num_candidates} layouts fit",
@@ -69,7 +72,8 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
     )
     table.add_column("#", justify="right")
     table.add_column("layout", no_wrap=True)
-    columns = ["step", "MFU", "tok/s/dev", "comm", "bubble", "GiB", "P(fits)"] + ["days"] * (num_tokens > 0)
+    columns = ["step", "MFU", "tok/s/dev", *(["comm", "bubble"] if width >= 100 else []), "GiB", "P(fits)"]
+    columns += ["days"] * (num_tokens > 0)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -80,9 +84,10 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
         cells = [
             str(rank) if rank <= len(layouts) else "", str(priced.layout), seconds_text(priced.step_s),
             f"{priced.mfu:.1%}", f"{priced.tokens_per_s / priced.layout.world_size:.0f}",
-            f"{priced.exposed_communication_s / priced.step_s:.1%}", f"{priced.bubble_s / priced.step_s:.1%}",
-            gib_text(priced.peak_bytes), f"{priced.fit_probability:.2f}",
         ]  # fmt: skip
+        if width >= 100:
+            cells += [f"{share / priced.step_s:.1%}" for share in (priced.exposed_communication_s, priced.bubble_s)]
+        cells += [gib_text(priced.peak_bytes), f"{priced.fit_probability:.2f}"]
         if num_tokens:
             cells.append(f"{num_tokens / priced.tokens_per_s / 86400:.3g}")
         cells.append(mark(result, priced))

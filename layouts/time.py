@@ -13,7 +13,8 @@ from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
 from fourfold.layouts.kernels import kernels_of
-from fourfold.layouts.layer import Times, embedding_times, head_times, layer_times, recomputed, score_length
+from fourfold.layouts.layer import Times, attention_times, embedding_times, head_times, layer_times, recomputed
+from fourfold.layouts.measured_layers import corrected, optimizer_rate, rows_for
 from fourfold.layouts.memory import stage_params
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import Stack
@@ -72,27 +73,28 @@ class Strides:
 def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> StepTime:
     """The step time of every candidate."""
     kernels = kernels_of(cluster, k)
-    network = Network(cluster=cluster, efficiency=(1.0, 1.0) if cluster.measured else (k.inner_link, k.outer_link))
+    network = Network(
+        cluster=cluster, efficiency=(1.0, 1.0) if cluster.measured else (k.inner_link, getattr(k, stack.link))
+    )
     strides = Strides.of(c, stack)
     stages = stages_of(model, c)
     m = c.num_micro_batches
-    layer = layer_times(model, c, kernels, stack, k)
-    attention = kernels.attention_s(
-        c.micro_batch,
-        model.num_heads // c.tp,
-        c.seq_len / c.cp,
-        np.full(len(c), score_length(model, c.seq_len)),
-        model.head_dim,
+    layers = rows_for(model, cluster, "layer", stack)
+    layer = corrected(layers, ("forward_s", "backward_s"), lambda at: layer_times(model, at, kernels, stack, k), c)
+    attention = attention_times(model, c, kernels, stack, k)
+    again = recomputed(model, c, layer.forward, attention.forward)
+    ends = rows_for(model, cluster, "ends", stack)
+    embedding = corrected(
+        ends, ("embedding_forward_s", "embedding_backward_s"), lambda at: embedding_times(model, at, kernels, stack), c
     )
-    again = recomputed(model, c, layer.forward, attention[0])
-    ends_e, ends_h = embedding_times(model, c, kernels, stack), head_times(model, c, kernels, stack)
+    head = corrected(ends, ("head_forward_s", "head_backward_s"), lambda at: head_times(model, at, kernels, stack), c)
     tp_layer = _tp_seconds(model, c, network, strides, stack)
-    cp_layer = _cp_seconds(model, c, network, strides, stack, Times(*attention))
+    cp_layer = _cp_seconds(model, c, network, strides, stack, attention)
     ep_layer = _ep_seconds(model, c, network, strides, stack)
 
     work = stages.layers * (layer.forward + layer.backward)
-    work = work + stages.has_embedding * (ends_e.forward + ends_e.backward)
-    work = work + stages.has_head * (ends_h.forward + ends_h.backward)
+    work = work + stages.has_embedding * (embedding.forward + embedding.backward)
+    work = work + stages.has_head * (head.forward + head.backward)
     recompute = stages.layers * again
     tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
@@ -211,17 +213,17 @@ def _dp_seconds(
     reduce_s = collective("all_reduce", stack.reduce_bytes)
     scatter_s = collective("reduce_scatter", stack.reduce_bytes)
     gather_s = collective("all_gather", stack.gather_bytes)
-    # One micro-batch's backward, the last, runs while gradients are reduced; the next step's first forward, while
-    # weights are gathered.
-    hidden = stack.dp_overlap * backward
-    zero0 = np.maximum(reduce_s - hidden, 0.1 * stack.dp_overlap * reduce_s)
-    zero12 = np.maximum(scatter_s - hidden, 0.1 * stack.dp_overlap * scatter_s) + gather_s * (
-        1 - 0.5 * stack.dp_overlap
-    )
-    room = stack.zero3_overlap * backward * 1.5
-    # Without prefetch behind compute (zero3_overlap 0) nothing hides; the forward and the backward gather.
-    per_micro = np.maximum(2 * gather_s - room, 0.1 * stack.zero3_overlap * 2 * gather_s)
-    zero3 = c.num_micro_batches * per_micro + np.maximum(scatter_s - hidden, 0.0)
+
+    # The last micro-batch's backward runs while gradients are reduced; the first one's forward, while weights are
+    # gathered. A tenth stays visible: the first bucket and the last.
+    def visible(seconds: Column, behind: Column, overlap: float) -> Column:
+        return np.maximum(seconds - overlap * behind, (1 - 0.9 * overlap) * seconds)
+
+    forward = backward / 2
+    zero0 = visible(reduce_s, backward, stack.dp_overlap)
+    zero12 = visible(scatter_s, backward, stack.dp_overlap) + visible(gather_s, forward, stack.dp_overlap)
+    per_micro = visible(2 * gather_s, forward + backward, stack.zero3_overlap)
+    zero3 = c.num_micro_batches * per_micro + visible(scatter_s, backward, stack.dp_overlap)
     return np.select([c.zero_stage == 0, c.zero_stage == 3], [zero0, zero3], zero12)
 
 
@@ -229,5 +231,8 @@ def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stac
     """AdamW and gradient clipping over the states that a rank holds, by bytes; [3, candidates]."""
     shared, experts = stage_params(model, c, stages_of(model, c))
     local = (shared + experts) / np.where(c.zero_stage >= 1, c.shards, 1)
+    measured = optimizer_rate(cluster)
+    if measured is not None:
+        return local * measured
     bandwidth = cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
     return local * 4.0 * stack.optimizer_passes / bandwidth

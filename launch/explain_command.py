@@ -1,0 +1,118 @@
+"""`layout-advisor explain` and `compare`: why a layout costs what it costs, and what else would."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fourfold.layouts.cluster import Cluster, load_cluster
+from fourfold.layouts.explain import TERMS, difference, draw_schedule, neighbours
+from fourfold.layouts.layout import check
+from fourfold.layouts.layout_words import parse_layout
+from fourfold.layouts.model import ModelConfig, load_model
+from fourfold.layouts.price import GIB, PricedLayout, price, stack_for
+from fourfold.layouts.search import advice, plan
+from fourfold.layouts.tables import seconds_text
+
+Config = Annotated[str, typer.Argument(help="A Hugging Face config.json, or a preset such as llama-3.1-8b.")]
+ClusterName = Annotated[str, typer.Option(help="A measured cluster.toml, or a preset such as A100-80GB.")]
+Gpus = Annotated[int, typer.Option(help="Devices in all.")]
+GlobalBatch = Annotated[int, typer.Option(help="Sequences a step, over all devices.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens a sequence.")]
+Space = Annotated[str, typer.Option(help="runtime: what fourfold launches; full: also what can be exported.")]
+
+
+def explain(
+    config: Config,
+    cluster: ClusterName,
+    gpus: Gpus,
+    global_batch: GlobalBatch,
+    seq_len: SeqLen,
+    layout: Annotated[str, typer.Option(help='A layout as plan prints it, "tp2 pp4 mb1 z1"; default: the best.')] = "",
+    space: Space = "runtime",
+) -> None:
+    """Show where a layout's step time and memory go, its schedule, and what each neighbouring layout would change."""
+    model, machine = load_model(config), load_cluster(cluster)
+    stack = stack_for(machine, space)
+    if layout:
+        priced = _price(layout, model, machine, gpus, global_batch, seq_len, space)
+    else:
+        result = plan(model, machine, num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space, top=1)
+        if not result.layouts:
+            raise ValueError(advice(result))
+        priced = result.layouts[0]
+    console = Console()
+    console.print(f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)}, MFU {priced.mfu:.1%}")
+    console.print(_bars("Time of a step", {TERMS[n]: s for n, s in priced.time_parts_s.items()}, seconds_text))
+    held = {**priced.memory_parts_bytes, "reserve": priced.reserve_bytes}
+    room = f"of {priced.capacity_bytes / GIB:.3g} GiB: P(fits) {priced.fit_probability:.2f}"
+    console.print(_bars(f"Memory of the worst stage, {room}", held, lambda size: f"{size / GIB:.3g} GiB"))
+    for stage, peak in priced.stage_peaks_bytes.items():
+        if priced.layout.pp > 1:
+            console.print(f"  {stage} stage: {peak / GIB:.3g} GiB")
+    if 1 < priced.layout.pp <= 16:
+        console.print("\nSchedule (1F1B; digits forward, letters backward, dots idle)")
+        for line in draw_schedule(priced.layout.pp, priced.layout.num_micro_batches):
+            console.print("  " + line, highlight=False)
+    table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("change", "step", "GiB", "why"):
+        table.add_column(name)
+    for near in neighbours(priced, model, machine, stack=stack):
+        step = f"{near.priced.step_s / priced.step_s - 1:+.1%}" if near.priced else "-"
+        memory = f"{near.priced.peak_bytes / GIB:.3g}" if near.priced else "-"
+        table.add_row(near.change, step, memory, near.reason)
+    console.print(table)
+
+
+def compare(
+    config: Config,
+    first: Annotated[str, typer.Argument(help='A layout as plan prints it, "tp2 pp4 mb1 z1".')],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    cluster: ClusterName,
+    gpus: Gpus,
+    global_batch: GlobalBatch,
+    seq_len: SeqLen,
+    space: Space = "runtime",
+) -> None:
+    """Set two layouts side by side: every term of the step, every part of the memory."""
+    model, machine = load_model(config), load_cluster(cluster)
+    a, b = (_price(words, model, machine, gpus, global_batch, seq_len, space) for words in (first, second))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for priced in (a, b):
+        table.add_column(str(priced.layout), justify="right")
+    table.add_row("step", seconds_text(a.step_s), seconds_text(b.step_s), style="bold")
+    table.add_row("MFU", f"{a.mfu:.1%}", f"{b.mfu:.1%}")
+    for name, words in TERMS.items():
+        if a.time_parts_s[name] or b.time_parts_s[name]:
+            table.add_row(words, seconds_text(a.time_parts_s[name]), seconds_text(b.time_parts_s[name]))
+    table.add_row("peak GiB", f"{a.peak_bytes / GIB:.3g}", f"{b.peak_bytes / GIB:.3g}", style="bold")
+    for name in a.memory_parts_bytes:
+        table.add_row(name, f"{a.memory_parts_bytes[name] / GIB:.3g}", f"{b.memory_parts_bytes[name] / GIB:.3g}")
+    table.add_row("P(fits)", f"{a.fit_probability:.2f}", f"{b.fit_probability:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{b.layout} against {a.layout}: {b.step_s / a.step_s - 1:+.1%} step; {difference(a, b)}.")
+
+
+def _price(
+    words: str, model: ModelConfig, cluster: Cluster, gpus: int, global_batch: int, seq_len: int, space: str
+) -> PricedLayout:
+    layout = parse_layout(words, num_devices=gpus, global_batch=global_batch, seq_len=seq_len)
+    check(layout, model)
+    return price(model, cluster, [layout], stack=stack_for(cluster, space))[0]
+
+
+def _bars(title: str, parts: dict[str, float], text: Callable[[float], str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_column("")
+    whole = sum(parts.values())
+    for name, value in parts.items():
+        if value > 0.0005 * whole:
+            table.add_row(name, text(value), f"{value / whole:6.1%} " + "█" * round(40 * value / whole))
+    return table

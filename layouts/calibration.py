@@ -1,0 +1,149 @@
+"""Fits the model's few physical constants to measured runs, and says how well the fit carries over.
+
+Step times: least squares on log ratios with Huber's weights (published sheets have outliers), each constant held near
+its prior by a Gaussian on its logarithm. Memory: the likelihood of the out-of-memory flags, by coordinate search.
+Cross-validation leaves out whole sweeps, because rows of one sweep share what is not stated about it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fourfold.layouts.constants import Constants
+from fourfold.layouts.price import PricedLayout
+from fourfold.layouts.runs import Run
+from fourfold.layouts.validation import price_runs
+
+NOISE = 0.04
+"""Relative scatter that counts as agreement: repeated runs differ by under 1%, unstated settings by more."""
+
+PRIOR_SPREAD = {
+    "matmul_peaks.A100": 0.05, "matmul_peaks.H100": 0.02, "matmul_peaks.V100": 0.05, "matmul_half": 0.7,
+    "attention_forward": 0.15, "attention_backward": 0.15, "flash1": 0.2, "attention_half": 0.5,
+    "memory_efficiency": 0.05, "kernel_gap_s": 1.0, "norm_bytes": 0.3, "inner_link": 0.1, "outer_link": 0.05,
+    "study_link": 1.0, "step_overhead_s": 0.7, "straggler": 0.7,
+}  # fmt: skip
+"""Standard deviation of each constant's logarithm about its prior."""
+MEMORY_SPREAD = {"fragmentation": 0.7, "reserve_bytes": 0.4, "memory_spread": 0.5, "memory_spread_bytes": 0.7}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fold:
+    """One held-out group of runs and its predictions by constants fitted on the others."""
+
+    name: str
+    runs: list[Run]
+    prices: list[PricedLayout]
+
+
+def get_constant(constants: Constants, name: str) -> float:
+    field, _, device = name.partition(".")
+    value = getattr(constants, field)
+    return float(value[device] if device else value)
+
+
+def with_constants(constants: Constants, values: dict[str, float]) -> Constants:
+    """The constants with some replaced; "matmul_peaks.A100" names one device's."""
+    peaks = dict(constants.matmul_peaks)
+    plain = {}
+    for name, value in values.items():
+        field, _, device = name.partition(".")
+        if device:
+            peaks[device] = value
+        else:
+            plain[field] = value
+    return replace(constants, matmul_peaks=peaks, **plain)  # type: ignore[arg-type]
+
+
+def calibrate(runs: Sequence[Run], prior: Constants, *, report: Callable[[str], None] | None = None) -> Constants:
+    """Constants that explain the runs best, near the prior where the runs do not tell.
+
+    Args:
+        runs: what was measured; those with a step time fit the time, those with an out-of-memory flag the memory.
+        report: called with a line a stage of the fit.
+    Cost: some 150 pricings of all runs.
+    """
+    tell = report or (lambda line: None)
+    timed = [run for run in runs if run.step_s and run.stack.attention not in ("eager", "fused")]
+    fitted = _fit_time(timed, prior) if timed else prior
+    tell(f"fitted time on {len(timed)} runs")
+    # Other kernels' own work space is not modelled: their flags would bend what is.
+    flagged = [run for run in runs if run.oom is not None and run.stack.attention == "flash2"]
+    if any(run.oom for run in flagged):
+        fitted = _fit_memory(flagged, fitted)
+        tell(f"fitted memory on {len(flagged)} runs, {sum(bool(run.oom) for run in flagged)} out of memory")
+    return fitted
+
+
+def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 6) -> Constants:
+    names = list(PRIOR_SPREAD)
+    start = np.array([get_constant(prior, name) for name in names])
+    spread = np.array([PRIOR_SPREAD[name] for name in names])
+    measured = np.log([run.step_s for run in runs if run.step_s])
+
+    def residual(
+        offsets: "np.ndarray[tuple[int], np.dtype[np.float64]]",
+    ) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+        values = dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True))
+        prices = price_runs(runs, with_constants(prior, values))
+        return np.log([priced.step_s for priced in prices]) - measured
+
+    offsets = np.zeros(len(names))
+    for _ in range(rounds):
+        here = residual(offsets)
+        step = 0.02
+        columns = [(residual(offsets + step * unit) - here) / step for unit in np.eye(len(names))]
+        jacobian = np.stack(columns, axis=1)
+        weights = 1.0 / np.maximum(1.0, np.abs(here) / (1.5 * NOISE)) / NOISE**2
+        normal = (jacobian * weights[:, None]).T @ jacobian + np.diag(1 / spread**2)
+        slope = (jacobian * weights[:, None]).T @ here + offsets / spread**2
+        offsets = offsets - np.clip(np.linalg.solve(normal, slope), -0.5, 0.5)
+    return with_constants(prior, dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True)))
+
+
+def _fit_memory(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Constants:
+    names = list(MEMORY_SPREAD)
+    fits = np.array([not run.oom for run in runs])
+
+    def loss(offsets: Sequence[float]) -> float:
+        values = {n: get_constant(prior, n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
+        prices = price_runs(runs, with_constants(prior, values))
+        chance = np.clip([priced.fit_probability for priced in prices], 1e-4, 1 - 1e-4)
+        away = sum((o / MEMORY_SPREAD[n]) ** 2 for n, o in zip(names, offsets, strict=True)) / 2
+        return float(-np.where(fits, np.log(chance), np.log(1 - chance)).sum() + away)
+
+    offsets, step = [0.0] * len(names), 0.3
+    best = loss(offsets)
+    for _ in range(rounds):
+        for index in range(len(names)):
+            for sign in (1, -1):
+                moved = offsets.copy()
+                moved[index] += sign * step
+                value = loss(moved)
+                if value < best:
+                    best, offsets = value, moved
+                    break
+        step *= 0.6
+    values = {n: get_constant(prior, n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
+    return with_constants(prior, values)
+
+
+def folds_of(runs: Sequence[Run]) -> list[str]:
+    """The fold of each run: its sweep, or for small sweeps the family of its model (MPT, GPT)."""
+    counts = Counter(run.sweep for run in runs)
+    return [
+        run.sweep if counts[run.sweep] >= 10 else re.split(r"[^A-Za-z]", run.model.name)[0] or run.model.name
+        for run in runs
+    ]
+
+
+def cross_validate(runs: Sequence[Run], prior: Constants) -> Iterator[Fold]:
+    """Each fold predicted by constants that were fitted without it."""
+    folds = folds_of(runs)
+    for name in sorted(set(folds)):
+        rest = [run for run, fold in zip(runs, folds, strict=True) if fold != name]
+        held = [run for run, fold in zip(runs, folds, strict=True) if fold == name]
+        yield Fold(name=name, runs=held, prices=price_runs(held, calibrate(rest, prior)))

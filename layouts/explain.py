@@ -1,0 +1,143 @@
+"""Why a layout costs what it costs, and what each neighbouring layout would gain or lose."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fourfold.layouts.cluster import Cluster
+from fourfold.layouts.constants import Constants
+from fourfold.layouts.layout import Layout, check
+from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.price import GIB, PricedLayout, price
+from fourfold.layouts.stack import Stack
+
+TERMS = {
+    "compute": "compute", "recompute": "recomputation", "tp_communication": "tensor-parallel communication",
+    "cp_communication": "context-parallel communication", "ep_communication": "expert communication",
+    "pp_communication": "pipeline sends", "dp_communication": "gradient and weight communication",
+    "bubble": "pipeline bubble", "optimizer": "optimizer", "overhead": "overhead and stragglers",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbour:
+    """One step away from a layout."""
+
+    change: str
+    layout: Layout | None
+    priced: PricedLayout | None
+    reason: str
+    """Why it is worse or better, or why it cannot be."""
+
+
+def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what changes, the changed fields); the axes trade with dp at the same number of devices."""
+    for axis in ("tp", "pp", "cp"):
+        size = getattr(layout, axis)
+        if layout.dp % 2 == 0:
+            yield f"{axis} x2", {axis: size * 2, "dp": layout.dp // 2}
+        if size % 2 == 0:
+            yield f"{axis} /2", {axis: size // 2, "dp": layout.dp * 2}
+    yield "micro-batch x2", {"micro_batch": layout.micro_batch * 2}
+    if layout.micro_batch % 2 == 0:
+        yield "micro-batch /2", {"micro_batch": layout.micro_batch // 2}
+    for kind in ("none", "selective", "full"):
+        if kind != layout.checkpointing:
+            yield f"checkpointing {kind}", {"checkpointing": kind, "checkpoint_every": 1, "stream_chunks": 1}
+    for stage in (0, 1, 3):
+        if stage != layout.zero_stage:
+            yield f"ZeRO {stage}", {"zero_stage": stage}
+    if layout.tp > 1:
+        yield (
+            f"sequence parallelism {'off' if layout.sequence_parallel else 'on'}",
+            {"sequence_parallel": not layout.sequence_parallel},
+        )
+    if layout.pp > 1:
+        yield "interleaving x2", {"vp": layout.vp * 2}
+        if layout.vp % 2 == 0:
+            yield "interleaving /2", {"vp": layout.vp // 2}
+
+
+def neighbours(
+    best: PricedLayout, model: ModelConfig, cluster: Cluster, *, stack: Stack, constants: Constants | None = None
+) -> list[Neighbour]:
+    """Every layout one change away, fastest first, then those that do not fit, then those that cannot be."""
+    found = []
+    for change, fields in _moves(best.layout):
+        try:
+            layout = replace(best.layout, **fields)
+            check(layout, model)
+        except ValueError as error:
+            found.append(Neighbour(change=change, layout=None, priced=None, reason=str(error)))
+            continue
+        priced = price(model, cluster, [layout], stack=stack, constants=constants)[0]
+        found.append(Neighbour(change=change, layout=layout, priced=priced, reason=difference(best, priced)))
+    return sorted(found, key=_order)
+
+
+def _order(neighbour: Neighbour) -> tuple[int, float]:
+    if neighbour.priced is None:
+        return 2, 0.0
+    return (0 if neighbour.priced.fits else 1), neighbour.priced.step_s
+
+
+def difference(first: PricedLayout, second: PricedLayout) -> str:
+    """What the second costs more or less than the first: the terms that make at least a fifth of the change."""
+    words = []
+    if not second.fits:
+        words.append(f"does not fit: {-second.margin_bytes / GIB:.3g} GiB too many, P {second.fit_probability:.2f}")
+    changes = {name: second.time_parts_s[name] - first.time_parts_s[name] for name in TERMS}
+    total = sum(abs(change) for change in changes.values())
+    for name, change in sorted(changes.items(), key=lambda item: -abs(item[1])):
+        if total and abs(change) >= 0.2 * total and abs(change) > 0.002 * first.step_s:
+            words.append(f"{TERMS[name]} {change / first.step_s:+.1%}")
+    memory = second.peak_bytes - first.peak_bytes
+    if second.fits and abs(memory) > 0.02 * first.capacity_bytes:
+        words.append(f"{memory / GIB:+.3g} GiB")
+    return ", ".join(words) or "about the same"
+
+
+def draw_schedule(num_stages: int, num_micro_batches: int, *, width: int = 72) -> list[str]:
+    """1F1B as text, a line a stage and a character a forward or backward (a backward takes two).
+
+    Forwards are digits (the last of the micro-batch's number), backwards letters, idle time dots. Only as many
+    micro-batches are drawn as fit into `width`.
+    """
+    shown = max(1, min(num_micro_batches, (width - 3 * (num_stages - 1)) // 3))
+    done: dict[tuple[int, str, int], int] = {}
+    orders = [_one_f_one_b(stage, num_stages, shown) for stage in range(num_stages)]
+    position, clock = [0] * num_stages, [0] * num_stages
+    lines = [""] * num_stages
+    while any(position[s] < len(orders[s]) for s in range(num_stages)):
+        moved = False
+        for stage in range(num_stages):
+            if position[stage] == len(orders[stage]):
+                continue
+            kind, micro = orders[stage][position[stage]]
+            needed = (stage - 1, "F", micro) if kind == "F" else (stage + 1, "B", micro)
+            ready = 0
+            if (kind == "F" and stage > 0) or (kind == "B" and stage < num_stages - 1):
+                if needed not in done:
+                    continue
+                ready = done[needed]
+            start = max(clock[stage], ready)
+            length = 1 if kind == "F" else 2
+            mark = str(micro % 10) if kind == "F" else chr(ord("a") + micro % 26) * 2
+            lines[stage] += "." * (start - len(lines[stage])) + mark
+            clock[stage] = start + length
+            done[stage, kind, micro] = clock[stage]
+            position[stage] += 1
+            moved = True
+        assert moved, "1F1B waits on itself"
+    end = max(map(len, lines))
+    return [line + "." * (end - len(line)) for line in lines]
+
+
+def _one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:
+    warm = min(num_stages - stage - 1, num_micro_batches)
+    order = [("F", micro) for micro in range(warm)]
+    for micro in range(num_micro_batches):
+        if warm + micro < num_micro_batches:
+            order.append(("F", warm + micro))
+        order.append(("B", micro))
+    return order

@@ -1,0 +1,182 @@
+"""Published or measured runs as layouts of models on clusters: reads the CSV that validate and calibrate work on.
+
+The schema is that of runs.csv (one row a run; blank: not given). A row that cannot be priced is kept, with the reason.
+"""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fourfold.layouts.cluster import Cluster, load_cluster, preset_for_gpu
+from fourfold.layouts.layout import Layout, check
+from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.stack import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
+
+COLUMNS = ("hidden", "layers", "heads", "vocab", "seq_len", "gpu_type", "num_gpus", "global_batch")
+_CHECKPOINTING = {
+    "": ("none", 1), "none": ("none", 1), "disabled": ("none", 1), "false": ("none", 1), "every_layer": ("full", 1),
+    "full": ("full", 1), "true": ("full", 1), "selective": ("selective", 1),
+}  # fmt: skip
+_STUDY_KERNELS = {
+    "torch": ("eager", False), "fused": ("fused", False), "flash_attentionv1.0.8": ("flash1", False),
+    "flash_attention2": ("flash2", False), "flash_attention2 + rms kernel": ("flash2", True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One row: what was run, and what came of it."""
+
+    number: int
+    """The row's line in the file."""
+    row: Mapping[str, str]
+    model: ModelConfig
+    cluster: Cluster
+    layout: Layout
+    stack: Stack
+    sweep: str
+    """Runs of one model, length, batch and number of devices, which compete with each other."""
+    step_s: float | None
+    mfu: float | None
+    oom: bool | None
+    memory_gib: float | None
+
+
+def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[int, str]]:
+    """Read a CSV of runs.
+
+    Returns:
+        (all rows, the runs that can be priced, line number -> why a row cannot).
+    Raises:
+        ValueError: no such file, not a CSV, or no column that a run needs.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): give a CSV of runs") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a CSV ({error}): give a CSV of runs") from None
+    missing = [name for name in COLUMNS if name not in header]
+    if missing:
+        raise ValueError(f"{path}: has no column {missing[0]!r}: the schema is that of runs.csv")
+    if not rows:
+        raise ValueError(f"{path}: holds no rows: give a CSV of runs")
+    runs, refused = [], {}
+    for number, row in enumerate(rows, start=2):
+        try:
+            runs.append(_run(number, row))
+        except ValueError as error:
+            refused[number] = str(error)
+    return rows, runs, refused
+
+
+def _run(number: int, row: Mapping[str, str]) -> Run:
+    model = _model(row)
+    device = row["gpu_type"]
+    cluster = load_cluster(preset_for_gpu(device))
+    checkpointing = row.get("activation_checkpointing", "").lower()
+    if checkpointing not in _CHECKPOINTING:
+        raise ValueError(
+            f"activation_checkpointing={checkpointing!r}: none of {', '.join(filter(None, _CHECKPOINTING))}"
+        )
+    kind, every = _CHECKPOINTING[checkpointing]
+    status = row.get("status", "").lower()
+    oom = {"true": True, "false": False}.get(row.get("oom", "").lower())
+    if status and status != "ok" and oom is not True:
+        raise ValueError(f"status={row['status']!r}: neither a run nor out of memory")
+    tp, pp, cp = (_whole(row, key, default=1) for key in ("tp", "pp", "cp"))
+    gpus = _whole(row, "num_gpus")
+    if gpus % (tp * pp * cp):
+        raise ValueError(f"num_gpus={gpus} is no multiple of tp={tp} x pp={pp} x cp={cp}")
+    dp = gpus // (tp * pp * cp)
+    zero = _whole(row, "zero_stage", default=1, least=0)
+    stack = _stack(row, zero)
+    sequence = row.get("sequence_parallel", "").lower()
+    if sequence not in ("", "true", "false"):
+        raise ValueError(f"sequence_parallel={sequence!r}: neither true nor false")
+    # Where a 3D-parallel run does not tell, it is on: Megatron-LM's recommendation since it has it.
+    parallel = tp > 1 and (sequence == "true" or (not sequence and stack.name == MEGATRON.name))
+    layout = Layout(
+        dp=dp, pp=pp, cp=cp, tp=tp, micro_batch=_whole(row, "micro_batch", default=1), checkpointing=kind,
+        checkpoint_every=every, zero_stage=zero, vp=_whole(row, "vp", default=1), ep=_whole(row, "ep", default=1),
+        sequence_parallel=parallel,
+        global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
+    )  # fmt: skip
+    check(layout, model)
+    step, mfu = _number(row, "step_time_s"), _number(row, "mfu")
+    if step is None and mfu is not None:
+        flops = layout.global_batch * layout.seq_len * model.flops_per_token(layout.seq_len)
+        step = flops / (mfu * cluster.device.peak_flops_per_s * gpus)
+    if step is None and oom is None:
+        raise ValueError("gives neither a step time, an MFU, nor whether it ran out of memory")
+    return Run(
+        number=number, row=row, model=model, cluster=cluster, layout=layout, stack=stack,
+        sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
+        + (" sp" if sequence == "true" else ""),
+        step_s=None if oom else step, mfu=mfu, oom=oom, memory_gib=_number(row, "mem_gib"),
+    )  # fmt: skip
+
+
+def _model(row: Mapping[str, str]) -> ModelConfig:
+    """A model of the row's widths. Gated (Llama) where the feed-forward is not four times as wide, else GPT."""
+    hidden, heads = _whole(row, "hidden"), _whole(row, "heads")
+    ffn = _whole(row, "ffn", default=4 * hidden)
+    name = row.get("model") or "unnamed"
+    kv_heads = _whole(row, "kv_heads", default=heads)
+    gated = ffn != 4 * hidden or kv_heads != heads or any(word in name.lower() for word in ("llama", "mistral", "qwen"))
+    positions = 0 if gated else _whole(row, "seq_len")
+    return ModelConfig(
+        name=name, hidden_size=hidden, num_layers=_whole(row, "layers"), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=max(1, hidden // heads), ffn_size=ffn, vocab_size=_whole(row, "vocab"), gated_mlp=gated,
+        norm_params=1 if gated else 2, rotary=gated, learned_positions=positions, tied_embeddings=not gated,
+        qkv_bias=not gated, out_bias=not gated, mlp_bias=not gated,
+    )  # fmt: skip
+
+
+def _stack(row: Mapping[str, str], zero: int) -> Stack:
+    """The software of a row, from its kernel and ZeRO stage."""
+    kernel = row.get("kernel", "").lower()
+    if row["gpu_type"].lower() == "cpu":
+        return RUNTIME_CPU
+    if kernel in _STUDY_KERNELS:
+        attention, fused_norm = _STUDY_KERNELS[kernel]
+        return replace(STUDY, attention=attention, fused_norm=fused_norm)
+    if zero == 3:
+        return FSDP
+    attention = (
+        "eager" if kernel in ("eager", "math") else "flash1" if kernel.startswith("flash_attentionv1") else "flash2"
+    )
+    return replace(MEGATRON, attention=attention)
+
+
+def _whole(row: Mapping[str, str], key: str, *, default: int | None = None, least: int = 1) -> int:
+    text = row.get(key, "")
+    if not text:
+        if default is None:
+            raise ValueError(f"{key} is blank")
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{key}={text!r} is not a number") from None
+    if value != int(value) or value < least:
+        raise ValueError(f"{key}={text}: not a whole number of at least {least}")
+    return int(value)
+
+
+def _number(row: Mapping[str, str], key: str) -> float | None:
+    text = row.get(key, "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{key}={text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{key}={text}: not a number above 0")
+    return value

@@ -1,0 +1,167 @@
+"""Which layouts there are: the axes, the options, and every rule of what may be combined, with its reason.
+
+A combination that a rule refuses is counted under that reason, so that a plan can say what became of it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fourfold.layouts.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.layout import CHECKPOINTING
+from fourfold.layouts.model import ModelConfig
+from fourfold.parallel.grid import AXES
+
+SPACES = ("runtime", "full")
+MICRO_BATCHES = tuple(range(1, 65))
+
+_Columns = dict[str, Column]
+_Rule = tuple[str, Callable[[_Columns], Column]]
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _axis_rules(model: ModelConfig, global_batch: int, seq_len: int) -> list[_Rule]:
+    """What the four axes must divide; layout.check has the same rules for a single layout."""
+    ffn = model.ffn_size or model.expert_ffn_size
+    return [
+        (f"tp does not divide {model.num_heads} attention heads", lambda c: model.num_heads % c["tp"] == 0),
+        (f"tp does not divide {model.num_kv_heads} key-value heads", lambda c: model.num_kv_heads % c["tp"] == 0),
+        (f"tp does not divide the feed-forward width {ffn}", lambda c: ffn % c["tp"] == 0),
+        (f"tp does not divide the vocabulary of {model.vocab_size}", lambda c: model.vocab_size % c["tp"] == 0),
+        (f"pp is more than {model.num_layers} layers", lambda c: c["pp"] <= model.num_layers),
+        (
+            f"2 cp does not divide the sequence of {seq_len}",
+            lambda c: seq_len % np.where(c["cp"] > 1, 2 * c["cp"], 1) == 0,
+        ),
+        (f"dp does not divide the global batch {global_batch}", lambda c: global_batch % c["dp"] == 0),
+    ]
+
+
+def _runtime_rules(model: ModelConfig) -> list[_Rule]:
+    """What fourfold's own runtime refuses; see parallel.transformer.parallelize."""
+    rules: list[_Rule] = []
+    if model.tied_embeddings:
+        rules.append(("tied embeddings need pp=1 in this runtime", lambda c: c["pp"] == 1))
+    if model.num_windowed_layers:
+        rules.append(("a sliding window needs cp=1 in this runtime", lambda c: c["cp"] == 1))
+    return rules
+
+
+def _option_rules(model: ModelConfig) -> dict[str, list[_Rule]]:
+    """What the options of the full space need of each other; each rule under the last of its options."""
+    heads = model.num_heads
+    return {
+        "sequence_parallel": [
+            ("sequence parallelism needs tp of at least 2", lambda c: ~c["sequence_parallel"] | (c["tp"] > 1)),
+        ],
+        "vp": [
+            ("interleaving needs pp of at least 2", lambda c: (c["vp"] == 1) | (c["pp"] > 1)),
+            ("pp x vp is more than the layers", lambda c: c["pp"] * c["vp"] <= model.num_layers),
+            (
+                "interleaving needs micro-batches in multiples of pp",
+                lambda c: (c["vp"] == 1) | (c["batch"] // c["micro_batch"] % c["pp"] == 0),
+            ),
+        ],
+        "checkpoint_every": [
+            (
+                "every how many layers is a matter of full checkpointing",
+                lambda c: (c["checkpoint_every"] == 1) | (c["checkpointing"] == FULL),
+            ),
+        ],
+        "offload": [
+            (
+                "offloading moves the inputs of checkpointed layers",
+                lambda c: ~c["offload"] | ((c["checkpointing"] >= FULL) & (c["checkpoint_every"] == 1)),
+            ),
+            (
+                "StreamBP cuts a sequence that is whole on its rank",
+                lambda c: (c["checkpointing"] != STREAM) | (c["cp"] == 1),
+            ),
+        ],
+        "cp_heads": [
+            ("heads are exchanged among cp ranks", lambda c: c["cp"] % c["cp_heads"] == 0),
+            ("tp x cp_heads does not divide the attention heads", lambda c: heads % (c["tp"] * c["cp_heads"]) == 0),
+        ],
+        "ep": [
+            ("experts are shared by ranks of dp x cp", lambda c: c["dp"] * c["cp"] % c["ep"] == 0),
+        ],
+    }
+
+
+def enumerate_space(
+    model: ModelConfig,
+    num_devices: int,
+    *,
+    global_batch: int,
+    seq_len: int,
+    space: str,
+    fix: Mapping[str, Any],
+    asynchronous: bool = False,
+) -> tuple[Candidates, dict[str, int]]:
+    """All combinations of a space that can cut the model, and for each rule how many it turned away.
+
+    Returns:
+        (candidates, reason -> count); a combination is counted under the first rule that refuses it.
+    Raises:
+        ValueError: a fixed value that the space has not.
+    """
+    full = space == "full"
+    axes = [
+        (num_devices // (tp * cp * pp), pp, cp, tp)
+        for tp in divisors(num_devices)
+        for cp in divisors(num_devices // tp)
+        for pp in divisors(num_devices // tp // cp)
+    ]
+    columns: _Columns = dict(zip(AXES, np.array(axes).T, strict=True))
+    reasons: dict[str, int] = {}
+
+    def restrict(rules: list[_Rule]) -> None:
+        for reason, allows in rules:
+            allowed = allows(columns)
+            refused = len(allowed) - int(allowed.sum())
+            if refused:
+                reasons[reason] = reasons.get(reason, 0) + refused
+                for key in columns:
+                    columns[key] = columns[key][allowed]
+
+    def expand(name: str, values: list[Any]) -> None:
+        if name in fix:
+            values = [CHECKPOINTING.index(fix[name]) if name == "checkpointing" else fix[name]]
+        length = len(columns["dp"])
+        for key in columns:
+            columns[key] = np.repeat(columns[key], len(values))
+        columns[name] = np.tile(np.array(values), length)
+
+    restrict([(f"{a} is not the fixed {fix[a]}", lambda c, a=a: c[a] == fix[a]) for a in AXES if a in fix])  # type: ignore[misc]
+    restrict(_axis_rules(model, global_batch, seq_len))
+    if not full:
+        restrict(_runtime_rules(model))
+    columns["batch"] = global_batch // columns["dp"]
+    expand("micro_batch", [size for size in MICRO_BATCHES if global_batch % size == 0])
+    restrict([("the micro-batch does not divide a replica's batch", lambda c: c["batch"] % c["micro_batch"] == 0)])
+    expand("zero_stage", [0, 1, 2, 3] if full else [0, 3])
+    restrict([("ZeRO needs dp x cp of at least 2", lambda c: (c["zero_stage"] == 0) | (c["dp"] * c["cp"] > 1))])
+    expand("checkpointing", [NONE, SELECTIVE, FULL, STREAM] if full else [NONE, FULL])
+    optional: dict[str, list[Any]] = {
+        "sequence_parallel": [False, True], "vp": [1, 2, 4], "checkpoint_every": [1, 2, 4], "offload": [False, True],
+        "cp_heads": [1, 2, 4, 8], "ep": divisors(model.num_experts) if model.num_experts else [1],
+        "stream_chunks": [1],
+    }  # fmt: skip
+    if full:
+        rules = _option_rules(model)
+        for name, values in optional.items():
+            expand(name, values)
+            restrict(rules.get(name, []))
+        columns["stream_chunks"] = np.where(columns["checkpointing"] == STREAM, fix.get("stream_chunks", 8), 1)
+    else:
+        for name in optional:
+            if name in fix:
+                expand(name, [fix[name]])
+    if asynchronous:
+        columns["asynchronous"] = columns["pp"] > 1
+    columns.pop("batch")
+    return Candidates.from_columns(columns, global_batch=global_batch, seq_len=seq_len), reasons

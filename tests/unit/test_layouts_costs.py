@@ -1,0 +1,192 @@
+"""The parts of a price against counts by hand, and properties that every price must have."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fourfold.layouts.candidates import Candidates
+from fourfold.layouts.cluster import Link, LinkOperation, load_cluster
+from fourfold.layouts.collectives import Network
+from fourfold.layouts.constants import load_constants
+from fourfold.layouts.explain import draw_schedule
+from fourfold.layouts.layer import saved_bytes
+from fourfold.layouts.layout import Layout
+from fourfold.layouts.memory import _normal_cdf, memory_of, stage_params
+from fourfold.layouts.model import load_model
+from fourfold.layouts.price import price
+from fourfold.layouts.search import plan
+from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU
+from fourfold.layouts.stages import stages_of
+from fourfold.parallel.grid import layer_ranges
+
+A100 = load_cluster("A100-80GB")
+LLAMA = load_model("llama-3.1-8b")
+BYTES = load_model("tiny-llama-bytes")
+
+
+@given(st.integers(1, 60), st.integers(1, 24), st.integers(1, 40))
+def test_stages_are_those_of_layer_ranges(num_layers, num_stages, num_micro_batches):
+    if num_layers < num_stages:
+        return
+    model = replace(BYTES, num_layers=num_layers)
+    columns = {"pp": np.array([num_stages])}
+    stages = stages_of(model, Candidates.from_columns(columns, global_batch=num_micro_batches, seq_len=8))
+    sizes = [len(stage) for stage in layer_ranges(num_layers, num_stages)]
+    assert stages.layers[0, 0] == sizes[0]
+    assert stages.layers[2, 0] == sizes[-1]
+    if num_stages > 2:
+        assert stages.layers[1, 0] == sizes[1] == max(sizes[1:-1])
+    assert stages.in_flight[0, 0] == min(num_stages, num_micro_batches)
+    assert stages.in_flight[2, 0] == 1
+
+
+def test_stage_parameters_add_up():
+    for pp, tp in ((1, 1), (2, 1), (4, 2)):
+        c = Candidates.of([Layout(pp=pp, tp=tp, global_batch=8, seq_len=64)])
+        shared, experts = stage_params(LLAMA, c, stages_of(LLAMA, c))
+        middle = shared[1, 0] * (pp - 2) if pp > 2 else 0.0
+        whole = (shared[0, 0] + middle + (shared[2, 0] if pp > 1 else 0.0)) * tp
+        norms = (LLAMA.num_layers * LLAMA.layer_norm_params + LLAMA.final_norm_params) * (tp - 1)
+        assert experts.max() == 0
+        assert whole - norms == pytest.approx(LLAMA.num_params, rel=1e-12) or pp == 1
+        if pp == 1:
+            assert shared[0, 0] == LLAMA.num_params
+
+
+def test_what_a_layer_keeps_is_what_autograd_keeps():
+    # Counted by torch's saved_tensors_hooks on transformers' LlamaDecoderLayer: 5146 fp32 values a token at these
+    # widths (8 h + 2 kv + 4 f, the log-sum-exp, two values a norm); the count leaves out the last two.
+    model = replace(BYTES, num_kv_heads=4)
+    c = Candidates.of([Layout(global_batch=1, seq_len=512)])
+    kept, layer_input = saved_bytes(model, c, RUNTIME_CPU)
+    assert kept[0] / 4 / 512 == pytest.approx(5146, rel=0.005)
+    assert layer_input[0] == 512 * 256 * 4
+
+
+def test_ring_collectives_by_hand():
+    link = Link(
+        name="wire",
+        num_ranks=8,
+        operations=(LinkOperation(operation="send", group_size=2, latency_s=1e-5, bandwidth_bytes_per_s=1e9),),
+    )
+    network = Network(cluster=replace(A100, links=(link,)))
+    four, one = np.array([4]), np.array([1])
+    assert network.collective_s("all_gather", 1e9, four, one) == pytest.approx(0.75 + 3e-5)
+    assert network.collective_s("all_reduce", 1e9, four, one) == pytest.approx(2 * (0.75 + 3e-5))
+    assert network.collective_s("all_reduce", 1e9, one, one) == 0
+    assert network.send_s(np.array([1e9]), four, one) == pytest.approx(1 + 1e-5)
+
+
+def test_a_group_over_nodes_enters_each_by_its_own_ports():
+    network = Network(cluster=A100)
+    one = np.array([1])
+    whole = network.collective_s("all_gather", 1e10, np.array([64]), one)[0]
+    thin = network.collective_s("all_gather", 1e10, np.array([8]), np.array([8]))[0]
+    assert whole == pytest.approx(1e10 * 63 / 64 / (8 * 25e9), rel=0.01)
+    assert thin == pytest.approx(1e10 * 7 / 8 / 25e9, rel=0.01)
+
+
+def test_measured_operations_come_before_formulas():
+    send = A100.links[0].operations[0]
+    measured = LinkOperation(operation="all_reduce", group_size=2, latency_s=1.0, bandwidth_bytes_per_s=1e12)
+    cluster = replace(A100, links=(replace(A100.links[0], operations=(send, measured)),))
+    seconds = Network(cluster=cluster).collective_s("all_reduce", 1e3, np.array([2, 4]), np.array([1, 1]))
+    assert seconds[0] == pytest.approx(1.0)
+    assert seconds[1] < 1e-3
+
+
+def test_normal_distribution():
+    assert _normal_cdf(np.array([-1.96, 0.0, 1.96])) == pytest.approx([0.0249979, 0.5, 0.9750021], abs=1e-6)
+
+
+def test_the_schedule_drawn():
+    assert draw_schedule(3, 4) == [
+        "012....aa3bb.cc.dd",
+        ".01..aa2bb3cc.dd..",
+        "..0aa1bb2cc3dd....",
+    ]
+    assert draw_schedule(1, 3) == ["0aa1bb2cc"]
+
+
+def test_parts_add_up():
+    layout = Layout(dp=2, pp=2, tp=2, zero_stage=1, global_batch=32, seq_len=2048)
+    priced = price(LLAMA, A100, [layout], stack=MEGATRON)[0]
+    assert sum(priced.time_parts_s.values()) == pytest.approx(priced.step_s)
+    assert sum(priced.memory_parts_bytes.values()) == pytest.approx(priced.peak_bytes)
+    assert max(priced.stage_peaks_bytes.values()) == pytest.approx(priced.peak_bytes)
+    tokens = 32 * 2048
+    assert priced.mfu == pytest.approx(tokens * LLAMA.flops_per_token(2048) / (312e12 * 8 * priced.step_s))
+
+
+LAYOUTS = [
+    Layout(dp=4, pp=2, tp=4, cp=2, zero_stage=1, global_batch=64, seq_len=4096),
+    Layout(dp=64, zero_stage=3, checkpointing="full", global_batch=64, seq_len=4096),
+    Layout(dp=8, tp=8, sequence_parallel=True, global_batch=64, seq_len=4096),
+    Layout(dp=2, pp=8, tp=4, vp=2, micro_batch=2, checkpointing="selective", global_batch=64, seq_len=4096),
+]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(LAYOUTS), st.floats(1.0, 8.0), st.integers(0, 1))
+def test_a_faster_link_never_makes_a_step_slower(layout, factor, tier):
+    links = list(A100.links)
+    send = links[tier].operations[0]
+    faster = replace(send, bandwidth_bytes_per_s=send.bandwidth_bytes_per_s * factor, latency_s=send.latency_s / factor)
+    links[tier] = replace(links[tier], operations=(faster,))
+    before = price(LLAMA, A100, [layout], stack=MEGATRON)[0].step_s
+    after = price(LLAMA, replace(A100, links=tuple(links)), [layout], stack=MEGATRON)[0].step_s
+    assert after <= before * (1 + 1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(LAYOUTS), st.floats(1.0, 3.0))
+def test_more_memory_never_makes_a_layout_unfit(layout, factor):
+    device = replace(A100.device, memory_bytes=A100.device.memory_bytes * factor)
+    constants = load_constants()
+    c = Candidates.of([layout])
+    before = memory_of(LLAMA, c, A100, MEGATRON, constants).fit_probability[0]
+    after = memory_of(LLAMA, c, replace(A100, device=device), MEGATRON, constants).fit_probability[0]
+    assert after >= before
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from(LAYOUTS), st.floats(1.0, 4.0))
+def test_units(layout, factor):
+    """A device and links that are `factor` times as fast in every way make the step that much shorter."""
+    device = A100.device
+    fast = replace(
+        device,
+        peak_flops_per_s=device.peak_flops_per_s * factor,
+        memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s * factor,
+    )
+    links = tuple(
+        replace(
+            link,
+            operations=tuple(
+                replace(op, bandwidth_bytes_per_s=op.bandwidth_bytes_per_s * factor, latency_s=op.latency_s / factor)
+                for op in link.operations
+            ),
+        )
+        for link in A100.links
+    )
+    constants = load_constants()
+    quicker = replace(
+        constants, kernel_gap_s=constants.kernel_gap_s / factor, step_overhead_s=constants.step_overhead_s / factor
+    )
+    before = price(LLAMA, A100, [layout], stack=MEGATRON, constants=constants)[0].step_s
+    cluster = replace(A100, device=fast, links=links)
+    after = price(LLAMA, cluster, [layout], stack=MEGATRON, constants=quicker)[0].step_s
+    assert after * factor == pytest.approx(before, rel=1e-9)
+
+
+def test_twice_the_gpus_are_never_slower_than_overheads_explain():
+    steps = [
+        plan(LLAMA, A100, num_devices=n, global_batch=512, seq_len=4096, space="full", top=1).layouts[0].step_s
+        for n in (8, 16, 32, 64, 128, 256)
+    ]
+    for few, many in itertools.pairwise(steps):
+        assert many < few * 1.05

@@ -1,0 +1,152 @@
+"""The search gives what a loop over single layouts gives, refuses what makes no sense, and needs no torch."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fourfold.layouts.cluster import load_cluster
+from fourfold.layouts.layout import check
+from fourfold.layouts.model import load_model
+from fourfold.layouts.price import price
+from fourfold.layouts.search import advice, plan
+from fourfold.layouts.space import enumerate_space
+from fourfold.layouts.stack import MEGATRON
+
+A100 = load_cluster("A100-80GB")
+LLAMA = load_model("llama-3.1-8b")
+
+
+@pytest.mark.parametrize("space", ["runtime", "full"])
+def test_the_best_is_the_best_of_a_loop_over_single_layouts(space):
+    model = load_model("llama-2-13b")
+    batch = {"global_batch": 32, "seq_len": 4096}
+    result = plan(model, A100, num_devices=8, space=space, **batch)
+    candidates, _ = enumerate_space(model, 8, space=space, fix={}, **batch)
+    assert len(candidates) == result.num_candidates
+    rows = range(len(candidates)) if space == "runtime" else range(0, len(candidates), 7)
+    one_by_one = {}
+    for row in rows:
+        layout = candidates.layout(row)
+        check(layout, model)
+        priced = price(model, A100, [layout], stack=result.stack)[0]
+        if priced.fits:
+            one_by_one[layout] = priced.step_s
+    ranked = {priced.layout: priced.step_s for priced in result.layouts}
+    assert set(one_by_one) <= set(ranked)
+    for layout, step_s in one_by_one.items():
+        assert ranked[layout] == pytest.approx(step_s, rel=1e-12)
+    if space == "runtime":
+        assert result.num_fitting == len(one_by_one)
+        assert result.layouts[0].step_s == pytest.approx(min(one_by_one.values()), rel=1e-12)
+    steps = [priced.step_s for priced in result.layouts]
+    assert steps == sorted(steps)
+    assert result.slowest is not None
+    assert result.slowest.step_s == pytest.approx(steps[-1])
+
+
+def test_blocks_do_not_change_the_answer(monkeypatch):
+    batch = {"global_batch": 64, "seq_len": 2048}
+    whole = plan(LLAMA, A100, num_devices=16, top=20, **batch)
+    monkeypatch.setattr("fourfold.layouts.search.BLOCK", 37)
+    pieces = plan(LLAMA, A100, num_devices=16, top=20, **batch)
+    assert [p.layout for p in pieces.layouts] == [p.layout for p in whole.layouts]
+    assert pieces.num_fitting == whole.num_fitting
+
+
+def test_every_combination_is_ranked_or_counted_under_a_reason():
+    result = plan(LLAMA, A100, num_devices=8, global_batch=8, seq_len=8192)
+    assert result.num_fitting == len(result.layouts)
+    assert result.infeasible["does not fit in memory"] == result.num_candidates - result.num_fitting > 0
+    assert all(priced.layout.runnable for priced in result.layouts)
+
+
+def test_fixed_fields_are_held():
+    fixed = {"tp": 2, "checkpointing": "full", "micro_batch": 2}
+    result = plan(LLAMA, A100, num_devices=8, global_batch=32, seq_len=2048, fix=fixed)
+    assert result.layouts
+    assert all((p.layout.tp, p.layout.checkpointing, p.layout.micro_batch) == (2, "full", 2) for p in result.layouts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_devices": 0}, "gpus=0: give a whole number of at least 1"),
+        ({"global_batch": 0}, "global_batch=0"),
+        ({"space": "all"}, "space='all': choose one of runtime, full"),
+        ({"fix": {"tp": 3}}, "tp=3 makes 3, which does not divide 8 devices"),
+        ({"fix": {"tp": 2, "pp": 2, "dp": 1, "cp": 1}}, "makes 4 ranks, but there are 8 devices"),
+        ({"fix": {"micro_batch": 3}}, "no layout of 8 devices can cut this model and batch"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change, message):
+    arguments = {"num_devices": 8, "global_batch": 32, "seq_len": 2048, **change}
+    with pytest.raises(ValueError, match=message):
+        plan(LLAMA, A100, **arguments)
+
+
+def test_where_nothing_fits_the_nearest_is_told():
+    result = plan(load_model("llama-3.1-405b"), A100, num_devices=8, global_batch=8, seq_len=8192)
+    assert not result.layouts
+    assert "use more devices, a shorter sequence, or a smaller model" in advice(result)
+
+
+def test_the_safe_pick_is_safe_and_no_faster_than_the_fastest():
+    result = plan(load_model("llama-2-13b"), A100, num_devices=8, global_batch=64, seq_len=4096, space="full", top=1)
+    assert result.safe is not None
+    assert result.safe.fit_probability >= 0.95
+    assert result.safe.step_s >= result.layouts[0].step_s
+
+
+def test_half_a_million_layouts_in_seconds():
+    # Measured at under a second on one core; the bound leaves room for a busy machine, not for a slower method.
+    model = load_model("llama-3.1-405b")
+    start = time.process_time()
+    result = plan(
+        model, load_cluster("H100-80GB"), num_devices=16384, global_batch=2048, seq_len=8192, space="full", top=5
+    )
+    assert result.num_candidates > 400_000
+    assert time.process_time() - start < 10
+    assert len(result.layouts) == 5
+
+
+def test_experts_are_cut():
+    model = load_model("mixtral-8x7b")
+    result = plan(model, A100, num_devices=64, global_batch=256, seq_len=4096, space="full", fix={"ep": 8}, top=5)
+    assert all(priced.layout.ep == 8 for priced in result.layouts)
+    whole = plan(model, A100, num_devices=64, global_batch=256, seq_len=4096, space="full", fix={"ep": 1}, top=5)
+    assert result.layouts[0].peak_bytes != whole.layouts[0].peak_bytes
+
+
+def test_the_async_pipeline_has_no_bubble():
+    fixed = {"pp": 4}
+    batch = {"global_batch": 32, "seq_len": 2048, "num_devices": 8, "fix": fixed}
+    assert all(p.bubble_s == 0 for p in plan(LLAMA, A100, asynchronous=True, **batch).layouts)
+    assert all(p.bubble_s > 0 for p in plan(LLAMA, A100, **batch).layouts)
+
+
+def test_no_torch_is_imported():
+    script = (
+        "import sys, fourfold.layouts.search, fourfold.layouts.report, fourfold.layouts.calibration, "
+        "fourfold.layouts.export, fourfold.layouts.explain, fourfold.layouts.tables\n"
+        "from fourfold.layouts.model import load_model\nfrom fourfold.layouts.cluster import load_cluster\n"
+        "fourfold.layouts.search.plan(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), num_devices=8,"
+        " global_batch=8, seq_len=2048)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
+
+
+def test_sequence_parallelism_and_interleaving_do_what_they_are_for():
+    from fourfold.layouts.layout import Layout
+
+    def one(**fields: object) -> object:
+        layout = Layout(global_batch=64, seq_len=4096, **fields)  # type: ignore[arg-type]
+        return price(LLAMA, A100, [layout], stack=MEGATRON)[0]
+
+    assert one(tp=8, sequence_parallel=True).peak_bytes < one(tp=8).peak_bytes  # type: ignore[attr-defined]
+    assert one(pp=8, vp=4).bubble_s == pytest.approx(one(pp=8).bubble_s / 4, rel=0.05)  # type: ignore[attr-defined]
+    assert one(pp=8, vp=4).peak_bytes > one(pp=8).peak_bytes  # type: ignore[attr-defined]
+    assert np.isfinite(one(tp=2, cp=4, dp=2, cp_heads=2).step_s)  # type: ignore[attr-defined]

@@ -1,0 +1,151 @@
+"""Scores by hand; the accuracy on the published runs; a CSV with junk."""
+
+import csv
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fourfold.launch.validate_command import validate
+from fourfold.layouts.calibration import PRIOR_SPREAD, calibrate, folds_of, get_constant, with_constants
+from fourfold.layouts.constants import load_constants, load_prior
+from fourfold.layouts.runs import read_runs
+from fourfold.layouts.validation import price_runs, score, spearman
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(validate)
+
+ROW = {
+    "model": "LLAMA-8B", "hidden": "4096", "layers": "32", "heads": "32", "kv_heads": "8", "ffn": "14336",
+    "vocab": "128256", "seq_len": "4096", "gpu_type": "A100-80GB-SXM", "num_gpus": "8", "global_batch": "64",
+    "micro_batch": "1", "tp": "2", "pp": "1", "dp": "4", "zero_stage": "1", "activation_checkpointing": "",
+    "kernel": "", "sequence_parallel": "", "step_time_s": "10", "mfu": "", "oom": "False", "status": "ok",
+}  # fmt: skip
+
+
+def write(path, *changes):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(ROW))
+        writer.writeheader()
+        writer.writerows({**ROW, **change} for change in changes)
+    return path
+
+
+def test_spearman_by_hand():
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # Ties share their mean rank: ranks 0.5, 0.5, 2 against 0, 1, 2 have a covariance of 0.5 and variances 0.5, 2/3.
+    assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
+
+
+def test_rows_are_read_as_the_schema_says(tmp_path):
+    path = write(
+        tmp_path / "runs.csv", {}, {"activation_checkpointing": "every_layer"}, {"kernel": "flash_attention2"},
+        {"zero_stage": "3"}, {"sequence_parallel": "False"}, {"step_time_s": "", "mfu": "0.4"},
+    )  # fmt: skip
+    _, runs, refused = read_runs(path)
+    assert not refused
+    assert [run.layout.checkpointing for run in runs] == ["none", "full", "none", "none", "none", "none"]
+    assert [run.stack.fused_norm for run in runs] == [True, True, False, True, True, True]
+    assert [run.layout.sequence_parallel for run in runs] == [True, True, False, False, False, True]
+    assert runs[0].layout.dp == 4
+    assert runs[5].step_s is not None
+    flops = 64 * 4096 * runs[5].model.flops_per_token(4096)
+    assert runs[5].step_s == pytest.approx(flops / (0.4 * 312e12 * 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden": ""}, "hidden is blank"),
+        ({"hidden": "wide"}, "hidden='wide' is not a number"),
+        ({"gpu_type": "TPUv4"}, "gpu_type='TPUv4'"),
+        ({"tp": "3"}, "num_gpus=8 is no multiple of tp=3"),
+        ({"status": "Kernel not available"}, "neither a run nor out of memory"),
+        ({"activation_checkpointing": "some"}, "activation_checkpointing='some'"),
+        ({"step_time_s": "-1"}, "step_time_s=-1: not a number above 0"),
+        ({"step_time_s": "", "oom": ""}, "gives neither a step time"),
+        ({"global_batch": "63"}, "global_batch=63 is no multiple of dp=4"),
+    ],
+)
+def test_rows_that_cannot_be_priced_are_listed_with_the_reason(tmp_path, change, reason):
+    path = write(tmp_path / "runs.csv", {}, change)
+    rows, runs, refused = read_runs(path)
+    assert (len(rows), len(runs), list(refused)) == (2, 1, [3])
+    assert reason in refused[3]
+    result = CliRunner().invoke(app, [str(path)])
+    assert result.exit_code == 0
+    assert "line 3 not priced" in result.stdout
+
+
+def test_a_file_that_is_no_csv_of_runs_is_refused(tmp_path):
+    (tmp_path / "junk.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no column 'hidden'"):
+        read_runs(tmp_path / "junk.csv")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_runs(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match="holds no rows"):
+        read_runs(write(tmp_path / "empty.csv"))
+
+
+def test_predictions_keep_every_row_and_column(tmp_path):
+    path = write(tmp_path / "runs.csv", {}, {"hidden": ""})
+    out = tmp_path / "out.csv"
+    result = CliRunner().invoke(app, [str(path), "--predictions", str(out), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["not_priced"] == [{"line": 3, "reason": "hidden is blank"}]
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [*ROW, "step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred"]
+    assert float(rows[0]["step_time_pred_s"]) > 0
+    assert rows[0]["fits_pred"] in ("True", "False")
+    assert rows[1]["step_time_pred_s"] == ""
+
+
+@pytest.fixture(scope="module")
+def sweeps(published_runs):
+    return read_runs(published_runs / "hagemann2023_main_sweep.csv")[1]
+
+
+def test_accuracy_on_the_published_sweeps(sweeps):
+    """The shipped constants on the rows they were fitted on; benchmarks/layout_search holds sweeps out."""
+    flash = [run for run in sweeps if run.stack.attention == "flash2"]
+    scores = score(flash, price_runs(flash, load_constants()))
+    assert scores.num_runs == 206
+    assert scores.oom_accuracy is not None
+    assert scores.oom_accuracy >= 0.97
+    assert scores.num_oom_picks == 0
+    assert scores.top1 is not None
+    assert scores.top1 >= 0.99
+    assert scores.mape is not None
+    assert scores.mape <= 0.07
+
+
+def test_no_out_of_memory_flag_is_missed_where_more_is_asked(sweeps):
+    """Predicted memory grows with the micro-batch, everything else equal."""
+    prices = {run.layout: p.peak_bytes for run, p in zip(sweeps, price_runs(sweeps, load_constants()), strict=True)}
+    from dataclasses import replace
+
+    for layout, peak in prices.items():
+        larger = replace(layout, micro_batch=layout.micro_batch * 2) if layout.num_micro_batches % 2 == 0 else layout
+        assert prices.get(larger, peak) >= peak
+
+
+def test_calibration_finds_a_constant_that_was_changed(sweeps):
+    """Runs made up with a slower memory: the fit must move towards it, and not move what they do not tell."""
+    from dataclasses import replace
+
+    shipped = load_constants()
+    truth = with_constants(shipped, {"norm_bytes": shipped.norm_bytes * 1.3})
+    some = [run for run in sweeps if run.stack.attention == "flash2" and run.step_s][:40]
+    made = [replace(run, step_s=p.step_s, oom=None) for run, p in zip(some, price_runs(some, truth), strict=True)]
+    fitted = calibrate(made, shipped)
+    before, after = (score(made, price_runs(made, k)).mape for k in (shipped, fitted))
+    assert before is not None
+    assert after is not None
+    assert after < before / 3
+    assert fitted.norm_bytes > shipped.norm_bytes * 1.05
+    assert get_constant(fitted, "matmul_peaks.H100") == pytest.approx(get_constant(shipped, "matmul_peaks.H100"))
+    assert set(folds_of(some)) == {some[0].sweep, *(run.sweep for run in some)} or len(some) < 10
+    assert all(get_constant(load_prior(), name) > 0 for name in PRIOR_SPREAD)
