@@ -1,6 +1,6 @@
 """The peak resident memory of a real training step in a fresh process, for run.py to compare with the dry run.
 
-Kernel counters, not torch's: VmHWM is reset before the third step, and what the process held before the model was
+Kernel counters, not torch's: VmHWM is reset before the second step, and what the process held before the model was
 built is taken off.
 """
 
@@ -34,7 +34,7 @@ def measure(
     model = local_model(config, num_layers=config["num_hidden_layers"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     tokens = torch.randint(config["vocab_size"], (micro_batch, seq_len))
-    for _ in range(3):
+    for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         start = time.process_time()
         for _ in range(num_micro_batches):
