@@ -8,6 +8,8 @@ import typer
 from fourfold.launch.processes import start_ranks
 from fourfold.profiling.settings import ProfileSettings
 
+TENSOR_PARALLEL = "fourfold.parallel.tensor_parallel"  # profiling imports no sibling: it is told what to measure
+
 
 def profile(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("cluster.toml"),
@@ -39,6 +41,7 @@ def profile(
         layers=layers,
         resume=resume,
         device=device,
+        tensor_parallel=TENSOR_PARALLEL,
     )
     profile_machine(settings, num_ranks=ranks)
 

@@ -9,6 +9,7 @@ Tables, each row a median over all ranks at work together:
     [[layer]]      dtype, tp, micro_batch, seq_len, forward_s, backward_s, activation_bytes, peak_bytes
     [[ends]]       dtype, tp, micro_batch, seq_len, embedding_forward_s, embedding_backward_s, head_forward_s,
                    head_backward_s
+    [[tp_layer]], [[tp_ends]]   the same times, measured on groups of tp ranks by DTensor, collectives inside
     [[optimizer]]  dtype, parameters, tensors, fused, step_s, clip_s
 
 [[layer]] is one layer's share of a forward pass through DEPTH layers and the backward pass after it, without
@@ -16,6 +17,8 @@ checkpointing, gradients put into new memory as in a step's first micro-batch. a
 storages that one layer's forward pass keeps for its backward pass, its input among them, weights not; peak_bytes is the
 most that one layer's forward and backward pass hold at a time, its input, weights and their gradients included.
 [[ends]]: embedding with the rotary tables; final norm, head and the summed cross-entropy of fp32 logits.
+[[tp_layer]] and [[tp_ends]], for tp > 1 within a host: the whole model's layer cut by the functions named in the
+settings, as training cuts it. What they take beyond [[layer]] and four all-reduces is DTensor's own work on the host.
 [[optimizer]]: one AdamW step and one gradient-norm clipping on `parameters` weights in `tensors` tensors of the model's
 shapes (at most MAX_PARAMETERS of them); fused is torch's option, false its default.
 dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 weights, as in training.
@@ -26,8 +29,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
 
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model, loss_of_logits, run_layers
@@ -37,6 +44,8 @@ from fourfold.profiling.shapes import ModelShape
 
 DEPTH = 2
 MAX_PARAMETERS = 100_000_000
+_LAYER = ("forward_s", "backward_s")
+_ENDS = ("embedding_forward_s", "embedding_backward_s", "head_forward_s", "head_backward_s")
 
 
 def layer_cases(
@@ -51,22 +60,51 @@ def layer_cases(
     for micro_batch in micro_batches:
         work = _Work(model, device, dtype, micro_batch, seq_len)
         fields = {**named, "micro_batch": micro_batch, "seq_len": seq_len}
-        cases.append(
-            Case(
-                table="layer", fields=fields, columns=("forward_s", "backward_s"), run=work.time_layers,
-                facts=work.layer_bytes, essential=True,
-            )
-        )  # fmt: skip
-        columns = ("embedding_forward_s", "embedding_backward_s", "head_forward_s", "head_backward_s")
-        cases.append(Case(table="ends", fields=fields, columns=columns, run=work.time_ends, essential=True))
+        layers = Case(
+            table="layer", fields=fields, columns=_LAYER, run=work.time_layers, facts=work.layer_bytes, essential=True
+        )
+        cases += [layers, Case(table="ends", fields=fields, columns=_ENDS, run=work.time_ends, essential=True)]
+    return cases
+
+
+def tensor_parallel_cases(
+    config: dict[str, Any], device: torch.device, cutter: Any, *, tp: int, micro_batches: tuple[int, ...], seq_len: int
+) -> list[Case]:
+    """[[tp_layer]] and [[tp_ends]] for groups of `tp` neighbouring ranks; every rank of the world must call.
+
+    Args:
+        cutter: has `cut_layer(layer, mesh)` and `cut_ends(model, mesh)`, which replace parameters by DTensors.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size() // tp, tp), mesh_dim_names=("outer", "tp"))["tp"]
+    with device:
+        model = local_model(config, num_layers=DEPTH)
+    for layer in model.model.layers:
+        cutter.cut_layer(layer, mesh)
+    model.is_first = model.is_last = True
+    cutter.cut_ends(model, mesh)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cases = []
+    for micro_batch in micro_batches:
+        work = _Work(model, device, dtype, micro_batch, seq_len, mesh)
+        fields = {"dtype": str(dtype).removeprefix("torch."), "tp": tp, "micro_batch": micro_batch, "seq_len": seq_len}
+        layers = Case(table="tp_layer", fields=fields, columns=_LAYER, run=work.time_layers, essential=True)
+        cases += [layers, Case(table="tp_ends", fields=fields, columns=_ENDS, run=work.time_ends, essential=True)]
     return cases
 
 
 class _Work:
     """Timed passes through the layers and the ends of one model, on random input."""
 
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, micro_batch: int, seq_len: int) -> None:
-        self._model, self._device, self._dtype = model, device, dtype
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch: int,
+        seq_len: int,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self._model, self._device, self._dtype, self._mesh = model, device, dtype, mesh
         self._shape = (micro_batch, seq_len, model.config.hidden_size)
         self._positions = torch.arange(seq_len, device=device)[None]
 
@@ -112,9 +150,15 @@ class _Work:
             marks.append(clock.mark())
             with self._autocast():
                 logits = model.lm_head(model.model.norm(hidden))
-            loss = loss_of_logits(logits, tokens)
-            marks.append(clock.mark())
-            loss.backward()  # type: ignore[no-untyped-call]
+            if self._mesh is None:
+                loss = loss_of_logits(logits, tokens)
+                marks.append(clock.mark())
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                with loss_parallel():
+                    loss = loss_of_logits(DTensor.from_local(logits, self._mesh, [Shard(2)]), tokens)
+                    marks.append(clock.mark())
+                    loss.backward()  # type: ignore[no-untyped-call]
             marks.append(clock.mark())
             clock.wait()
             for index in range(4):

@@ -1,5 +1,7 @@
 """Which cases a profile measures: general curves, and the shapes of the model at hand."""
 
+import os
+from importlib import import_module
 from itertools import product
 
 import torch
@@ -13,7 +15,7 @@ from fourfold.profiling.compute import (
     matmul_case,
     overhead_case,
 )
-from fourfold.profiling.layer import layer_cases, optimizer_cases
+from fourfold.profiling.layer import layer_cases, optimizer_cases, tensor_parallel_cases
 from fourfold.profiling.links import Tier, link_cases
 from fourfold.profiling.session import Case
 from fourfold.profiling.settings import ProfileSettings
@@ -53,6 +55,14 @@ def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[T
     if config and model and settings.layers:
         for tp in model.tp_degrees(world_size):
             cases += layer_cases(config, device, tp=tp, micro_batches=settings.micro_batches, seq_len=settings.seq_len)
+        if settings.tensor_parallel:
+            per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            cutter = import_module(settings.tensor_parallel)
+            for tp in model.tp_degrees(per_host)[1:]:
+                if model.vocab % tp == 0:
+                    cases += tensor_parallel_cases(
+                        config, device, cutter, tp=tp, micro_batches=settings.micro_batches, seq_len=settings.seq_len
+                    )
         cases += optimizer_cases(model, device)
     for tier in tiers:
         cases += link_cases(tier, device, sorted({*messages, *ours}), ours)

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.profile_command import profile_machine
+from fourfold.layouts.cluster import load_cluster
 from fourfold.profiling import run
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model
@@ -38,7 +39,7 @@ def write_profile(folder: str, ranks_per_host: int, seconds: float, model: bool)
         run.profile_ranks(
             ProfileSettings(
                 out=Path(folder) / "cluster.toml", seconds=seconds, model=config if model else None, seq_len=32,
-                micro_batches=(1,), device="cpu",
+                micro_batches=(1,), device="cpu", tensor_parallel="fourfold.parallel.tensor_parallel",
             )
         )  # fmt: skip
     finally:
@@ -49,6 +50,7 @@ def test_two_hosts_have_two_tiers(ranks, tmp_path):
     ranks(4)(write_profile, str(tmp_path), 2, 0.1, False)
     table = tomllib.loads((tmp_path / "cluster.toml").read_text())
     assert (table["num_devices"], table["devices_per_node"]) == (4, 2)
+    assert len(load_cluster(tmp_path / "cluster.toml").links) == 2  # the planner reads it
     assert [(link["name"], link["num_ranks"]) for link in table["link"]] == [("host", 2), ("network", 2)]
     for link in table["link"]:
         assert {entry["operation"] for entry in link["operation"]} == OPERATIONS
@@ -64,11 +66,20 @@ def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
     assert layers[1]["activation_bytes"] / 2 < layers[2]["activation_bytes"] < layers[1]["activation_bytes"]
     assert all(row["forward_s"] > 0 and row["backward_s"] > 0 for row in table["layer"])
     assert all(row["peak_bytes"] > row["activation_bytes"] for row in table["layer"])
+    assert [row["tp"] for row in table["tp_layer"]] == [row["tp"] for row in table["tp_ends"]] == [2]
+    assert all(row["head_backward_s"] > 0 for row in table["ends"] + table["tp_ends"])
     assert {row["fused"] for row in table["optimizer"]} == {True, False}
     # one layer has 32*8*2*(4+2) + 3*32*64 + 64 weights; embedding and head 40*32 each, the last norm 32
     assert table["optimizer"][0]["parameters"] == 3 * 9280 + 2 * 40 * 32 + 32
     assert {(row["m"], row["n"], row["k"]) for row in table["matmul"]} >= {(32, 32, 32), (32, 16, 32), (64, 32, 32)}
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "cluster.toml."))] == []
+
+
+def test_one_rank_has_no_links(ranks, tmp_path):
+    ranks(1)(write_profile, str(tmp_path), 1, 0.1, False)
+    table = tomllib.loads((tmp_path / "cluster.toml").read_text())
+    assert (table["num_devices"], table["link"]) == (1, [])
+    assert load_cluster(tmp_path / "cluster.toml").device.peak_flops_per_s > 0
 
 
 def unequal_hosts() -> None:
