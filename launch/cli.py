@@ -4,11 +4,15 @@ import sys
 
 import typer
 
+from fourfold.launch.calibrate_command import calibrate
 from fourfold.launch.demo_command import demo
+from fourfold.launch.explain_command import compare, explain
+from fourfold.launch.export_command import export
 from fourfold.launch.launch_command import launch
 from fourfold.launch.plan_command import plan
 from fourfold.launch.processes import RankFailure
 from fourfold.launch.profile_command import profile
+from fourfold.launch.validate_command import validate
 
 app = typer.Typer(
     help="Measure a cluster, rank the ways to lay a model's training out on it, launch the best, and compare.",
@@ -16,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, profile, plan, launch):
+for command in (demo, profile, plan, explain, compare, export, launch, validate, calibrate):
     app.command()(command)
 
 

@@ -46,7 +46,9 @@ def test_plan_prints_what_it_found(command, cluster):
     assert all(layout["dp"] * layout["pp"] * layout["cp"] * layout["tp"] == 8 for layout in found["layouts"])
 
 
-@pytest.mark.parametrize("name", ["", "demo", "profile", "plan", "launch"])
+@pytest.mark.parametrize(
+    "name", ["", "demo", "profile", "plan", "explain", "compare", "export", "launch", "validate", "calibrate"]
+)
 def test_help(command, name):
     code, out, _ = command(*([name] if name else []), "--help")
     assert code == 0
