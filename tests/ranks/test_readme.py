@@ -1,0 +1,65 @@
+"""Every command of the README runs as it stands there; those that `make` starts are .ci/run's."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_launching import CONFIG
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fourfold.layouts.layout import Layout, write_layout_file
+from fourfold.layouts.model import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if re.match(r"(layout-advisor|torchrun|mpiexec|make|python) ", line)
+]
+
+
+def test_the_readme_has_commands():
+    assert {"make run", "make test"} < set(COMMANDS)
+    assert any(command.startswith("torchrun") for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
+def test_command(command, tmp_path):
+    words = shlex.split(command)
+    bin_folder = Path(sys.executable).parent
+    if words[0] == "mpiexec" and not (bin_folder / "mpiexec").exists():
+        pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
+    if words[0] == "layout-advisor":  # which may not be installed where the tests run from the source tree
+        words[:1] = [sys.executable, "-m", "fourfold.launch.cli"]
+    write_layout_file(tmp_path / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(bin_folder), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def readme_example() -> tuple[float, float]:
+    """The README's lines in a world of one, and transformers alone, on the same batch."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}))
+    batch = torch.arange(64).view(2, 32)
+    truth = model(batch, labels=batch).loss.item()
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0].replace("dp=2, tp=2", "")
+    names = {"model": model, "loader": [batch], "optimizer": torch.optim.SGD(model.parameters())}
+    exec(code, names)
+    return names["loss"].item(), truth
+
+
+def test_the_example_gives_the_same_loss(ranks):
+    loss, truth = ranks(1)(readme_example)[0]
+    assert loss == pytest.approx(truth, rel=1e-6)
