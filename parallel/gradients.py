@@ -1,8 +1,8 @@
-"""What happens to gradients between the backward pass and the optimizer: summed over replicas, and clipped.
+"""What happens to gradients between the backward pass and the optimizer: averaged over replicas, and clipped.
 
-DistributedDataParallel and FSDP2 sum gradients themselves. DDP takes no DTensor parameters, so data parallelism over
-tensor parallelism without sharding is summed here, in buckets. torch's `clip_grad_norm_` wants all parameters on one
-mesh; a pipeline stage knows only its own, so the norm over all four axes is here too.
+DistributedDataParallel and FSDP2 average gradients themselves. DDP takes no DTensor parameters, so data parallelism
+over tensor parallelism without sharding is averaged here, in buckets. torch's `clip_grad_norm_` wants all parameters on
+one mesh; a pipeline stage knows only its own, so the norm over all four axes is here too.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,12 +19,12 @@ from fourfold.parallel.grid import AXES
 _BUCKET_BYTES = 32 * 2**20
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum every gradient over `group`, in place.
+def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Average every gradient over `group`, in place, as DDP does: what had been averaged before stays as it was.
 
     Args:
-        parameters: plain or DTensor parameters, in the same order on every rank; a DTensor's local part is summed with
-            the same part of its replicas. Those without a gradient are skipped.
+        parameters: plain or DTensor parameters, in the same order on every rank; a DTensor's local part is averaged
+            with the same part of its replicas. Those without a gradient are skipped.
         group: the ranks that hold replicas; every rank of it must call.
     Cost: one all-reduce a bucket of 32 MiB; 2 (n-1)/n times the gradients' bytes a rank.
     """
@@ -32,8 +32,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) 
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat, group=group)
-        for gradient, summed in zip(bucket, torch.split(flat, [part.numel() for part in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        flat /= group.size()
+        for gradient, averaged in zip(bucket, torch.split(flat, [part.numel() for part in bucket]), strict=True):
+            gradient.copy_(averaged.view_as(gradient))
 
 
 def resolve_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:

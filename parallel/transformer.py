@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fourfold.parallel.attention_interface import use_ring_attention
 from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sliding_window
-from fourfold.parallel.gradients import clip_gradients, resolve_partial_gradients, sum_gradients
+from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline import Pipeline
 from fourfold.parallel.sequence_tensors import shard_labels, shard_positions, shard_sequence
@@ -101,8 +101,9 @@ def parallelize(
     else:
         cast(Any, model).set_attn_implementation("sdpa")
     stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype if zero_stage == 0 else None)
-    _place(stage, model, mesh, zero_stage=zero_stage, dtype=dtype, seed=seed)
-    return ParallelModel(stage, mesh, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, ring=ring)
+    replicas = _replica_mesh(mesh)
+    _place(stage, model, mesh, replicas, zero_stage=zero_stage, dtype=dtype, seed=seed)
+    return ParallelModel(stage, mesh, replicas, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, ring=ring)
 
 
 class ParallelModel:
@@ -117,6 +118,7 @@ class ParallelModel:
         self,
         stage: DecoderStage,
         mesh: DeviceMesh,
+        replicas: DeviceMesh,
         *,
         micro_batch: int | None,
         zero_stage: int,
@@ -127,19 +129,18 @@ class ParallelModel:
         self._ring = ring
         self._micro_batch = micro_batch
         self._tp = mesh["tp"].size()
-        replicas = _replica_mesh(mesh)
+        # DDP and FSDP2 average gradients over the replicas, so the loss is made that many times too large.
+        self._num_replicas = replicas.size()
         self._replica_group = replicas.get_group() if replicas.size() > 1 else None
-        # A backend that averages over the replicas is given a loss that many times too large.
-        self._averaged_over = 1
         self._module: nn.Module = stage
-        if zero_stage == 3:
-            self._averaged_over = replicas.size()
-        elif self._replica_group is not None and self._tp == 1:
-            self._module = DistributedDataParallel(
-                stage, process_group=self._replica_group, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
-            )
-            self._averaged_over = replicas.size()
-        self._sums_own_gradients = self._averaged_over == 1 and self._replica_group is not None
+        self._averages_own_gradients = False
+        if self._replica_group is not None and zero_stage == 0:
+            if self._tp == 1:
+                self._module = DistributedDataParallel(
+                    stage, process_group=self._replica_group, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
+                )
+            else:
+                self._averages_own_gradients = True
         self._pipeline = None
         if mesh["pp"].size() > 1:
             weight_dtype = next(stage.parameters()).dtype
@@ -155,7 +156,7 @@ class ParallelModel:
 
         Args:
             input_ids: [B, S] int64, this dp rank's sequences, whole, on any device; the same on all ranks of its
-                pp, cp and tp axes.
+                pp, cp and tp axes, and of the same shape on all ranks.
             labels: [B, S] int64, -100 where there is no target; position t holds the token that t-1 predicts
                 (transformers' convention: the shift is made here). None takes `input_ids`.
         Returns:
@@ -166,7 +167,7 @@ class ParallelModel:
         Cost: one forward and backward pass; the layout's collectives, and three of 8 bytes for count and loss.
         """
         inputs, targets, num_targets = self._prepare(input_ids, labels)
-        self._loss_scale = self._averaged_over / num_targets
+        self._loss_scale = self._num_replicas / num_targets
         with self._loss_context():
             if self._pipeline is not None:
                 losses = self._pipeline.step(inputs, targets, self._micro_batch or 1)
@@ -174,16 +175,16 @@ class ParallelModel:
                 losses = list(self._accumulate(inputs, targets))
         parameters = list(self.stage.parameters())
         resolve_partial_gradients(parameters)
-        if self._sums_own_gradients:
+        if self._averages_own_gradients:
             assert self._replica_group is not None
-            sum_gradients(parameters, self._replica_group)
+            average_gradients(parameters, self._replica_group)
         return self._mean_loss(losses, num_targets)
 
     @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """The same mean loss as `forward_backward`, without gradients. Arguments, errors and cost likewise."""
         inputs, targets, num_targets = self._prepare(input_ids, labels)
-        self._loss_scale = self._averaged_over / num_targets
+        self._loss_scale = self._num_replicas / num_targets
         with self._loss_context():
             if self._pipeline is not None:
                 losses = self._pipeline.evaluate(inputs, targets, self._micro_batch or 1)
@@ -291,7 +292,7 @@ class ParallelModel:
         total = torch.zeros((), device=self.device)
         for loss in losses:
             total = total + loss.detach()
-        total = total / self._averaged_over
+        total = total / self._num_replicas
         self._sum_over_replicas(total)
         if self.mesh["pp"].size() > 1:
             dist.all_reduce(total, group=self.mesh.get_group("pp"))
@@ -321,13 +322,14 @@ def _place(
     stage: DecoderStage,
     model: nn.Module,
     mesh: DeviceMesh,
+    replicas: DeviceMesh,
     *,
     zero_stage: int,
     dtype: torch.dtype | None,
     seed: int,
 ) -> None:
     """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time."""
-    device, tp_mesh, replicas = _device(mesh), mesh["tp"], _replica_mesh(mesh)
+    device, tp_mesh = _device(mesh), mesh["tp"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None)
     for index, layer in stage.layers.items():
         materialise(layer, f"model.layers.{index}", model, seed=seed, device=device)

@@ -146,3 +146,25 @@ def test_norms_over_heads(ranks, mesh_shape, zero_stage):
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"cp": 2}, {"pp": 2}], ids=str)
 def test_sliding_window(ranks, mesh_shape):
     assert_one_loss(ranks(2), mesh_shape, model={"family": "mistral", "sliding_window": 5}, micro_batch=1)
+
+
+def accumulate_twice(mesh_shape: dict, options: dict) -> float:
+    """Largest gradient error when the batch goes through in two calls, each of which is a mean of its own."""
+    ids, labels = batches(True)[0]
+    plain = tiny_model("qwen3")
+    for half in (slice(0, 2), slice(2, 4)):
+        plain(ids[half], labels=labels[half]).loss.backward()
+    model = parallelize(tiny_model("qwen3"), init_mesh(**mesh_shape, device_type="cpu"), **options)
+    rows = model.batch_rows(2)
+    for half in (slice(0, 2), slice(2, 4)):
+        model.forward_backward(ids[half][rows], labels[half][rows])
+    truth = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    full = lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad  # noqa: E731
+    return max(relative_error(full(value.grad), truth[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}], ids=str)
+def test_gradients_add_over_calls(ranks, mesh_shape, zero_stage):
+    world = 4 if len(mesh_shape) == 2 else 2
+    assert max(ranks(world)(accumulate_twice, mesh_shape, {"zero_stage": zero_stage})) < 1e-5
