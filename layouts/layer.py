@@ -174,7 +174,7 @@ def saved_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> tuple[Column
     qk = (2.0 * model.q_size + 2.0 * model.kv_size) * b + model.num_heads * 4.0  # q, output; k, v; log-sum-exp
     acts = (4.0 if not stack.fused_ops else 3.0) if model.gated_mlp else 2.0
     ffn = active_ffn(model) * acts * b
-    per_token = wide / split + (qk + ffn) / tp
+    per_token = wide / split + (qk + ffn) / tp + np.where(tp > 1, stack.tp_kept * h * b, 0.0)
     kept = c.tokens * per_token
     if stack.attention in ("eager", "fused"):
         copies = 8.0 if stack.attention == "eager" else 2.0
