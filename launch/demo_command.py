@@ -61,7 +61,7 @@ def demo(
     _headline(console, "2. plan", f"every layout of {machine.num_devices} ranks, priced")
     plan = rank_layouts(decoder, machine, num_devices=machine.num_devices, global_batch=global_batch, seq_len=seq_len)
     if not plan.layouts:
-        raise ValueError(advice(plan))
+        raise ValueError(advice(plan, global_batch=global_batch, seq_len=seq_len))
     write_csv(out / "plan.csv", plan.layouts)
     console.print(plan_table(plan, plan.layouts[:10]))
     if why_not(plan):

@@ -42,7 +42,7 @@ def explain(
     else:
         result = plan(model, machine, num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space, top=1)
         if not result.layouts:
-            raise ValueError(advice(result))
+            raise ValueError(advice(result, global_batch=global_batch, seq_len=seq_len, space=space))
         priced = result.layouts[0]
     console = Console()
     console.print(f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)}, MFU {priced.mfu:.1%}")

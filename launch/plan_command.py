@@ -57,7 +57,7 @@ def plan(
         typer.echo(json.dumps(as_document(result), indent=1))
         return
     if not result.layouts:
-        raise ValueError(advice(result))
+        raise ValueError(advice(result, global_batch=global_batch, seq_len=seq_len, space=space))
     console = Console()
     console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
     if why_not(result):

@@ -78,7 +78,7 @@ def calibrate(runs: Sequence[Run], prior: Constants, *, report: Callable[[str], 
     return fitted
 
 
-def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 6) -> Constants:
+def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 4) -> Constants:
     names = list(PRIOR_SPREAD)
     start = np.array([get_constant(prior, name) for name in names])
     spread = np.array([PRIOR_SPREAD[name] for name in names])

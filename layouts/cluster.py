@@ -161,14 +161,20 @@ def load_cluster(path_or_preset: str | Path) -> Cluster:
 
 
 def preset_for_gpu(gpu_type: str) -> str:
-    """The preset whose name starts `gpu_type` ("A100-80GB-SXM" is "A100-80GB").
+    """The preset that a GPU's printed type means: "A100-80GB-SXM" is "A100-80GB".
+
+    Every part of the preset's name must be among the type's parts; a type without a size means the largest.
 
     Raises:
-        ValueError: no preset's name does.
+        ValueError: no preset is meant.
     """
-    fits = [key for key in cluster_presets() if gpu_type.lower().startswith(key.lower())]
+    parts = set(gpu_type.lower().replace("_", "-").replace(" ", "-").split("-"))
+    presets = list(cluster_presets())
+    fits = [key for key in presets if set(key.lower().split("-")) <= parts]
+    if not fits and not any(part.endswith("gb") for part in parts):
+        fits = [key for key in presets if key.lower().split("-")[0] in parts][-1:]
     if not fits:
-        raise ValueError(f"gpu_type={gpu_type!r}: no preset's name starts it; there are {', '.join(cluster_presets())}")
+        raise ValueError(f"gpu_type={gpu_type!r}: no preset of that name; there are {', '.join(presets)}")
     return max(fits, key=len)
 
 

@@ -62,7 +62,8 @@ def attention_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: 
     forward, backward = kernels.attention_s(
         c.micro_batch, model.num_heads // c.tp, c.seq_len / c.cp, keys, block, model.head_dim
     )
-    slower = k.flash1 if stack.attention == "flash1" else 1.0
+    # Kernels that store the scores compute the masked half too, as plain batched matmuls.
+    slower = {"flash1": k.flash1, "fused": 0.5, "eager": 0.5}.get(stack.attention, 1.0)
     return Times(forward / slower, backward / slower)
 
 
@@ -125,10 +126,11 @@ def _memory_bound(model: ModelConfig, c: Candidates, kernels: Kernels, stack: St
     backward = backward + kernels.memory_s(2 * 3.0 * wide * b, 2) + kernels.memory_s(qk * rope[1] * b, 2 * rope[3])
     backward = backward + kernels.memory_s(ffn * act[1] * b, act[3])
     if stack.attention in ("eager", "fused"):
-        passes = 5.0 if stack.attention == "eager" else 2.0
-        scores = c.micro_batch * model.num_heads / tp * (c.seq_len / c.cp) * c.seq_len
-        forward = forward + kernels.memory_s(scores * passes * b, passes)
-        backward = backward + kernels.memory_s(scores * passes * b, passes)
+        # Scores written, scaled, masked, softmaxed in fp32 and cast back, read; or one fused kernel for all between.
+        reads = 14.0 if stack.attention == "eager" else 4.0
+        scores = c.micro_batch * model.num_heads / tp * (c.seq_len / c.cp) * c.seq_len * b
+        forward = forward + kernels.memory_s(scores * reads, 7 if stack.attention == "eager" else 2)
+        backward = backward + kernels.memory_s(scores * reads, 7 if stack.attention == "eager" else 2)
     return Times(forward, backward)
 
 
@@ -174,7 +176,7 @@ def saved_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> tuple[Column
     qk = (2.0 * model.q_size + 2.0 * model.kv_size) * b + model.num_heads * 4.0  # q, output; k, v; log-sum-exp
     acts = (4.0 if not stack.fused_ops else 3.0) if model.gated_mlp else 2.0
     ffn = active_ffn(model) * acts * b
-    per_token = wide / split + (qk + ffn) / tp
+    per_token = wide / split + (qk + ffn) / tp + np.where(tp > 1, stack.tp_kept * h * b, 0.0)
     kept = c.tokens * per_token
     if stack.attention in ("eager", "fused"):
         copies = 8.0 if stack.attention == "eager" else 2.0

@@ -137,10 +137,13 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
     logits = np.where(logits > work, logits, 0.0)
     changing = activations + logits + workspace
     if stack.fresh_gradients:
-        # With one micro-batch, and no buckets that hold gradients all along, these grow as activations go.
+        # With one micro-batch and no buckets, gradients grow as activations go. Buckets hold a copy besides the
+        # gradients that earlier micro-batches made.
         buckets = (c.zero_stage == 0) & (d > 1) & (c.tp == 1)
-        hidden = np.minimum(gradients, changing) * ~(several | buckets)
-        gradients = gradients - hidden
+        gradients = gradients - np.minimum(gradients, changing) * ~(several | buckets)
+        gathered = gathered + np.where(buckets & several, held * stack.grad_bytes, 0.0)
+    if stack.pipeline_buffers:
+        gathered = gathered + np.where(c.pp > 1, 1.0 * c.num_micro_batches * layer_input, 0.0)
     workspace = workspace + gathered + casts + stack.allocator_waste * k.fragmentation * changing
     spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes if stack.launched else 0.02 * weights)
     reserve = k.reserve_bytes if stack.launched else 0.0

@@ -13,6 +13,7 @@ from fourfold.layouts.layout import Layout, check
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
 
+_BLANK = ("", "nan", "none", "null", "-", "n/a", "?")
 COLUMNS = ("hidden", "layers", "heads", "vocab", "seq_len", "gpu_type", "num_gpus", "global_batch")
 _CHECKPOINTING = {
     "": ("none", 1), "none": ("none", 1), "disabled": ("none", 1), "false": ("none", 1), "every_layer": ("full", 1),
@@ -34,6 +35,8 @@ class Run:
     model: ModelConfig
     cluster: Cluster
     layout: Layout
+    alternatives: tuple[Layout, ...]
+    """All that the row may mean where it leaves the micro-batch or the interleaving open; `layout` is the first."""
     stack: Stack
     sweep: str
     """Runs of one model, length, batch and number of devices, which compete with each other."""
@@ -68,14 +71,17 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[i
         raise ValueError(f"{path}: holds no rows: give a CSV of runs")
     runs, refused = [], {}
     for number, row in enumerate(rows, start=2):
+        given = {key: "" if value.lower() in _BLANK else value for key, value in row.items()}
         try:
-            runs.append(_run(number, row))
+            runs.append(_run(number, given))
         except ValueError as error:
             refused[number] = str(error)
     return rows, runs, refused
 
 
 def _run(number: int, row: Mapping[str, str]) -> Run:
+    if "fp8" in row.get("precision", "").lower():
+        raise ValueError(f"precision={row['precision']}: only 16-bit and 32-bit training is priced")
     model = _model(row)
     device = row["gpu_type"]
     cluster = load_cluster(preset_for_gpu(device))
@@ -108,6 +114,7 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
     )  # fmt: skip
     check(layout, model)
+    alternatives = _alternatives(row, layout, model)
     step, mfu = _number(row, "step_time_s"), _number(row, "mfu")
     if step is None and mfu is not None:
         flops = layout.global_batch * layout.seq_len * model.flops_per_token(layout.seq_len)
@@ -115,11 +122,29 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
     if step is None and oom is None:
         raise ValueError("gives neither a step time, an MFU, nor whether it ran out of memory")
     return Run(
-        number=number, row=row, model=model, cluster=cluster, layout=layout, stack=stack,
+        number=number, row=row, model=model, cluster=cluster, layout=layout,
+        alternatives=alternatives, stack=stack,
         sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
         + (" sp" if sequence == "true" else ""),
         step_s=None if oom else step, mfu=mfu, oom=oom, memory_gib=_number(row, "mem_gib"),
     )  # fmt: skip
+
+
+def _alternatives(row: Mapping[str, str], layout: Layout, model: ModelConfig) -> tuple[Layout, ...]:
+    """The layouts that a row with a blank micro-batch, or a blank interleaving under a pipeline, may mean."""
+    local = layout.global_batch // layout.dp
+    sizes = [size for size in (1, 2, 4, 8, 16) if local % size == 0] if not row.get("micro_batch") else [0]
+    chunks = [1, 2, 4, 8] if not row.get("vp") and layout.pp > 1 else [0]
+    found = [layout]
+    for size in sizes:
+        for vp in chunks:
+            option = replace(layout, micro_batch=size or layout.micro_batch, vp=vp or layout.vp)
+            whole = option.vp == 1 or (
+                model.num_layers >= option.pp * option.vp and option.num_micro_batches % option.pp == 0
+            )
+            if whole and option not in found:
+                found.append(option)
+    return tuple(found)
 
 
 def _model(row: Mapping[str, str]) -> ModelConfig:

@@ -166,13 +166,37 @@ def _check_fixed_axes(fix: Mapping[str, Any], num_devices: int) -> None:
         )
 
 
-def advice(result: Plan) -> str:
-    """What would make a plan without any fitting layout fit."""
+def advice(result: Plan, *, global_batch: int, seq_len: int, space: str = "runtime") -> str:
+    """One line on a plan without any fitting layout: how much is missing, and what would fit.
+
+    Cost: a few further searches, of twice as many devices each, and of half the length.
+    """
     nearest = result.nearest
     assert nearest is not None
     short = -nearest.margin_bytes / GIB
+    room = (nearest.capacity_bytes - nearest.reserve_bytes) / GIB
+
+    def fits(num_devices: int, length: int) -> bool:
+        try:
+            return bool(
+                plan(
+                    result.model, result.cluster, num_devices=num_devices, global_batch=global_batch, seq_len=length,
+                    space=space, top=1, stack=result.stack,
+                ).layouts
+            )  # fmt: skip
+        except ValueError:
+            return False
+
+    mends = []
+    more = next((n for n in (result.num_devices << k for k in range(1, 9)) if fits(n, seq_len)), None)
+    if more:
+        mends.append(f"{more} devices")
+    less = next((n for n in (seq_len >> k for k in range(1, 6)) if n and fits(result.num_devices, n)), None)
+    if less:
+        mends.append(f"a sequence of {less}")
+    if space == "runtime" and result.cluster.device.type == "cuda":
+        mends.append("--space full (sequence parallelism, StreamBP)")
     return (
-        f"nothing fits: the nearest, {nearest.layout}, needs {nearest.peak_bytes / GIB:.3g} GiB of "
-        f"{(nearest.capacity_bytes - nearest.reserve_bytes) / GIB:.3g} GiB a device, {short:.3g} GiB too many: "
-        "use more devices, a shorter sequence, or a smaller model"
+        f"nothing fits: the nearest, {nearest.layout}, needs {nearest.peak_bytes / GIB:.3g} of {room:.3g} GiB a "
+        f"device, {short:.3g} too many; what may: {' or '.join(mends) or 'a smaller model'}"
     )

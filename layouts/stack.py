@@ -28,7 +28,11 @@ class Stack:
     accumulates_whole: bool = False
     """Whether ZeRO 3 keeps whole gradients between micro-batches, to reduce them once a step (FSDP2 without sync)."""
     fresh_gradients: bool = False
-    """Gradients are made in the first backward of a step, not held through its forward, where nothing needs them."""
+    """Gradients are made in the first backward of a step; DDP's buckets take a copy of them at the last."""
+    pipeline_buffers: bool = False
+    """Whether a stage has a receive buffer for every micro-batch of the step (torch.distributed.pipelining)."""
+    tp_kept: float = 0.0
+    """Hidden states that a layer keeps besides, where tp cuts it (DTensor; traced)."""
     allocator_waste: bool = True
     """Whether the device's allocator fragments; a host's memory is counted tensor by tensor."""
     fused_norm: bool = True
@@ -62,7 +66,8 @@ class Stack:
 
 RUNTIME_CPU = Stack(
     name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
-    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, allocator_waste=False, fused_norm=False,
+    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, pipeline_buffers=True, tp_kept=4.0,
+    allocator_waste=False, fused_norm=False,
     norm_kept_bytes=4.0, fused_ops=False, logits_bytes=12.0, dp_overlap=0.0, zero3_overlap=0.0, pp_outermost=False,
     optimizer_passes=10.0, launched=False,
 )  # fmt: skip
@@ -70,8 +75,8 @@ RUNTIME_CPU = Stack(
 RUNTIME_CUDA = Stack(
     name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
     state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, accumulates_whole=True, fresh_gradients=True,
-    fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0, dp_overlap=0.8, zero3_overlap=0.8,
-    pp_outermost=False, optimizer_passes=10.0,
+    pipeline_buffers=True, tp_kept=4.0, fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0,
+    dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
 )  # fmt: skip
 
 MEGATRON = Stack(

@@ -137,8 +137,8 @@ def _straggling(c: Candidates, cluster: Cluster, k: Constants) -> Column:
 def _tp_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:
     """Two all-reduces of [tokens, hidden] forward and two backward a layer (Shoeybi et al. 2019).
 
-    With sequence parallelism each is an all-gather and a reduce-scatter, and the backward gathers the input once more
-    for the weight gradient. Full checkpointing repeats the forward's.
+    With sequence parallelism each is an all-gather and a reduce-scatter; the input that backward gathers once more, for
+    the weight gradient, hides behind the gradient of the input. Full checkpointing repeats the forward's.
     """
     size = 1.0 * c.tokens * model.hidden_size * stack.compute_bytes
     reduce_s = network.collective_s("all_reduce", size, c.tp, strides.tp)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.constants import Constants
+from fourfold.layouts.layout import Layout
 from fourfold.layouts.price import PricedLayout, price
 from fourfold.layouts.runs import Run
 
@@ -35,20 +36,21 @@ class Scores:
 
 
 def price_runs(runs: Sequence[Run], constants: Constants) -> list[PricedLayout]:
-    """Every run's price, in order."""
-    groups: dict[object, list[int]] = defaultdict(list)
+    """Every run's price, in order; where a row leaves options open, that of the fastest that fits."""
+    groups: dict[object, list[tuple[int, Layout]]] = defaultdict(list)
     for index, run in enumerate(runs):
         key = (run.model, run.cluster.name, run.stack, run.layout.global_batch, run.layout.seq_len)
-        groups[key].append(index)
-    prices: list[PricedLayout | None] = [None] * len(runs)
-    for rows in groups.values():
-        first = runs[rows[0]]
-        layouts = [runs[row].layout for row in rows]
-        for row, priced in zip(
-            rows, price(first.model, first.cluster, layouts, stack=first.stack, constants=constants), strict=True
-        ):
-            prices[row] = priced
-    return [priced for priced in prices if priced is not None]
+        groups[key] += [(index, layout) for layout in run.alternatives]
+    best: dict[int, PricedLayout] = {}
+    for members in groups.values():
+        first = runs[members[0][0]]
+        layouts = [layout for _, layout in members]
+        prices = price(first.model, first.cluster, layouts, stack=first.stack, constants=constants)
+        for (index, _), priced in zip(members, prices, strict=True):
+            before = best.get(index)
+            if before is None or (not priced.fits, priced.step_s) < (not before.fits, before.step_s):
+                best[index] = priced
+    return [best[index] for index in range(len(runs))]
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

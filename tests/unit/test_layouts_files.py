@@ -105,7 +105,8 @@ def test_presets_state_their_source():
         assert [link.send.bandwidth_bytes_per_s for link in cluster.links] == sorted(
             (link.send.bandwidth_bytes_per_s for link in cluster.links), reverse=True
         )
-    assert preset_for_gpu("A100-80GB-SXM") == "A100-80GB"
+    named = {"A100-80GB-SXM": "A100-80GB", "A100-SXM4-40GB": "A100-40GB", "V100": "V100-32GB", "A100": "A100-80GB"}
+    assert {name: preset_for_gpu(name) for name in named} == named
     with pytest.raises(ValueError, match="gpu_type='TPUv4'"):
         preset_for_gpu("TPUv4")
 

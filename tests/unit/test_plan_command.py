@@ -114,7 +114,7 @@ def test_fixed_fields_are_parsed():
 def test_explain_shows_terms_stages_schedule_and_neighbours():
     result = call("explain", "llama-3.1-8b", *BATCH, "--layout", "tp2 pp4 z1", "--space", "full")
     assert result.exit_code == 0
-    for words in ("pipeline bubble", "last stage", "Schedule", "..0aa1bb", "tp x2", "micro-batch x2"):
+    for words in ("pipeline bubble", "last stage", "Schedule", "..0aa1bb", "tp /2", "micro-batch x2"):
         assert words in result.stdout
 
 

@@ -1,0 +1,109 @@
+"""How right and how fast the planner is: accuracy on held-out sweeps, search speed, the study's findings.
+
+    PYTHONPATH=src python -m benchmarks.layout_search.run [--runs FOLDER] [--quick]
+
+The peers' figures are those of the study in README.md (their tools were calibrated on the same three sweeps and scored
+on held-back rows); ours here are of each published sweep predicted by constants fitted on the others.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from benchmarks.layout_search.findings import findings
+from benchmarks.rows import measurement, write_rows
+
+from fourfold.layouts.calibration import cross_validate
+from fourfold.layouts.cluster import load_cluster
+from fourfold.layouts.constants import load_prior
+from fourfold.layouts.model import load_model
+from fourfold.layouts.runs import Run, read_runs
+from fourfold.layouts.search import plan
+from fourfold.layouts.validation import Scores, score
+
+HERE = Path(__file__).parent
+FILES = ("hagemann2023_main_sweep.csv", "llm_foundry_a100_80gb.csv", "megatron_core_h100_weak_scaling.csv")
+METRICS = ("mape", "spearman", "oom_accuracy", "top1", "num_oom_picks")
+SEARCHES = (
+    ("llama-3.1-8b", 64, 512, 8192), ("llama-3.1-70b", 1024, 1024, 8192),
+    ("llama-65b-128k-vocabulary", 1024, 2048, 2048), ("llama-3.1-405b", 16384, 2048, 8192),
+)  # fmt: skip
+
+
+def accuracy(folder: Path) -> list[dict[str, object]]:
+    runs: list[Run] = []
+    for name in FILES:
+        runs += read_runs(folder / name)[1]
+    rows, together = [], []
+    for fold in cross_validate(runs, load_prior()):
+        for kernel in ("flash2", "flash1"):
+            pairs = [(r, p) for r, p in zip(fold.runs, fold.prices, strict=True) if r.stack.attention == kernel]
+            if not pairs:
+                continue
+            if kernel == "flash2" and len(pairs) > 20:
+                together += pairs
+            rows += _rows(f"held out: {fold.name}, {kernel}", score(*map(list, zip(*pairs, strict=True))))
+    return rows + _rows("held out: all FlashAttention-2 sweeps", score(*map(list, zip(*together, strict=True))))
+
+
+def _rows(case: str, scores: Scores) -> list[dict[str, object]]:
+    print(f"{case}: " + ", ".join(f"{m} {getattr(scores, m)}" for m in METRICS if getattr(scores, m) is not None))
+    return [
+        measurement(
+            benchmark="layout_search", provider="fourfold", case=f"{case} ({scores.num_runs} runs)", metric=metric,
+            unit="share" if metric != "num_oom_picks" else "sweeps", samples=[getattr(scores, metric)], kind="modelled",
+        )
+        for metric in METRICS
+        if getattr(scores, metric) is not None
+    ]  # fmt: skip
+
+
+def speed(repeats: int) -> list[dict[str, object]]:
+    rows = []
+    for name, gpus, batch, seq_len in SEARCHES:
+        model, cluster = load_model(name), load_cluster("H100-80GB")
+        seconds, count = [], 0
+        for _ in range(repeats):
+            start = time.process_time()
+            result = plan(model, cluster, num_devices=gpus, global_batch=batch, seq_len=seq_len, space="full", top=10)
+            seconds.append(time.process_time() - start)
+            count = result.num_candidates
+        case = f"model={name} gpus={gpus} layouts={count}"
+        print(f"{case}: {min(seconds):.2f} s of one core, best {result.layouts[0].layout}")
+        rows.append(
+            measurement(
+                benchmark="layout_search", provider="fourfold", case=case, metric="search", unit="s CPU",
+                samples=seconds, kind="cpu",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def agreement() -> list[dict[str, object]]:
+    rows = []
+    for finding, case, figure, agrees in findings():
+        print(f"{'agrees' if agrees else 'DISAGREES'}: {finding} ({case}): {figure:.3f}")
+        rows.append(
+            measurement(
+                benchmark="layout_search", provider="fourfold", case=f"{finding}; {case}",
+                metric="agrees" if agrees else "disagrees", unit="", samples=[figure], kind="modelled",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=HERE.parents[2] / "shared" / "published-runs")
+    parser.add_argument("--quick", action="store_true", help="leave out the cross-validation (minutes)")
+    arguments = parser.parse_args()
+    rows = agreement() + speed(repeats=1 if arguments.quick else 3)
+    if not arguments.quick:
+        if not arguments.runs.is_dir():
+            raise SystemExit(f"{arguments.runs}: no published runs there; give their folder with --runs")
+        rows += accuracy(arguments.runs)
+        write_rows(HERE / "results.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
