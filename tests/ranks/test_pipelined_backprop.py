@@ -13,7 +13,7 @@ from rank_pool import RankFailure
 from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator, PipelineSchedule, Program
-from fourfold.parallel.pipeline_schedule import NAMES
+from fourfold.parallel.pipeline_schedule import FLUSHED, NAMES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
@@ -84,7 +84,7 @@ def digests(num_stages: int, cases: list[dict[str, Any]], count: int) -> tuple[l
     return mine, emulated
 
 
-def assert_runtime_equals_emulator(pool: Any, num_stages: int, cases: list[dict[str, Any]], count: int = 10) -> None:
+def assert_runtime_equals_emulator(pool: Any, num_stages: int, cases: list[dict[str, Any]], count: int = 9) -> None:
     results = pool(digests, num_stages, cases, count)
     emulated = {number: stages for _, share in results for number, stages in share.items()}
     assert len(emulated) == len(cases)
@@ -101,7 +101,12 @@ def assert_runtime_equals_emulator(pool: Any, num_stages: int, cases: list[dict[
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_runtime_equals_emulator_for_every_schedule_and_mitigation(ranks, num_stages):
-    cases = [{"schedule": schedule, "mitigation": mitigation} for schedule in NAMES for mitigation in MITIGATIONS]
+    cases = [
+        {"schedule": schedule, "mitigation": mitigation}
+        for schedule in NAMES
+        # no delay, nothing to mitigate: the flushed ones have few distinct ways through the code
+        for mitigation in (MITIGATIONS[::5] if schedule in FLUSHED else MITIGATIONS)
+    ]
     assert_runtime_equals_emulator(ranks(4), num_stages, cases)
 
 
@@ -129,7 +134,7 @@ def test_fewer_micro_batches_than_stages(ranks, count):
 
 
 def test_a_program_written_by_hand_runs(ranks):
-    program = Program.parse("stage 0 | F0 F1 B0* F2 B1 B2*\nstage 1 | F0 B0 F1 B1* F2 B2*")
+    program = Program.parse("stage 0 | F0 F1 B0* F2 B1* B2*\nstage 1 | F0 B0 F1 B1* F2 B2*")
     assert program.delays() == [1, 0]
     assert_runtime_equals_emulator(ranks(2), 2, [{"schedule": program, "mitigation": "lwpv+sc"}], 3)
 
