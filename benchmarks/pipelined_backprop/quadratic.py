@@ -22,7 +22,6 @@ from fourfold.parallel.weight_prediction import spike_compensation
 
 CONDITION = 1000.0
 POINTS = 20  # learning rates (and eigenvalues) a decade
-MOMENTA = np.concatenate([[0.0], 1 - np.logspace(0, -5, 101)[1:]])
 METHODS = {  # name: (SC in units of D, LWP form, T in units of D)
     "plain": (0.0, "v", 0.0),
     "SC_D": (1.0, "v", 0.0),
@@ -33,6 +32,7 @@ METHODS = {  # name: (SC in units of D, LWP form, T in units of D)
     "LWPw_D+SC_D": (1.0, "w", 1.0),
 }
 Array = NDArray[np.float64]
+MOMENTA: Array = np.concatenate([[0.0], 1 - np.logspace(0, -5, 101)[1:]])
 
 
 def polynomial(x: float, m: float, delay: int, *, a: float, b: float, horizon: float, form: str) -> Array:
@@ -55,14 +55,15 @@ def spectral_radii(polynomials: Array) -> Array:
     return np.asarray(np.abs(np.linalg.eigvals(companions)).max(1))
 
 
-def half_life(delay: int, method: str, condition: float = CONDITION) -> tuple[float, float, float]:
-    """Updates until the error has halved at the best settings; with that learning rate (times the largest eigenvalue)
-    and momentum."""
+def half_life(
+    delay: int, method: str, *, condition: float = CONDITION, momenta: Array = MOMENTA
+) -> tuple[float, float, float]:
+    """Updates until the error has halved, at the best learning rate (x largest eigenvalue) and momentum, and these."""
     over, form, ahead = METHODS[method]
     window = round(np.log10(condition) * POINTS)
     x = np.logspace(-7, 1, 8 * POINTS + 1)
     best = (np.inf, 0.0, 0.0)
-    for m in MOMENTA:
+    for m in momenta:
         a, b = spike_compensation(over * delay, float(m))
         rows = [polynomial(one, m, delay, a=a, b=b, horizon=ahead * delay, form=form) for one in x]
         radii = spectral_radii(np.array(rows))
