@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.parallel.pipeline_program import Program
@@ -54,6 +54,7 @@ def test_delays_are_those_of_the_papers():
             assert PipelineSchedule.named(name, num_stages).delays() == [0] * num_stages
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(STREAMS)
 def test_every_schedule_validates_prints_and_parses_back(stream):
     name, num_stages, every, count = stream
@@ -68,6 +69,7 @@ def test_every_schedule_validates_prints_and_parses_back(stream):
         assert [next(rule) for _ in range(count)] == list(program.versions(stage))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(STREAMS)
 def test_no_gradient_is_older_than_the_stated_delay(stream):
     name, num_stages, every, count = stream
@@ -102,6 +104,7 @@ def test_memory_in_flight():
     assert PipelineSchedule.named("2bw", 4).weight_versions(0) == 2
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.integers(1, 6), st.integers(1, 12))
 def test_makespans_are_those_of_theory(num_stages, count):
     def makespan(name: str, **times: float) -> float:

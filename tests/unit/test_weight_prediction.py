@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.pipelined_backprop.quadratic import half_life, polynomial, spectral_radii
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -38,6 +38,7 @@ def trajectory(p: torch.nn.Parameter, step, count: int = 6) -> torch.Tensor:
     return torch.stack(path)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(DELAYS, MOMENTA)
 def test_total_weight_of_a_gradient_is_kept(delay, momentum):
     a, b = spike_compensation(delay, momentum)
@@ -55,9 +56,9 @@ def test_no_delay_is_plain_momentum_and_no_momentum_needs_nothing():
 def test_compensation_of_one_update_is_nesterov():
     assert spike_compensation(1, 0.9) == (0.9, pytest.approx(1.0))
     one, other = parameter(), parameter()
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-    compensated = DelayedOptimizer(torch.optim.SGD([one], **settings), delay=1, mitigation=Mitigation.named("sc"))
-    nesterov = torch.optim.SGD([other], nesterov=True, **settings)
+    arguments = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    compensated = DelayedOptimizer(torch.optim.SGD([one], **arguments), delay=1, mitigation=Mitigation.named("sc"))
+    nesterov = torch.optim.SGD([other], nesterov=True, **arguments)
     # fp64; the wrapper reaches the same sum in another order
     assert torch.allclose(trajectory(one, compensated.step), trajectory(other, nesterov.step), rtol=0, atol=1e-13)
 
@@ -139,6 +140,7 @@ def test_compensated_muon_orthogonalises_the_compensated_mean():
         assert torch.allclose(p.detach(), w, atol=5e-3)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.sampled_from([1, 2, 4, 8]), st.floats(0.5, 0.99), st.floats(1e-5, 0.05))
 def test_spike_compensation_is_prediction_with_the_equivalent_horizon(delay, momentum, x):
     a, b = spike_compensation(delay, momentum)
@@ -218,11 +220,11 @@ def test_both_forms_of_prediction_agree_for_plain_momentum_and_differ_with_compe
 def test_velocity_prediction_is_the_step_without_a_new_gradient(kind):
     """With the decay of the moments taken out, horizon 1 is what the optimizer itself does when the gradient is the
     moment: checked on a first step, where the moment is (a multiple of) the gradient."""
-    settings = {"SGD": {"momentum": 0.9}, "AdamW": {"weight_decay": 0.0}, "Muon": {"weight_decay": 0.0}}.get(kind, {})
+    arguments = {"SGD": {"momentum": 0.9}, "AdamW": {"weight_decay": 0.0}, "Muon": {"weight_decay": 0.0}}.get(kind, {})
     torch.manual_seed(1)
     p = torch.nn.Parameter(torch.randn(4, 3))
     before = p.detach().clone()
-    optimizer = getattr(torch.optim, kind)([p], lr=0.1, **settings)
+    optimizer = getattr(torch.optim, kind)([p], lr=0.1, **arguments)
     wrapped = DelayedOptimizer(optimizer, delay=1, mitigation=Mitigation.named("lwpv"))
     p.grad = torch.randn(4, 3)
     wrapped.step()
@@ -263,8 +265,8 @@ def test_mitigations_that_contradict_are_refused(name):
 
 def test_shrinking_rescheduling_and_correction():
     p = parameter([1.0])
-    settings = Mitigation(shrink=0.5, reschedule_updates=4)
-    optimizer = DelayedOptimizer(torch.optim.SGD([p], lr=1.0), delay=2, mitigation=settings)
+    chosen = Mitigation(shrink=0.5, reschedule_updates=4)
+    optimizer = DelayedOptimizer(torch.optim.SGD([p], lr=1.0), delay=2, mitigation=chosen)
     steps = []
     for _ in range(5):
         before = p.item()
