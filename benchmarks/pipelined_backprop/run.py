@@ -3,10 +3,10 @@
     PYTHONPATH=src python -m benchmarks.pipelined_backprop.run                     # emulated stages and real ones
     PYTHONPATH=src python -m benchmarks.pipelined_backprop.run --only emulated
 
-One process a stage over gloo, one thread each. Emulated stages sleep (forward 20 ms, backward 20 + 20 ms), so any
-number of them runs on any machine and theory is exact. Real stages share this machine's cores and memory: how much two
-busy ones slow each other down is measured in the same repeat, and theory is given with and without it. Everything is
-interleaved within a repeat; ratios are taken within it.
+One process a stage over gloo, one thread each. Emulated stages sleep (--unit-ms for the forward, as long for each half
+of the backward), so any number of them runs on any machine and theory is exact. Real stages share this machine's cores
+and memory: how much two busy ones slow each other down is measured in the same repeat, and theory is given with and
+without it. Everything is interleaved within a repeat; ratios are taken within it.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def corrected(alone: list[float], factor: float, count: int) -> float:
     return seconds(f"1f1b:{count}", count) / count / steady
 
 
-def rank_main(rank: int, world: int, kind: str, repeats: int, folder: str, results: Any) -> None:
+def rank_main(rank: int, world: int, kind: str, repeats: int, unit_s: float, folder: str, results: Any) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -153,7 +153,7 @@ def rank_main(rank: int, world: int, kind: str, repeats: int, folder: str, resul
     for _ in range(repeats):
         if kind == "emulated":
             batch = (torch.zeros(1, 4), torch.zeros(1, 4))
-            seconds = per_micro_batch(lambda: workloads.sleeping(world), batch, 16)
+            seconds = per_micro_batch(lambda: [workloads.SleepingStage(unit_s) for _ in range(world)], batch, 16)
             extra = None
         else:
             make, example = workloads.real(kind, world)
@@ -168,13 +168,13 @@ def rank_main(rank: int, world: int, kind: str, repeats: int, folder: str, resul
     dist.destroy_process_group()
 
 
-def measure(kind: str, world: int, repeats: int) -> list[tuple[Seconds, Any]]:
+def measure(kind: str, world: int, repeats: int, unit_s: float) -> list[tuple[Seconds, Any]]:
     """`repeats` times all ways to run, in fresh processes."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=rank_main, args=(rank, world, kind, repeats, folder, results), daemon=True)
+            context.Process(target=rank_main, args=(rank, world, kind, repeats, unit_s, folder, results), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -255,13 +255,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="emulated, transformer or resnet")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 4, 8], help="numbers of emulated stages")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
+    parser.add_argument("--unit-ms", type=float, default=20.0, help="sleep of a forward and of each half of a backward")
     given = parser.parse_args()
     rows = []
     for kind, world in [*(("emulated", world) for world in given.stages), ("transformer", 2), ("resnet", 2)]:
         if given.only in kind:
-            rows += table(kind, world, measure(kind, world, given.repeats))
-    if not given.only:
-        write_rows(Path(__file__).with_name("results.csv"), rows)
+            rows += table(kind, world, measure(kind, world, given.repeats, given.unit_ms / 1e3))
+    write_rows(given.out, rows)
 
 
 if __name__ == "__main__":

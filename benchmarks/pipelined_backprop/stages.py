@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from fourfold.parallel import balanced_ranges
 from fourfold.parallel.stage_profiling import profile_modules
 
-FORWARD_S, INPUT_S, WEIGHT_S = 0.020, 0.020, 0.020
-
 
 class _Sleep(torch.autograd.Function):
     """The identity; sleeps on the way there and on the way back."""
@@ -30,22 +28,19 @@ class _Sleep(torch.autograd.Function):
 
 
 class SleepingStage(nn.Module):
-    """Sleeps as long in the forward as for the input's gradient and for the weight's.
+    """Sleeps `unit_s` in the forward, for the input's gradient, and for the weight's.
 
     The first stage, whose input needs no gradient, sleeps for both in the latter: stages are balanced.
     """
 
-    def __init__(self, width: int = 4) -> None:
+    def __init__(self, unit_s: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.unit_s = unit_s
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_s = WEIGHT_S if x.requires_grad else INPUT_S + WEIGHT_S
-        return _Sleep.apply(x, FORWARD_S, INPUT_S) + _Sleep.apply(self.weight, 0.0, weight_s)  # type: ignore[no-any-return]
-
-
-def sleeping(num_stages: int) -> list[nn.Module]:
-    return [SleepingStage() for _ in range(num_stages)]
+        weight_s = self.unit_s * (1 if x.requires_grad else 2)
+        return _Sleep.apply(x, self.unit_s, self.unit_s) + _Sleep.apply(self.weight, 0.0, weight_s)  # type: ignore[no-any-return]
 
 
 class _Block(nn.Module):
