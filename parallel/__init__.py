@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
     from fourfold.parallel.sparse_attention import linformer_attention as linformer_attention
     from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
+    from fourfold.parallel.stage_profiling import cut_decoder_into_stages as cut_decoder_into_stages
     from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
     from fourfold.parallel.transformer import ParallelModel as ParallelModel
     from fourfold.parallel.transformer import parallelize as parallelize
@@ -47,6 +48,7 @@ _HOME = {
     "PipelinedBackpropEmulator": "pipeline_emulator",
     "Program": "pipeline_program",
     "balanced_ranges": "stage_partition",
+    "cut_decoder_into_stages": "stage_profiling",
     "cut_into_stages": "stage_profiling",
     "equivalent_horizon": "weight_prediction",
     "init_mesh": "mesh",

@@ -158,12 +158,12 @@ class PipeLinks:
             return PipelineError(f"stage {self.stage} stops at {what}: {note}")
         if stage is None:
             return PipelineError(f"stage {self.stage} stops at {what}, because another stage is gone: {error}")
-        silent = "timed out" in str(error).lower()
-        state = "sent nothing in time" if silent else "is gone"
-        self.leave_note(stage, f"{state}, says stage {self.stage}")
-        return PipelineError(
-            f"stage {stage} (rank {self._ranks[stage]}) {state}: stage {self.stage} stops at {what} ({error})"
-        )
+        who = f"stage {stage} (rank {self._ranks[stage]})"
+        if "timed out" in str(error).lower():
+            # Not noted for all: a stage that is silent may itself be waiting for another.
+            return PipelineError(f"{who} sent nothing in time: stage {self.stage} stops at {what} ({error})")
+        self.leave_note(stage, f"is gone, says stage {self.stage}")
+        return PipelineError(f"{who} is gone: stage {self.stage} stops at {what} ({error})")
 
 
 def _store() -> Any:

@@ -88,6 +88,7 @@ class PipelinedBackprop:
         )
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._links = PipeLinks(ranks, self._device, timeout_s)
+        self._length = 0  # of the stream that ran last
 
     @property
     def is_first(self) -> bool:

@@ -1,12 +1,14 @@
-"""Cut a list of modules into pipeline stages balanced by measured time."""
+"""Cut a list of modules, or a Hugging Face decoder, into pipeline stages balanced by measured time."""
 
 import time
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fourfold.parallel.decoder_stage import DecoderStage, check_decoder
 from fourfold.parallel.stage_partition import balanced_ranges
 
 
@@ -28,6 +30,38 @@ def cut_into_stages(
     """
     seconds = profile_modules(modules, example, repeats=repeats)
     return [nn.Sequential(*(modules[i] for i in run)) for run in balanced_ranges(seconds, num_stages)]
+
+
+def cut_decoder_into_stages(
+    model: nn.Module, num_stages: int, input_ids: Tensor, *, checkpointing: str = "none", repeats: int = 5
+) -> list[DecoderStage]:
+    """Cut a Hugging Face decoder into stages for PipelinedBackprop, balanced by profiled time.
+
+    The embedding counts with the first layer, norm and head with the last.
+
+    Args:
+        model: a causal language model of the families in decoder_stage.py; its modules are shared, not copied.
+        input_ids: one micro-batch [B, S] int64. The stages are for sequences of this S.
+        checkpointing: "none", or "full" to recompute each layer in the backward pass.
+    Returns:
+        Stages from token ids to logits [B, S, vocab].
+    Raises:
+        ValueError: another family, fewer layers than stages, or embeddings tied to the head across stages (two stages
+            would update one weight, each without the other's gradient).
+    """
+    check_decoder(model)
+    config: Any = model.config
+    if num_stages > 1 and getattr(config, "tie_word_embeddings", False):
+        raise ValueError("the head shares the embedding's weight: set tie_word_embeddings=False to cut the model")
+
+    def stage(layers: range) -> DecoderStage:
+        made = DecoderStage(model, layers, checkpointing=checkpointing)
+        made.position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        return made
+
+    layers = [stage(range(layer, layer + 1)) for layer in range(config.num_hidden_layers)]
+    seconds = profile_modules(layers, input_ids, repeats=repeats)
+    return [stage(run) for run in balanced_ranges(seconds, num_stages)]
 
 
 def profile_modules(modules: Sequence[nn.Module], example: Tensor, *, repeats: int = 5) -> list[float]:

@@ -12,8 +12,15 @@ import torch.distributed as dist
 from rank_pool import RankFailure
 from torch.nn import functional as F
 
-from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator, PipelineSchedule, Program
-from fourfold.parallel.pipeline_schedule import NAMES
+from fourfold.parallel import (
+    PipelinedBackprop,
+    PipelinedBackpropEmulator,
+    PipelineSchedule,
+    Program,
+    cut_decoder_into_stages,
+)
+from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.pipeline_schedule import FLUSHED, NAMES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
@@ -84,7 +91,7 @@ def digests(num_stages: int, cases: list[dict[str, Any]], count: int) -> tuple[l
     return mine, emulated
 
 
-def assert_runtime_equals_emulator(pool: Any, num_stages: int, cases: list[dict[str, Any]], count: int = 10) -> None:
+def assert_runtime_equals_emulator(pool: Any, num_stages: int, cases: list[dict[str, Any]], count: int = 9) -> None:
     results = pool(digests, num_stages, cases, count)
     emulated = {number: stages for _, share in results for number, stages in share.items()}
     assert len(emulated) == len(cases)
@@ -101,7 +108,12 @@ def assert_runtime_equals_emulator(pool: Any, num_stages: int, cases: list[dict[
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
 def test_runtime_equals_emulator_for_every_schedule_and_mitigation(ranks, num_stages):
-    cases = [{"schedule": schedule, "mitigation": mitigation} for schedule in NAMES for mitigation in MITIGATIONS]
+    cases = [
+        {"schedule": schedule, "mitigation": mitigation}
+        for schedule in NAMES
+        # no delay, nothing to mitigate: the flushed ones have few distinct ways through the code
+        for mitigation in (MITIGATIONS[::5] if schedule in FLUSHED else MITIGATIONS)
+    ]
     assert_runtime_equals_emulator(ranks(4), num_stages, cases)
 
 
@@ -129,7 +141,7 @@ def test_fewer_micro_batches_than_stages(ranks, count):
 
 
 def test_a_program_written_by_hand_runs(ranks):
-    program = Program.parse("stage 0 | F0 F1 B0* F2 B1 B2*\nstage 1 | F0 B0 F1 B1* F2 B2*")
+    program = Program.parse("stage 0 | F0 F1 B0* F2 B1* B2*\nstage 1 | F0 B0 F1 B1* F2 B2*")
     assert program.delays() == [1, 0]
     assert_runtime_equals_emulator(ranks(2), 2, [{"schedule": program, "mitigation": "lwpv+sc"}], 3)
 
@@ -234,6 +246,44 @@ def meta_inputs() -> bool:
 
 def test_later_stages_need_only_the_shapes(ranks):
     assert all(ranks(2)(meta_inputs))
+
+
+def decoder_digests(checkpointing: str) -> tuple[str, str]:
+    """Of this rank's stage of a small Llama after a few micro-batches, on ranks and in the emulator."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+    def stages() -> list[torch.nn.Module]:
+        torch.manual_seed(4)
+        model = LlamaForCausalLM(config)
+        example = torch.zeros(2, 7, dtype=torch.int64)
+        assert len(cut_decoder_into_stages(model, 2, example, repeats=1)) == 2
+        # the measured cut may differ between ranks: here everybody must have the same
+        cuts = [DecoderStage(model, layers, checkpointing=checkpointing) for layers in (range(2), range(2, 4))]
+        for stage in cuts:
+            stage.position_ids = torch.arange(7).unsqueeze(0)
+        return list(cuts)
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    generator = torch.Generator().manual_seed(2)
+    tokens = [torch.randint(0, 32, (2, 8), generator=generator) for _ in range(5)]
+    data = [(ids[:, :-1], ids[:, 1:]) for ids in tokens]
+    settings: dict[str, Any] = {"optimizer": ADAMW, "loss_fn": loss}
+    runtime = PipelinedBackprop(stages(), group=None, **settings)
+    emulator = PipelinedBackpropEmulator(stages(), **settings)
+    mine = digest(runtime.run(data), runtime.state_dict())
+    return mine, digest(emulator.run(data), emulator.state_dict()[dist.get_rank()])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_hugging_face_decoder_in_stages(ranks, checkpointing):
+    assert all(mine == emulated for mine, emulated in ranks(2)(decoder_digests, checkpointing))
 
 
 def empty_and_wrong() -> list[str]:

@@ -1,0 +1,146 @@
+"""The emulator against plain training, and cutting models into stages."""
+
+import time
+from functools import partial
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fourfold.parallel import PipelinedBackpropEmulator, balanced_ranges, cut_decoder_into_stages, cut_into_stages
+from fourfold.parallel.pipeline_schedule import FLUSHED
+
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
+ADAMW = partial(torch.optim.AdamW, lr=0.01)
+
+
+def network() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(5, 7), nn.Sequential(nn.ReLU(), nn.Linear(7, 7)), nn.Tanh(), nn.Linear(7, 3)]
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, 5, generator=generator), torch.randint(0, 3, (4,), generator=generator)) for _ in range(count)
+    ]
+
+
+def plain(optimizer, data, every: int = 1) -> tuple[list[float], list[Tensor]]:
+    model = nn.Sequential(*network())
+    stepper = optimizer(list(model.parameters()))
+    losses = []
+    for number, (x, y) in enumerate(data, 1):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        if number % every == 0 or number == len(data):
+            for p in model.parameters():
+                if every > 1:
+                    p.grad.div_(float((number - 1) % every + 1))
+            stepper.step()
+            stepper.zero_grad()
+    return losses, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+@pytest.mark.parametrize(
+    "mitigation", ["none", "lwpv+sc", "lwpw2d+sc2d", "stash", "spectrain", "pipemare-dc", "shrink"]
+)
+def test_without_delays_it_is_plain_training_bit_for_bit(optimizer, mitigation):
+    data = batches(12)
+    losses, weights = plain(optimizer, data)
+    stages = network()
+    trainer = PipelinedBackpropEmulator(
+        stages, optimizer=optimizer, loss_fn=F.cross_entropy, mitigation=mitigation, delays=[0] * 4
+    )
+    assert trainer.run(data) == losses
+    assert all(torch.equal(mine, p) for mine, p in zip(weights, nn.Sequential(*stages).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("schedule", FLUSHED)
+def test_flushed_schedules_are_gradient_accumulation_bit_for_bit(schedule):
+    data = batches(11)  # groups of 4, 4 and 3
+    losses, weights = plain(SGD, data, every=4)
+    stages = network()
+    trainer = PipelinedBackpropEmulator(
+        stages, optimizer=SGD, loss_fn=F.cross_entropy, schedule=f"{schedule}:4", mitigation="lwpv+sc"
+    )
+    assert trainer.run(data) == losses
+    assert all(torch.equal(mine, p) for mine, p in zip(weights, nn.Sequential(*stages).parameters(), strict=True))
+
+
+def test_delays_change_the_weights_and_stashing_changes_the_gradients():
+    def weights(**arguments) -> Tensor:
+        stages = network()
+        PipelinedBackpropEmulator(stages, optimizer=SGD, loss_fn=F.cross_entropy, **arguments).run(batches(12))
+        return stages[1][1].weight.detach()
+
+    seen = [
+        weights(mitigation=mitigation, delays=delays)
+        for mitigation in ("none", "stash", "lwpv", "sc")
+        for delays in ([3, 2, 1, 0], [6, 4, 2, 0])
+    ]
+    assert not any(torch.equal(one, other) for at, one in enumerate(seen) for other in seen[at + 1 :])
+
+
+def test_many_stages_on_one_process():
+    stages = [nn.Linear(4, 4) for _ in range(170)]
+    trainer = PipelinedBackpropEmulator(stages, optimizer=SGD, loss_fn=F.cross_entropy)
+    assert trainer.schedule.delays()[0] == 338
+    losses = trainer.run((torch.randn(2, 4), torch.randint(0, 4, (2,))) for _ in range(3))
+    assert len(losses) == 3
+
+
+def test_wrong_delays_are_refused():
+    for delays in ([1, 2], [1, 0, 0, -1]):
+        with pytest.raises(ValueError, match="one number of updates, at least 0, for each of 4"):
+            PipelinedBackpropEmulator(network(), optimizer=SGD, loss_fn=F.cross_entropy, delays=delays)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.integers(1, 9))
+def test_the_slowest_stage_is_as_fast_as_any_cut_allows(costs, num_stages):
+    if num_stages > len(costs):
+        with pytest.raises(ValueError, match="cannot fill"):
+            balanced_ranges(costs, num_stages)
+        return
+    ranges = balanced_ranges(costs, num_stages)
+    assert [i for run in ranges for i in run] == list(range(len(costs)))
+    assert all(len(run) > 0 for run in ranges)
+    cuts = combinations(range(1, len(costs)), num_stages - 1)
+    best = min(max(sum(costs[a:b]) for a, b in pairwise((0, *cut, len(costs)))) for cut in cuts)
+    assert max(sum(costs[i] for i in run) for run in ranges) == best
+
+
+class Slow(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return self.linear(x)
+
+
+def test_modules_are_cut_by_profiled_time():
+    modules = [Slow(0.03), Slow(0.0), Slow(0.0), Slow(0.0)]
+    stages = cut_into_stages(modules, 2, torch.randn(2, 3), repeats=2)
+    assert [len(stage) for stage in stages] == [1, 3]
+    assert all(p.grad is None for stage in stages for p in stage.parameters())
+
+
+def test_a_tied_decoder_is_not_cut():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="set tie_word_embeddings=False"):
+        cut_decoder_into_stages(LlamaForCausalLM(config), 2, torch.zeros(1, 4, dtype=torch.int64))
