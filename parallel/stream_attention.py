@@ -19,9 +19,7 @@ from torch import Tensor
 
 from fourfold.parallel.attention import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
 from fourfold.parallel.attention_blocks import Block, Span, pair_blocks, tidy
-
-# Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
-KEYS_A_CALL = 1024
+from fourfold.parallel.stream_memory import KEYS_A_CALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,8 @@ def row_masks(attention_mask: Tensor | None, position_ids: Tensor | None, shape:
         shape: (B, T).
     """
     batch, seq_len = shape
-    everything = ((0, seq_len),)
+    everything: tuple[Span, ...] = ((0, seq_len),)
+    rows: list[tuple[tuple[Span, ...], tuple[Span, ...]]]
     if attention_mask is not None:
         rows = [(_runs(row), everything) for row in attention_mask.bool().tolist()]
     elif position_ids is not None:
@@ -95,11 +94,13 @@ class LayerKeys:
     Args:
         masks: row_masks of the batch.
         shape: (B, T).
-        backend: an attention backend's name, or None to choose.
+        backend: an attention backend or its name, or None to choose.
     """
 
-    def __init__(self, masks: Sequence[RowMask], shape: tuple[int, int], backend: str | None = None) -> None:
-        self._masks, self._shape, self._backend_name = masks, shape, backend
+    def __init__(
+        self, masks: Sequence[RowMask], shape: tuple[int, int], backend: AttentionBackend | str | None = None
+    ) -> None:
+        self._masks, self._shape, self._chosen = masks, shape, backend
         self._k: Tensor | None = None
 
     _v: Tensor
@@ -110,7 +111,8 @@ class LayerKeys:
         """Keep a chunk's keys and values, [B, H_kv, chunk, D]."""
         if self._k is None:
             self._k, self._v = (x.new_empty((x.shape[0], x.shape[1], self._shape[1], x.shape[3])) for x in (k, v))
-            self._backend = select_backend(self._backend_name, k, k)
+            chosen = self._chosen
+            self._backend = select_backend(chosen, k, k) if chosen is None or isinstance(chosen, str) else chosen
         self._k[:, :, start : start + k.shape[2]] = k
         self._v[:, :, start : start + k.shape[2]] = v
 
@@ -171,7 +173,8 @@ class LayerKeys:
         self, dq: Tensor, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, mask: RowMask, start: int,
         scale: float, window: int | None,
     ) -> None:  # fmt: skip
-        assert self._k is not None and self._grads is not None
+        assert self._k is not None
+        assert self._grads is not None
         rows = slice(*mask.rows)
         for block in chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window):
             queries, keys = (rows, slice(None), slice(*block.q)), (rows, slice(None), slice(*block.k))

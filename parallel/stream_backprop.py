@@ -10,8 +10,9 @@ Method: Luo et al. 2025 (arXiv 2506.03077), StreamBP. Differs: no mask; keys and
 chunk; chunks in reverse order, so each needs one backward; the model's own loss.backward() with its hooks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
 from typing import Any, Literal, cast
@@ -24,18 +25,19 @@ from transformers.utils import ModelOutput
 
 from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_head import Head
-from fourfold.parallel.stream_layer import (
-    NAME, LayerStream, Pass, attention_function, replaced_forward, stream_attention_forward,
-)
+from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
+from fourfold.parallel.stream_memory import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size
+from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
 
 IGNORED_LABEL = -100
 ATTRIBUTE = "fourfold_stream"
 Auto = int | Literal["auto"]
 
 # Model types that are tested against plain backpropagation; others are refused.
-SUPPORTED = frozenset(
-    {"gemma", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe"}
-)  # fmt: skip
+SUPPORTED = frozenset({
+    "gemma", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3",
+    "qwen3_moe",
+})  # fmt: skip
 # What a call may ask for that does not exist when logits and whole layers never do.
 REFUSED_ARGUMENTS = {
     "output_attentions": "attention weights are never computed",
@@ -97,9 +99,9 @@ def stream_backprop(
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
-        chunk_size: queries of attention a chunk. "auto": 1024.
+        chunk_size: queries of attention a chunk. "auto": 512.
         logits_chunk: tokens whose logits exist at a time. "auto": as many as fit 16 MiB of fp32, at least 32.
-        mlp_chunk: tokens a chunk of all that follows attention. "auto": 512, at most chunk_size.
+        mlp_chunk: tokens a chunk of all that follows attention. "auto": 256, at most chunk_size.
         keep_attention: keep every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a layer,
             and never compute attention's forward twice.
         backend: an attention backend's name, see attention.py; None chooses.
@@ -195,6 +197,16 @@ class _Streaming:
         for module in (self.model, *self.layers):
             module.__dict__.pop("forward", None)
 
+    @contextmanager
+    def small_chunks(self) -> Iterator[None]:
+        """Chunks of a few tokens, so that a tiny batch has several."""
+        before = self.settings
+        self.settings = replace(before, chunk_size=5, mlp_chunk=3, logits_chunk=7)
+        try:
+            yield
+        finally:
+            self.settings = before
+
     def _layer_forward(self, stream: LayerStream) -> Callable[..., Any]:
         plain = stream.layer.forward
 
@@ -268,8 +280,9 @@ class _Streaming:
     def _pass(
         self, attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int], device: torch.device
     ) -> Pass:
-        chunk = 1024 if self.settings.chunk_size == "auto" else self.settings.chunk_size
-        mlp_chunk = min(chunk, 512) if self.settings.mlp_chunk == "auto" else self.settings.mlp_chunk
+        chunk, mlp_chunk = self.settings.chunk_size, self.settings.mlp_chunk
+        chunk = DEFAULT_CHUNK if chunk == "auto" else chunk
+        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if mlp_chunk == "auto" else mlp_chunk
         kind = device.type
         return Pass(
             masks=row_masks(attention_mask, position_ids, shape),
@@ -290,7 +303,7 @@ class _Streaming:
             projection=projection,
             scale=1.0 if scaling is None else 1 / scaling,
             soft_cap=getattr(config, "final_logit_softcapping", None),
-            chunk=max(32, 2**22 // projection.out_features) if chunk == "auto" else chunk,
+            chunk=logits_chunk_size(projection.out_features) if chunk == "auto" else chunk,
             autocast=shared.autocast,
         )
 
@@ -299,12 +312,16 @@ class _Streaming:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"an attention_mask of {attention_mask.dim()} dims: give [B, T], 0 at padding")
         if config.output_attentions or config.output_hidden_states or getattr(config, "output_router_logits", False):
-            raise ValueError("output_attentions, output_hidden_states or output_router_logits is set in the config: unset it")
+            raise ValueError(
+                "output_attentions, output_hidden_states or output_router_logits is set in the config: unset it"
+            )
         dropout = getattr(config, "attention_dropout", 0.0)
         if self.model.training and dropout:
             raise ValueError(f"attention dropout of {dropout}: set attention_dropout=0, no kernel repeats it exactly")
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
-            raise ValueError("gradient checkpointing is on: streaming replaces it, call gradient_checkpointing_disable()")
+            raise ValueError(
+                "gradient checkpointing is on: streaming replaces it, call gradient_checkpointing_disable()"
+            )
 
 
 def _targets(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
@@ -335,7 +352,9 @@ def _final_norm(base: nn.Module) -> nn.Module:
 def _check_model(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if config.model_type not in SUPPORTED:
-        raise ValueError(f"{name}: model type {config.model_type!r} is not among the tested {', '.join(sorted(SUPPORTED))}")
+        raise ValueError(
+            f"{name}: model type {config.model_type!r} is not among the tested {', '.join(sorted(SUPPORTED))}"
+        )
     if not name.endswith("ForCausalLM"):
         raise ValueError(f"{name} is not a causal language model: streaming knows ...ForCausalLM")
     if getattr(config, "use_bidirectional_attention", False):

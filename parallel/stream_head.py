@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.attention import accumulation_dtype
-from fourfold.parallel.stream_layer import ParameterSums, aliased, entered_autocast
+from fourfold.parallel.stream_gradients import ParameterSums
+from fourfold.parallel.stream_module import aliased, entered_autocast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,11 @@ class _Chunk:
             self.normed = head.norm(self.leaf)
         self._input = self.normed.detach().to(weight.dtype)
         bias = head.projection.bias
-        logits = self._input @ weight.T if bias is None else torch.addmm(bias.detach().to(weight.dtype), self._input, weight.T)
+        logits = (
+            self._input @ weight.T
+            if bias is None
+            else torch.addmm(bias.detach().to(weight.dtype), self._input, weight.T)
+        )
         self._logits = logits.to(accumulation_dtype(logits.dtype))
         if head.scale != 1.0:
             self._logits *= head.scale
@@ -110,7 +115,7 @@ class _Chunk:
             sums.add(last, grad.sum(0))
             last -= 1
         if projection.weight.requires_grad:
-            sums.add_product(last, low.T, self._input, projection.weight)
+            sums.add_product(last, low.T, self._input)
         return sums.backward(self.normed, [self.leaf], (low @ self._weight).to(self.normed.dtype))[0]
 
 
@@ -124,7 +129,7 @@ class HeadStatistics(torch.autograd.Function):
         dtype = accumulation_dtype(hidden.dtype)
         results = tuple(torch.zeros(len(targets), dtype=dtype, device=hidden.device) for _ in range(3))
         weight = _weight(head)
-        for index in rows.split(head.chunk):
+        for index in torch.split(rows, head.chunk):
             chunk = _Chunk(head, weight, hidden[index], targets[index])
             for result, part in zip(results, chunk.statistics(), strict=True):
                 result[index] = part
@@ -139,7 +144,7 @@ class HeadStatistics(torch.autograd.Function):
         with _head_sums(head, ctx.parameters) as sums:
             weight = _weight(head)
             smooth = bool(mean.any())
-            for index in rows.split(head.chunk):
+            for index in torch.split(rows, head.chunk):
                 chunk = _Chunk(head, weight, hidden[index], targets[index])
                 chunk.statistics()
                 part = chunk.gradients(logprob[index], lse[index], mean[index] if smooth else None, sums)
@@ -159,7 +164,7 @@ class HeadLoss(torch.autograd.Function):
         ctx.grad_hidden = torch.zeros_like(hidden) if grad else None
         with _head_sums(head, parameters) as sums:
             matrix = _weight(head)
-            for index in rows.split(head.chunk):
+            for index in torch.split(rows, head.chunk):
                 chunk = _Chunk(head, matrix, hidden[index], targets[index])
                 logprob, _, _ = chunk.statistics()
                 total -= logprob.sum() * weight
@@ -175,7 +180,9 @@ class HeadLoss(torch.autograd.Function):
         if ctx.grad_hidden is None:
             raise RuntimeError("the gradient of this loss is computed with it, and was used up: compute the loss again")
         # In place: they are the largest tensors of the step, and this backward runs once.
-        gradients = [None if total is None else total.mul_(grad.to(total.dtype)) for total in (ctx.grad_hidden, *ctx.sums)]
+        gradients = [
+            None if total is None else total.mul_(grad.to(total.dtype)) for total in (ctx.grad_hidden, *ctx.sums)
+        ]
         ctx.grad_hidden, ctx.sums = None, []
         return gradients[0], None, None, None, None, None, *gradients[1:]
 
@@ -187,16 +194,6 @@ class _Sums(ParameterSums):
         super().__init__(parameters[:num_norm])
         self.size = len(parameters)
         self._sums = [None] * self.size
-
-    def add_product(self, index: int, a: Tensor, b: Tensor, like: Tensor) -> None:
-        total = self._sums[index]
-        if total is None:
-            total = torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))
-            self._sums[index] = total
-        if total.dtype == a.dtype:
-            total.addmm_(a, b)
-        else:
-            total += a @ b
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.attention import AttentionBackend, accumulation_dtype
+from fourfold.parallel.attention import AttentionBackend
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
+from fourfold.parallel.stream_gradients import ParameterSums, summed_linears
+from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
 
-NAME = "fourfold_stream"
 # Keyword arguments of layers with one entry a token, and the dim of the token.
 TOKEN_DIMS = {"position_ids": 1, "position_embeddings": 1, "cache_position": 0}
 
@@ -77,7 +78,9 @@ def stream_attention_forward(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: a chunk's [B, H, chunk, D] in, [B, chunk, H, D] out."""
     if stream_task is None or attention_mask is not None:
-        raise ValueError(f"{type(module).__name__} does not pass the arguments of its layer on: streaming cannot use it")
+        raise ValueError(
+            f"{type(module).__name__} does not pass the arguments of its layer on: streaming cannot use it"
+        )
     task, scale = stream_task, query.shape[-1] ** -0.5 if scaling is None else scaling
     if not task.recompute or task.keys_only:
         task.keys.write(key.detach(), value.detach(), task.start)
@@ -134,7 +137,8 @@ class LayerStream:
         """The layer's output for the chunk x [B, chunk, d] at token `start`, given its attention module's output."""
         with replaced_forward(self.attention, lambda *args, **kwargs: (attended, None)):
             out = self._forward(x, **_narrowed(arguments, start, x.shape[1]))
-        return out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
 
 class _Layer(torch.autograd.Function):
@@ -144,7 +148,7 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         ctx.stream, ctx.arguments, ctx.shared, ctx.parameters = stream, arguments, shared, parameters
         ctx.save_for_backward(x)
-        ctx.kept = [] if shared.keep_attention else None
+        ctx.kept = None
         ctx.random = _RandomStates(x.device) if stream.has_dropout() else None
         keys = LayerKeys(shared.masks, (x.shape[0], x.shape[1]), shared.backend)
         out = torch.empty_like(x)
@@ -153,8 +157,8 @@ class _Layer(torch.autograd.Function):
             with _random(ctx.random, ("attend", start), replay=False):
                 attended = stream.attend(x[:, start:stop], arguments, task)
             assert attended is not None
-            if ctx.kept is not None:
-                ctx.kept.append(task.result)
+            if shared.keep_attention:
+                ctx.kept = _keep(ctx.kept, task, x.shape[1])
             for first, last in _chunks(start, stop, shared.mlp_chunk):
                 with _random(ctx.random, ("finish", first), replay=False):
                     part = stream.finish(x[:, first:last], attended[:, first - start : last - start], arguments, first)
@@ -168,7 +172,11 @@ class _Layer(torch.autograd.Function):
         stream, arguments, shared = ctx.stream, ctx.arguments, ctx.shared
         chunks = list(_chunks(0, x.shape[1], shared.chunk))
         config = stream.attention.config
-        with aliased(stream.layer, ctx.parameters) as aliases, entered_autocast(shared.autocast), attention_function(config):
+        with (
+            aliased(stream.layer, ctx.parameters) as aliases,
+            entered_autocast(shared.autocast),
+            attention_function(config),
+        ):
             keys = LayerKeys(shared.masks, (x.shape[0], x.shape[1]), shared.backend)
             with torch.no_grad():
                 for start, stop in chunks:
@@ -177,16 +185,17 @@ class _Layer(torch.autograd.Function):
                         stream.attend(x[:, start:stop], arguments, task)
             sums = ParameterSums(aliases)
             grad_x = torch.empty_like(x)
-            for index in reversed(range(len(chunks))):
-                start, stop = chunks[index]
-                kept = None if ctx.kept is None else ctx.kept[index]
-                task = Task(keys, start, kept=kept, recompute=True)
-                _chunk_backward(ctx, x, grad, grad_x, task, stop, sums)
+            with summed_linears(stream.layer, sums):
+                for index in reversed(range(len(chunks))):
+                    start, stop = chunks[index]
+                    kept = None if ctx.kept is None else tuple(part[:, :, start:stop] for part in ctx.kept)
+                    task = Task(keys, start, kept=kept, recompute=True)
+                    _chunk_backward(ctx, x, grad, grad_x, task, stop, sums)
         return grad_x if ctx.needs_input_grad[0] else None, None, None, None, *sums.values(ctx.parameters)
 
 
 def _chunk_backward(
-    ctx: Any, x: Tensor, grad: Tensor, grad_x: Tensor, task: Task, stop: int, sums: "ParameterSums"
+    ctx: Any, x: Tensor, grad: Tensor, grad_x: Tensor, task: Task, stop: int, sums: ParameterSums
 ) -> None:
     """Recompute tokens task.start:stop, fill their part of grad_x and add to the parameters' gradients."""
     stream, arguments, shared, start = ctx.stream, ctx.arguments, ctx.shared, task.start
@@ -206,38 +215,6 @@ def _chunk_backward(
         del out
     (grad_chunk,) = sums.backward(attended, [chunk], grad_attended)
     grad_x[:, start:stop] += grad_chunk
-
-
-class ParameterSums:
-    """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64)."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._sums: list[Tensor | None] = [None] * len(parameters)
-
-    def backward(self, out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-        """The inputs' gradients; the parameters' are added."""
-        gradients = torch.autograd.grad(out, [*inputs, *self._parameters], grad, allow_unused=True)
-        for index, part in enumerate(gradients[len(inputs) :]):
-            if part is not None:
-                self.add(index, part)
-        return [
-            torch.zeros_like(x) if part is None else part
-            for x, part in zip(inputs, gradients[: len(inputs)], strict=True)
-        ]
-
-    def add(self, index: int, part: Tensor) -> None:
-        total = self._sums[index]
-        if total is None:
-            self._sums[index] = part.to(accumulation_dtype(part.dtype))
-        else:
-            total.add_(part)
-
-    def values(self, like: Sequence[Tensor]) -> list[Tensor | None]:
-        return [
-            None if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(self._sums, like, strict=True)
-        ]
 
 
 class _RandomStates:
@@ -273,58 +250,6 @@ def _random(states: _RandomStates | None, piece: tuple[str, int], *, replay: boo
             states.set(outside)
 
 
-@contextmanager
-def aliased(layer: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Detached leaves in the parameters' places: a chunk's gradients must not run hooks set on the parameters."""
-    aliases = {id(p): p.detach().requires_grad_() for p in parameters}
-    places = [
-        (module._parameters, name, parameter)
-        for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in aliases
-    ]
-    try:
-        for home, name, parameter in places:
-            home[name] = aliases[id(parameter)]  # type: ignore[assignment]
-        yield [aliases[id(p)] for p in parameters]
-    finally:
-        for home, name, parameter in places:
-            home[name] = parameter
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
-
-
-@contextmanager
-def attention_function(config: Any) -> Iterator[None]:
-    """transformers makes masks, and its modules attend, by the name in the config, read at every call."""
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
-
-
-@contextmanager
-def entered_autocast(settings: tuple[str, torch.dtype] | None) -> Iterator[None]:
-    if settings is None:
-        yield
-    else:
-        with torch.autocast(settings[0], dtype=settings[1]):
-            yield
-
-
 def _narrowed(arguments: Mapping[str, Any], start: int, length: int) -> dict[str, Any]:
     """The layer's arguments for some of its tokens."""
 
@@ -334,6 +259,19 @@ def _narrowed(arguments: Mapping[str, Any], start: int, length: int) -> dict[str
         return value.narrow(dim, start, length) if isinstance(value, Tensor) else value
 
     return {name: narrow(value, TOKEN_DIMS[name]) if name in TOKEN_DIMS else value for name, value in arguments.items()}
+
+
+def _keep(kept: tuple[Tensor, Tensor] | None, task: Task, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Put the task's (out, lse) into tensors of the whole sequence: many small ones would pin what lies between."""
+    assert task.result is not None
+    out, lse = task.result
+    batch, heads, length, size = out.shape
+    if kept is None:
+        kept = out.new_empty((batch, heads, seq_len, size)), lse.new_empty((batch, heads, seq_len))
+    here = slice(task.start, task.start + length)
+    kept[0][:, :, here] = out
+    kept[1][:, :, here] = lse
+    return kept
 
 
 def _chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
