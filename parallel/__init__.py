@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
     from fourfold.parallel.stage_profiling import cut_decoder_into_stages as cut_decoder_into_stages
     from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
+    from fourfold.parallel.stream_backprop import TokenStatistics as TokenStatistics
+    from fourfold.parallel.stream_backprop import stream_backprop as stream_backprop
+    from fourfold.parallel.stream_backprop import stream_backprop_disable as stream_backprop_disable
+    from fourfold.parallel.stream_backprop import token_logprobs as token_logprobs
+    from fourfold.parallel.stream_backprop import token_statistics as token_statistics
+    from fourfold.parallel.stream_memory import StreamMemory as StreamMemory
+    from fourfold.parallel.stream_memory import max_seq_len as max_seq_len
+    from fourfold.parallel.stream_memory import stream_memory as stream_memory
+    from fourfold.parallel.token_losses import dpo_loss as dpo_loss
+    from fourfold.parallel.token_losses import grpo_loss as grpo_loss
+    from fourfold.parallel.token_losses import kto_loss as kto_loss
+    from fourfold.parallel.token_losses import sft_loss as sft_loss
     from fourfold.parallel.transformer import ParallelModel as ParallelModel
     from fourfold.parallel.transformer import parallelize as parallelize
     from fourfold.parallel.two_pass_ring import two_pass_ring_attention as two_pass_ring_attention
@@ -47,21 +59,33 @@ _HOME = {
     "PipelinedBackprop": "pipelined_backprop",
     "PipelinedBackpropEmulator": "pipeline_emulator",
     "Program": "pipeline_program",
+    "StreamMemory": "stream_memory",
+    "TokenStatistics": "stream_backprop",
     "balanced_ranges": "stage_partition",
     "cut_decoder_into_stages": "stage_profiling",
     "cut_into_stages": "stage_profiling",
+    "dpo_loss": "token_losses",
     "equivalent_horizon": "weight_prediction",
+    "grpo_loss": "token_losses",
     "init_mesh": "mesh",
+    "kto_loss": "token_losses",
     "linformer_attention": "sparse_attention",
+    "max_seq_len": "stream_memory",
     "parallelize": "transformer",
     "ring_attention": "ring_self_attention",
     "scale_adam_hyperparameters": "weight_prediction",
     "scale_hyperparameters": "weight_prediction",
+    "sft_loss": "token_losses",
     "shard_batch": "attention_interface",
     "shard_labels": "sequence_tensors",
     "shard_positions": "sequence_tensors",
     "shard_sequence": "sequence_tensors",
     "spike_compensation": "weight_prediction",
+    "stream_backprop": "stream_backprop",
+    "stream_backprop_disable": "stream_backprop",
+    "stream_memory": "stream_memory",
+    "token_logprobs": "stream_backprop",
+    "token_statistics": "stream_backprop",
     "two_pass_ring_attention": "two_pass_ring",
     "unshard_sequence": "sequence_tensors",
     "use_ring_attention": "attention_interface",

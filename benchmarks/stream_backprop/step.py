@@ -1,0 +1,124 @@
+"""One measurement in a fresh process: a provider's forward and backward at one length.
+
+Prints a JSON line: peak_mib is the high-water mark of resident memory above what is resident with weights and
+gradients allocated; cpu_s is CPU time of the step. A short step comes first, so that lazy set-up is not counted.
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from fourfold.parallel.stream_backprop import stream_backprop
+
+PAGE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "intermediate_size": 1536, "vocab_size": 32000, "head_dim": 64}  # fmt: skip
+# Qwen2-0.5B's shape: tied embeddings, a large vocabulary.
+HALF_BILLION = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                "intermediate_size": 4864, "vocab_size": 151936, "head_dim": 64,
+                "tie_word_embeddings": True}  # fmt: skip
+SHAPES = {"page": PAGE, "0.5B": HALF_BILLION}
+Step = Callable[[Tensor], Tensor]
+
+
+def build(shape: dict[str, Any], max_len: int) -> nn.Module:
+    """A Qwen3-style decoder in fp32 with random weights. With a window, transformers builds a T x T mask."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape, max_position_embeddings=max_len, sliding_window=None, attn_implementation="sdpa")
+    return Qwen3ForCausalLM(config).train()
+
+
+def plain_step(model: nn.Module) -> Step:
+    return lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def chunked_loss_step(model: nn.Module, size: int = 512) -> Step:
+    """The model's loss with the logits of `size` tokens at a time, each chunk checkpointed."""
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+
+    def step(ids: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        targets = ids[:, 1:].flatten()
+        pairs = zip(hidden.split(size), targets.split(size), strict=True)
+        return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pairs) / len(targets)
+
+    return step
+
+
+def tile_mlps(model: nn.Module, size: int = 512) -> None:
+    """Every MLP `size` tokens at a time, each tile checkpointed."""
+    for layer in model.model.layers:
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, forward=forward: torch.cat(
+            [checkpoint(forward, part, use_reentrant=False) for part in x.split(size, dim=1)], dim=1
+        )
+
+
+def provider(name: str, model: nn.Module) -> Step:
+    """The step of a provider's name: plain, checkpoint[+ce[+mlp]], or ours[,chunk=..][,mlp=..][,logits=..][,keep]."""
+    kind, *options = name.split(",")
+    if kind == "ours":
+        given = dict(option.partition("=")[::2] for option in options)
+        names = {"chunk": "chunk_size", "mlp": "mlp_chunk", "logits": "logits_chunk"}
+        stream_backprop(
+            model,
+            keep_attention="keep" in given,
+            **{names[key]: int(value) for key, value in given.items() if key in names},
+        )
+        return plain_step(model)
+    if kind.startswith("checkpoint"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if kind.endswith("+mlp"):
+        tile_mlps(model)
+    return chunked_loss_step(model) if "+ce" in kind else plain_step(model)
+
+
+def resident_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def measure(name: str, seq_len: int, shape: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    model = build(SHAPES[shape], max(seq_len, 1024))
+    step = provider(name, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.randint(0, 1000, (1, seq_len), generator=torch.Generator().manual_seed(0))
+    step(ids[:, :128]).backward()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before, start = resident_mib("VmRSS"), time.process_time()
+    loss = step(ids)
+    loss.backward()
+    spent = time.process_time() - start
+    return {"peak_mib": resident_mib("VmHWM") - before, "cpu_s": spent, "loss": float(loss)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("provider")
+    parser.add_argument("seq_len", type=int)
+    parser.add_argument("--shape", default="page", choices=SHAPES)
+    parser.add_argument("--limit-mib", type=int, default=0, help="address space limit: fail rather than pass it")
+    arguments = parser.parse_args()
+    if arguments.limit_mib:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (arguments.limit_mib << 20,) * 2)
+    print(json.dumps(measure(arguments.provider, arguments.seq_len, arguments.shape)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Gradients of parameters summed over chunks, without a second tensor of a weight's size a chunk.
+
+autograd makes a new gradient of each weight for each chunk and adds it: for small chunks, memory traffic that shows.
+`summed_linears` lets the weights' products accumulate in place instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourfold.parallel.attention import accumulation_dtype
+from fourfold.parallel.stream_module import replaced_forward
+
+
+class ParameterSums:
+    """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64)."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
+
+    def index(self, parameter: Tensor | None) -> int | None:
+        """The parameter's place, or None where it needs no gradient."""
+        return self._index.get(id(parameter))
+
+    def backward(self, out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+        """The inputs' gradients; the parameters' are added."""
+        gradients = torch.autograd.grad(out, [*inputs, *self._parameters], grad, allow_unused=True)
+        for index, part in enumerate(gradients[len(inputs) :]):
+            if part is not None:
+                self.add(index, part)
+        return [
+            torch.zeros_like(x) if part is None else part
+            for x, part in zip(inputs, gradients[: len(inputs)], strict=True)
+        ]
+
+    def add(self, index: int, part: Tensor) -> None:
+        total = self._sums[index]
+        if total is None:
+            self._sums[index] = part.to(accumulation_dtype(part.dtype))
+        else:
+            total.add_(part)
+
+    def add_product(self, index: int, a: Tensor, b: Tensor) -> None:
+        """Add a @ b, in place where the dtypes allow."""
+        total = self._sums[index]
+        if total is None:
+            self.add(index, a @ b)
+        elif total.dtype == a.dtype:
+            total.addmm_(a, b)
+        else:
+            total.add_(a @ b)
+
+    def values(self, like: Sequence[Tensor]) -> list[Tensor | None]:
+        return [
+            None if total is None else total.to(parameter.dtype)
+            for total, parameter in zip(self._sums, like, strict=True)
+        ]
+
+
+@contextmanager
+def summed_linears(module: nn.Module, sums: ParameterSums) -> Iterator[None]:
+    """Plain nn.Linear modules inside `module` add their weights' gradients to `sums`, not through autograd."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if type(part) is nn.Linear and "forward" not in part.__dict__ and sums.index(part.weight) is not None:
+                stack.enter_context(replaced_forward(part, partial(_forward, part, sums)))
+        yield
+
+
+def _forward(linear: nn.Linear, sums: ParameterSums, x: Tensor) -> Tensor:
+    # Under autocast the dtypes of forward and backward are autograd's business.
+    if x.dtype != linear.weight.dtype or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
+        return F.linear(x, linear.weight, linear.bias)
+    out: Tensor = _SummedLinear.apply(x, linear.weight, linear.bias, sums)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SummedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: ParameterSums) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sums, ctx.bias_index = sums, sums.index(bias)
+        # An alias's id is gone once autograd hands the saved one back.
+        ctx.weight_index = sums.index(weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        ctx.sums.add_product(ctx.weight_index, flat.T, x.reshape(-1, x.shape[-1]))
+        if ctx.bias_index is not None:
+            ctx.sums.add(ctx.bias_index, flat.sum(0))
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None

@@ -1,0 +1,163 @@
+"""What streaming keeps in memory, as a closed form without torch: for planners, and for "how long a sequence fits?".
+
+Two moments bound a step. At the head, every layer's input is there, the last hidden states and their gradient, and
+the projection's gradient whole. In the backward of the last layer, its keys, values and their gradients are there.
+Both grow linearly with the tokens; the chunks' own work does not grow.
+
+Rules of thumb count what the Llama family's modules make of a token in a chunk; they were set by measurement.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_CHUNK = 512
+DEFAULT_MLP_CHUNK = 256
+LOGITS_BYTES = 16 << 20
+MIN_LOGITS_CHUNK = 32
+# Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
+KEYS_A_CALL = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamMemory:
+    """Bytes of activations and passing gradients; weights, their gradients and optimizer states are not in it.
+
+    Attributes:
+        checkpoints_bytes: layer inputs, and attention outputs where they are kept.
+        head_bytes: at the head, beside the checkpoints.
+        layer_bytes: in a layer's backward, beside the checkpoints.
+        bytes_a_token: growth of the total with each further token.
+    """
+
+    checkpoints_bytes: int
+    head_bytes: int
+    layer_bytes: int
+    bytes_a_token: float
+
+    @property
+    def total_bytes(self) -> int:
+        """The step's peak."""
+        return self.checkpoints_bytes + max(self.head_bytes, self.layer_bytes)
+
+
+def logits_chunk_size(vocabulary: int) -> int:
+    """Tokens whose logits take LOGITS_BYTES in fp32, at least MIN_LOGITS_CHUNK."""
+    return max(MIN_LOGITS_CHUNK, LOGITS_BYTES // (4 * vocabulary))
+
+
+def stream_memory(
+    config: Any,
+    seq_len: int,
+    *,
+    batch: int = 1,
+    chunk_size: int = DEFAULT_CHUNK,
+    mlp_chunk: int = DEFAULT_MLP_CHUNK,
+    logits_chunk: int | None = None,
+    keep_attention: bool = False,
+    itemsize: int = 4,
+) -> StreamMemory:
+    """Memory of one streamed forward and backward.
+
+    Args:
+        config: a Hugging Face config, or its fields as a mapping: dense decoders of the Llama family.
+        seq_len, batch: tokens a row, and rows.
+        chunk_size, mlp_chunk, logits_chunk, keep_attention: as stream_backprop's.
+        itemsize: bytes of an activation: 4 for fp32, 2 for bf16.
+    Raises:
+        ValueError: a length, batch or chunk below 1.
+    Source: derived here; checked against measured peaks in tests/unit/test_stream_memory.py.
+    """
+    given = {"seq_len": seq_len, "batch": batch, "chunk_size": chunk_size, "mlp_chunk": mlp_chunk}
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1")
+    shape = _Shape.of(config)
+    hidden, queries, keys, layers = (
+        shape.hidden,
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
+        shape.layers,
+    )
+    kept = layers * (queries * itemsize + 4 * shape.heads) if keep_attention else 0
+    a_token = layers * hidden * itemsize + kept
+    rotary = 2 * shape.head_dim * itemsize / batch
+    head_a_token = 2 * hidden * itemsize + rotary
+    layer_a_token = 2 * hidden * itemsize + 2 * keys * (itemsize + 4) + rotary
+    logits = logits_chunk or logits_chunk_size(shape.vocabulary)
+    tokens, chunk = batch * seq_len, batch * min(chunk_size, seq_len)
+    head = 4 * shape.vocabulary * (hidden + min(logits, tokens)) + min(logits, tokens) * 6 * hidden * 4
+    attention = chunk * itemsize * (4 * hidden + 10 * queries + 10 * keys) + 2 * batch * keys * itemsize * KEYS_A_CALL
+    mlp = min(batch * mlp_chunk, chunk) * itemsize * (6 * hidden + 6 * shape.intermediate)
+    layer = shape.layer_parameters * 4 + attention + mlp
+    return StreamMemory(
+        checkpoints_bytes=int(tokens * a_token),
+        head_bytes=int(tokens * head_a_token + head),
+        layer_bytes=int(tokens * layer_a_token + layer),
+        bytes_a_token=a_token + max(head_a_token, layer_a_token),
+    )
+
+
+def max_seq_len(
+    config: Any, memory_bytes: float, *, state_bytes_a_parameter: float = 16.0, limit: int = 1 << 26, **arguments: Any
+) -> int:
+    """The longest sequence whose streamed step fits into a device's memory; 0 where not one token does.
+
+    Args:
+        config: as stream_memory's.
+        memory_bytes: what the device has for this process.
+        state_bytes_a_parameter: weights, gradients and optimizer states: 16 for AdamW in fp32, less where sharded.
+        limit: give up above it.
+        arguments: stream_memory's others.
+    """
+    left = memory_bytes - state_bytes_a_parameter * num_parameters(config)
+    fits, over = 0, limit + 1
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        if stream_memory(config, middle, **arguments).total_bytes <= left:
+            fits = middle
+        else:
+            over = middle
+    return fits
+
+
+def num_parameters(config: Any) -> int:
+    """Parameters of a dense decoder of the Llama family; biases and the norms of heads are left out."""
+    shape = _Shape.of(config)
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    return shape.layers * shape.layer_parameters + embeddings + shape.hidden
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Shape:
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "_Shape":
+        def field(name: str, default: Any = None) -> Any:
+            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            return default if value is None else value
+
+        hidden, heads = field("hidden_size"), field("num_attention_heads")
+        return cls(
+            layers=field("num_hidden_layers"),
+            hidden=hidden,
+            intermediate=field("intermediate_size"),
+            heads=heads,
+            kv_heads=field("num_key_value_heads", heads),
+            head_dim=field("head_dim", hidden // heads),
+            vocabulary=field("vocab_size"),
+            tied=bool(field("tie_word_embeddings", False)),
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden

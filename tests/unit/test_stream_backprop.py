@@ -1,0 +1,221 @@
+"""Streamed against plain backpropagation: loss to 1e-6, every parameter's gradient to 2e-6 relative L2, in fp32.
+
+2e-6 is a few roundings of fp32 (6e-8) over sums of some hundred terms; plain backpropagation is 1e-6 from fp64 itself.
+"""
+
+import copy
+
+import pytest
+import torch
+from stream_models import FAMILIES, batch, gradients, tiny, worst_error
+from torch import Tensor, nn
+
+from fourfold.parallel.stream_backprop import stream_backprop, stream_backprop_disable, token_logprobs
+
+LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6
+CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
+
+
+def check(model: nn.Module, inputs: dict[str, Tensor], **settings: object) -> None:
+    plain_loss = model(**inputs).loss
+    plain = gradients(model, plain_loss)
+    stream_backprop(model, **{**CHUNKS, **settings})
+    loss = model(**inputs).loss
+    assert abs(loss - plain_loss) <= LOSS_TOLERANCE * abs(plain_loss)
+    assert worst_error(gradients(model, loss), plain) <= TOLERANCE
+    stream_backprop_disable(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_plain_gradients(family):
+    ids = batch(2, 21)
+    check(tiny(family), {"input_ids": ids, "labels": ids})
+
+
+@pytest.mark.parametrize("length", [1, 2, 8, 17])
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_any_length_and_chunk(length, chunk_size):
+    ids = batch(1, length + 1)
+    check(tiny("qwen3"), {"input_ids": ids, "labels": ids}, chunk_size=chunk_size)
+
+
+def test_one_token_alone():
+    model, ids = stream_backprop(tiny("qwen3")), batch(1, 1)
+    assert token_logprobs(model, ids, ids).tolist() == [[0.0]]
+
+
+def test_kept_attention_changes_nothing():
+    ids = batch(2, 21)
+    for family in ("qwen3", "gemma3, windows"):
+        check(tiny(family), {"input_ids": ids, "labels": ids}, keep_attention=True)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+def test_padding_and_masked_prompts(side):
+    ids = batch(4, 23)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate([0, 5, 5, 20]):
+        mask[row, 23 - padding :] = 0
+    if side == "left":
+        mask = mask.flip(1)
+    if side == "holes":
+        mask[1, 4:7] = mask[2, 9] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :9] = -100  # a prompt
+    for family in ("llama", "mistral, window"):
+        check(tiny(family), {"input_ids": ids, "labels": labels, "attention_mask": mask})
+
+
+def test_labels_of_right_padding_too():
+    ids = batch(2, 13)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    check(tiny("llama"), {"input_ids": ids, "labels": ids, "attention_mask": mask})
+
+
+def test_packed_documents():
+    ids = batch(2, 24)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ([9, 1, 14], [24])])
+    for family in ("qwen2", "gemma3, windows"):
+        check(tiny(family), {"input_ids": ids, "labels": ids, "position_ids": positions})
+
+
+def test_no_worse_than_plain_against_fp64():
+    model, ids = tiny("qwen3"), batch(2, 40)
+    exact_model = copy.deepcopy(model).double()
+    exact = gradients(exact_model, exact_model(input_ids=ids, labels=ids).loss)
+    plain = worst_error(gradients(model, model(input_ids=ids, labels=ids).loss), exact)
+    stream_backprop(model, **CHUNKS)
+    streamed = worst_error(gradients(model, model(input_ids=ids, labels=ids).loss), exact)
+    assert streamed <= 1.5 * plain  # two roundings of the same size
+    stream_backprop(exact_model, **CHUNKS)
+    assert worst_error(gradients(exact_model, exact_model(input_ids=ids, labels=ids).loss), exact) < 1e-13
+
+
+def test_accumulation_scaling_and_hooks_as_usual():
+    model, ids = tiny("qwen3"), batch(2, 21)
+    plain = gradients(model, 8 * model(input_ids=ids, labels=ids, num_items_in_batch=7).loss)
+    stream_backprop(model, **CHUNKS)
+    calls = dict.fromkeys((name for name, _ in model.named_parameters()), 0)
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: calls.update({name: calls[name] + 1}))
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: calls.update({name: calls[name] + 1}))
+    streamed = gradients(model, 8 * model(input_ids=ids, labels=ids, num_items_in_batch=7).loss)
+    assert worst_error(streamed, plain) <= TOLERANCE
+    assert set(calls.values()) == {2}
+    loss = 8 * model(input_ids=ids, labels=ids, num_items_in_batch=7).loss
+    loss.backward()  # accumulates
+    doubled = {name: p.grad for name, p in model.named_parameters()}
+    assert worst_error(doubled, {name: 2 * grad for name, grad in plain.items()}) <= TOLERANCE
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+def test_frozen_parameters_and_lora():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny("llama"), batch(2, 21)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    check(peft.get_peft_model(model, config), {"input_ids": ids, "labels": ids})
+
+
+def test_dropout_is_repeated():
+    # The loss is linear along a step of one weight's gradient to first order, with the same random numbers drawn.
+    model, ids = tiny("phi", resid_pdrop=0.2, embd_pdrop=0.1).double(), batch(2, 21)
+    stream_backprop(model, **CHUNKS)
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        return model(input_ids=ids, labels=ids).loss
+
+    found = gradients(model, loss())
+    weight = model.model.layers[0].mlp.fc1.weight
+    direction, step = found["model.layers.0.mlp.fc1.weight"].clone(), 1e-5
+    with torch.no_grad():
+        weight += step * direction
+        above = loss()
+        weight -= 2 * step * direction
+        below = loss()
+    torch.testing.assert_close((above - below) / (2 * step), direction.square().sum(), rtol=1e-6, atol=0)
+
+
+def test_autocast():
+    # bf16 has 8 bits: plain and streamed each lie 2^-8 or so from the truth, in different places.
+    model, ids = tiny("qwen3"), batch(2, 21)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+        stream_backprop(model, **CHUNKS)
+        loss = model(input_ids=ids, labels=ids).loss
+    streamed = gradients(model, loss)
+    assert worst_error(streamed, plain) < 0.04
+    assert all(grad.dtype == torch.float32 for grad in streamed.values())
+
+
+def test_without_labels_the_model_is_as_before_and_disabling_undoes():
+    model, ids = tiny("qwen3").eval(), batch(1, 12)
+    logits = model(input_ids=ids).logits
+    keys = set(vars(model))
+    stream_backprop(model, **CHUNKS)
+    assert torch.equal(model(input_ids=ids).logits, logits)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+    assert model(input_ids=ids, labels=ids).logits is None
+    with torch.no_grad():
+        assert not model(input_ids=ids, labels=ids).loss.requires_grad
+    stream_backprop_disable(model)
+    assert set(vars(model)) == keys
+    assert model(input_ids=ids, labels=ids).logits is not None
+
+
+def test_verify_passes_a_right_model_and_stops_a_wrong_one(monkeypatch):
+    model = tiny("gemma3, windows")
+    model.model.embed_tokens.weight.grad = kept = torch.ones_like(model.model.embed_tokens.weight)
+    stream_backprop(model, verify=True)
+    assert model.model.embed_tokens.weight.grad is kept
+    stream_backprop_disable(model)
+    wrong = tiny("llama")
+    monkeypatch.setattr(type(wrong.config), "logits_scaling", 1.01, raising=False)  # which Llama does not read
+    with pytest.raises(ValueError, match="do not stream this model"):
+        stream_backprop(wrong, verify=True)
+    assert "fourfold_stream" not in vars(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"logits_chunk": "all"}, "logits_chunk='all'"),
+        ({"backend": "nope"}, "nope"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, message):
+    ids = batch(1, 5)
+    with pytest.raises(ValueError, match=message):
+        stream_backprop(tiny("llama"), **arguments)(input_ids=ids, labels=ids)
+
+
+def test_calls_that_are_not_understood_are_refused():
+    ids = batch(1, 9)
+    model = stream_backprop(tiny("llama"))
+    for extra in ({"output_hidden_states": True}, {"cu_seq_lens_q": [0, 9]}, {"something": 1}, {"logits_to_keep": 3}):
+        with pytest.raises(ValueError, match=next(iter(extra))):
+            model(input_ids=ids, labels=ids, **extra)
+    with pytest.raises(ValueError, match="4 dims"):
+        model(input_ids=ids, labels=ids, attention_mask=torch.ones(1, 1, 9, 9))
+    with pytest.raises(ValueError, match="attention dropout"):
+        stream_backprop(tiny("llama", attention_dropout=0.1))(input_ids=ids, labels=ids)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match="stream_backprop"):
+        token_logprobs(tiny("llama"), ids, ids)
+
+
+def test_models_that_are_not_understood_are_refused():
+    import transformers
+
+    with pytest.raises(ValueError, match="gpt2"):
+        stream_backprop(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1)))
+    with pytest.raises(ValueError, match="causal language model"):
+        stream_backprop(nn.Linear(2, 2))
+    gemma2 = transformers.Gemma2Config(hidden_size=8, num_hidden_layers=1, vocab_size=9, intermediate_size=8)
+    with pytest.raises(ValueError, match="gemma2"):
+        stream_backprop(transformers.Gemma2ForCausalLM(gemma2))
