@@ -23,6 +23,7 @@ from fourfold.profiling.fitting import spread
 
 BATCH_S, LONG_S = 4e-3, 5e-2
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
+LATE_ROUNDS, LATE = 3, 1.5  # past this much of the budget, fewer rounds have to do
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +131,8 @@ def measure(
             timings.elapsed_s = elapsed
             keep(timings)
             progress(max((turn + 1) / planned, elapsed / seconds), f"round {turn + 1} of {planned}")
-        if turn + 1 >= least and elapsed * (turn + 2) / (turn + 1) > seconds:
+        enough = turn + 1 >= least and elapsed * (turn + 2) / (turn + 1) > seconds
+        if enough or (turn + 1 >= least - MIN_ROUNDS + LATE_ROUNDS and elapsed > LATE * seconds):
             break
     return timings, [cases[index] for index in left_out if cases[index].key not in timings.rounds]
 

@@ -111,7 +111,14 @@ def main() -> None:
         for pair in linear_counts(shape)
     }
     attention = attention_case(
-        CPU, FP32, batch=1, heads=shape.heads, kv_heads=shape.kv_heads, seq_len=seq_len, head_dim=shape.head_dim
+        CPU,
+        FP32,
+        batch=1,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        seq_len=seq_len,
+        head_dim=shape.head_dim,
+        essential=True,
     )
     (tier,) = find_tiers("cpu")
     sizes = sorted({KIB, 64 * KIB, 256 * KIB, 1024 * KIB, message, 4 * parameters})

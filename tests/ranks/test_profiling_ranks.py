@@ -19,7 +19,7 @@ from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model
 from fourfold.profiling.memory import AllocationPeak, _LossModel, step_memory
 from fourfold.profiling.partial import PartialProfile
-from fourfold.profiling.session import MIN_ROUNDS, Case, Timings, measure
+from fourfold.profiling.session import LATE_ROUNDS, Case, Timings, measure
 from fourfold.profiling.settings import ProfileSettings
 
 CONFIG = {
@@ -115,7 +115,7 @@ def interrupted_and_resumed(folder: str) -> tuple[int, int, int]:
     calls, last = 0, 1000
     taken = partial.load()
     kept = len(taken.rounds[case.key])
-    timings, _ = measure([case], clock, seconds=1e-3, timings=taken if dist.get_rank() == 0 else None)
+    timings, _ = measure([case], clock, seconds=1e-6, timings=taken if dist.get_rank() == 0 else None)
     if dist.get_rank() == 0:
         assert timings.row(case)["seconds"] == pytest.approx(1.5e-3)  # the median of the ranks' 1 and 2 ms
     return kept, len(timings.rounds.get(case.key, ())), calls
@@ -124,7 +124,7 @@ def interrupted_and_resumed(folder: str) -> tuple[int, int, int]:
 def test_an_interrupted_profile_goes_on_where_it_stopped(ranks, tmp_path):
     first, second = ranks(2)(interrupted_and_resumed, str(tmp_path), timeout_s=30.0)
     warm_up = 2
-    assert first == (2, MIN_ROUNDS, warm_up + MIN_ROUNDS - 2)
+    assert first == (2, LATE_ROUNDS, warm_up + LATE_ROUNDS - 2)
     assert second == (2, 0, first[2])
 
 
