@@ -100,11 +100,12 @@ class MathAttention:
 class CpuFlash:
     """torch's flash kernel for CPU: fp32, bf16, fp16 and fp64, any head size, fewer key heads as they are.
 
-    Measured: it computes whole tiles, so causal squares up to 512 cost as much as full ones.
+    It computes causal squares up to 512 whole. From 192 queries on it works on 64 rows at a time, below on 32 and slower:
+    triangles of 192 are the smallest worth cutting (measured: 6% less time than SDPA for causal at 4096).
     """
 
     name = "cpu_flash"
-    leaf = 128
+    leaf = 192
 
     def refusal(self, q: Tensor, k: Tensor) -> str | None:
         if q.device.type != "cpu":

@@ -40,11 +40,11 @@ class Seen:
     refusal: str = ""
 
 
-def _join(rank: int, size: int, rendezvous: str) -> None:
+def join_world(rank: int, size: int, rendezvous: str, timeout_s: float = 60) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
     )
 
 
@@ -64,7 +64,7 @@ def _attempt(run: Callable[[], Any]) -> str:
 
 
 def _time_rank(rank: int, size: int, rendezvous: str, seq_len: int, names: list[str], rounds: int, path: str) -> None:
-    _join(rank, size, rendezvous)
+    join_world(rank, size, rendezvous)
     seen = {name: Seen() for name in names}
     runs: dict[str, Callable[[], Any]] = {}
 
@@ -93,30 +93,30 @@ def _time_rank(rank: int, size: int, rendezvous: str, seq_len: int, names: list[
 
 
 def _peak_rank(rank: int, size: int, rendezvous: str, seq_len: int, name: str, path: str) -> None:
-    _join(rank, size, rendezvous)
+    join_world(rank, size, rendezvous)
     ALL[name](rank, size, SMALL)()
     run = ALL[name](rank, size, seq_len)
     dist.barrier()
-    before = _resident_bytes()
+    before = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     run()
-    peak = torch.tensor([float(_peak_bytes() - before)], dtype=torch.float64)
+    peak = torch.tensor([float(peak_bytes() - before)], dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if rank == 0:
         torch.save(peak.item(), path)
     dist.barrier()
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def _world(body: Callable[..., None], size: int, *arguments: Any) -> Any:
+def world(body: Callable[..., None], size: int, *arguments: Any) -> Any:
     """Run `body` on a fresh world and return what its rank 0 saved, or the complaint of the rank that died."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/result"
@@ -142,13 +142,13 @@ def pairs_over_limit(name: str, size: int, seq_len: int) -> float:
 
 def measure_case(size: int, seq_len: int, names: list[str], rounds: int) -> list[dict[str, Any]]:
     case = f"ranks={size} S={seq_len} B=1 H={HEADS} D=64 causal fp32"
-    seen: dict[str, Seen] = _world(_time_rank, size, seq_len, [name for name in names if name not in PEERS], rounds)
+    seen: dict[str, Seen] = world(_time_rank, size, seq_len, [name for name in names if name not in PEERS], rounds)
     limits = dict.fromkeys(names, seen)
     for name in [name for name in names if name in PEERS]:
         # A peer that hangs or dies takes its world along, so each has one of its own, with the limit in it.
-        result = _world(_time_rank, size, seq_len, ["limit", name], rounds)
+        result = world(_time_rank, size, seq_len, ["limit", name], rounds)
         limits[name] = result if isinstance(result, dict) else {name: Seen(refusal=result)}
-    limit_peak = _world(_peak_rank, size, seq_len, "limit")
+    limit_peak = world(_peak_rank, size, seq_len, "limit")
     rows = []
 
     def add(name: str, metric: str, unit: str, samples: list[float]) -> None:
@@ -160,7 +160,7 @@ def measure_case(size: int, seq_len: int, names: list[str], rounds: int) -> list
             )
         )  # fmt: skip
 
-    print(f"\n{case}, {rounds} rounds")
+    print(f"\n{case}, {rounds} rounds", flush=True)
     print(f"{'':28}{'CPU s':>8}{'over limit':>12}{'best':>7}{'a pair':>8}{'wall':>7}{'peak MB':>9}{'extra MB':>9}")
     for name in names:
         own = limits[name][name]
@@ -172,7 +172,7 @@ def measure_case(size: int, seq_len: int, names: list[str], rounds: int) -> list
         walls = [mine / theirs for mine, theirs in zip(own.wall_s, base.wall_s, strict=True)]
         best = min(own.cpu_s) / min(base.cpu_s)
         work = pairs_over_limit(name, size, seq_len) if name in OURS and "limit" not in name else 1.0
-        peak = _world(_peak_rank, size, seq_len, name)
+        peak = world(_peak_rank, size, seq_len, name)
         add(name, "cpu", "s", own.cpu_s)
         add(name, "wall", "s", own.wall_s)
         add(name, "cpu_over_limit", "1", ratios)
