@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.pipeline_schedule import PipelineSchedule as PipelineSchedule
     from fourfold.parallel.pipelined_backprop import PipelinedBackprop as PipelinedBackprop
     from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
+    from fourfold.parallel.sequence_sharding import attended_pairs as attended_pairs
     from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
     from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
@@ -61,6 +62,7 @@ _HOME = {
     "Program": "pipeline_program",
     "StreamMemory": "stream_memory",
     "TokenStatistics": "stream_backprop",
+    "attended_pairs": "sequence_sharding",
     "balanced_ranges": "stage_partition",
     "cut_decoder_into_stages": "stage_profiling",
     "cut_into_stages": "stage_profiling",

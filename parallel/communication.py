@@ -59,7 +59,8 @@ def exchange(place: Place, sends: Sequence[Message], receives: Sequence[Message]
         place: from `place_in`.
         sends, receives: (contiguous tensor, rank in the group) pairs. Empty tensors are skipped, so both sides must
             know what is empty. Shapes and dtypes are not sent: both sides must agree on them.
-    Cost: the bytes listed. On NCCL the first use of a group must be a call that all its ranks take part in.
+    Cost: the bytes listed. On NCCL the first use of a group must be a call that all its ranks take part in;
+        the groups of init_mesh are past that.
     """
     operations = [
         dist.P2POp(operation, tensor, group=place.group, group_peer=peer)

@@ -63,11 +63,13 @@ def ring_attention(
         q, k and v get their part on each rank, to be summed over the group.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, and anything not supported, with its mend.
-    Cost: with L tokens, u = B*H_kv*D*L/N elements and all ranks together, full attention moves 2(N-1)u per rank
-        forward, as much again plus 2(N-1)u in fp32 backward; causal zigzag 3/4 of it, causal contiguous half of it.
-        Windows and documents move only keys that someone sees. `heads_degree` h makes the ring N/h long, which moves
-        u*h elements a hop but h times fewer hops in between: (N/h-1)*2u in all instead of (N-1)*2u, for 4 exchanges
-        of at most B*H*D*L/N elements each way. One hop of keys in flight beside the one in use: 4u elements.
+    Cost: u = B*H_kv*D*L/N elements, L tokens in all. Without a mask every rank sends 2(N-1)u forward, and backward
+        those again and 2(N-1)u in fp32. Masks send less: causal zigzag 3/4 of it in the mean, causal contiguous half,
+        windows and documents only the keys that someone sees; attention_blocks.keys_sent counts them.
+        heads_degree h: N/h - 1 hops of the same bytes instead of N - 1, each with h times the work to hide behind, for
+        one swap of (h-1)/h * (2H + 2H_kv) * B*D*L/N elements each way, among neighbours. So take the largest h that
+        the key heads allow and one node holds; above H_kv, replicated keys give the gain back.
+        Memory beside inputs and gradients: out in fp32, keys of two hops (4u at most), a block's results.
     Source: Li et al. 2021 (arXiv 2105.13120), Ring Self-Attention, with the online softmax of Liu et al. 2023
         (arXiv 2310.01889); heads x ring: Fang and Zhao 2024 (arXiv 2405.07719). Differs: keys go straight to the
         ranks that need them, so nothing masked is forwarded.

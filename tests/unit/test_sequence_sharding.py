@@ -1,6 +1,8 @@
 """Shards: every token once, any length, balanced on the work; positions and labels follow."""
 
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -104,3 +106,9 @@ def test_refusals_name_the_values():
         shard_ranges(8, 2, "zigzag", (0, 5, 3))
     with pytest.raises(ValueError, match="seq_len=-1"):
         shard_ranges(-1, 2, "zigzag")
+
+
+def test_the_planner_can_import_the_arithmetic_without_torch():
+    modules = "fourfold.parallel.sequence_sharding, fourfold.parallel.attention_blocks"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
