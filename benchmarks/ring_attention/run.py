@@ -194,7 +194,7 @@ def measure_case(size: int, seq_len: int, names: list[str], rounds: int) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 4096, 16384])
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", help="contestants, beside the limits")
@@ -210,8 +210,8 @@ def main() -> None:
             if arguments.only:
                 names = [name for name in names if name in arguments.only or "limit" in name]
             rows += measure_case(size, seq_len, names, arguments.rounds)
-    if not arguments.no_write:
-        write_rows(HERE / "results.csv", rows)
+            if not arguments.no_write:
+                write_rows(HERE / "results.csv", rows)
 
 
 if __name__ == "__main__":

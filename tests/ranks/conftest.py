@@ -7,7 +7,7 @@ from hypothesis import settings
 from rank_pool import RankPool
 
 # pytest tests/ranks/test_ring_sweep.py -s --hypothesis-profile=thorough
-settings.register_profile("thorough", max_examples=1500, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
 
 
 @pytest.fixture(scope="session")
