@@ -58,6 +58,7 @@ def worst():
         print(f"\nlargest relative error in {dtype}: {error:.2e} ({what})")
 
 
+@pytest.mark.timeout(3600)  # for the thorough profile
 @settings(
     max_examples=NUM_CASES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
