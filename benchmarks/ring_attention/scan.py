@@ -31,7 +31,7 @@ def hop_seconds(num_ranks: int, heads_degree: int, link: str) -> tuple[float, fl
     tokens = SEQ_LEN * heads_degree // num_ranks
     heads, kv_heads = HEADS // heads_degree, max(1, KV_HEADS // heads_degree)
     forward, backward = kernels_of(cluster, constants).attention_s(
-        np.array(1), np.array(heads), np.array(tokens), np.array(tokens / 2), HEAD_SIZE
+        np.array(1), np.array(heads), np.array(tokens), np.array(tokens / 2), np.array(tokens / 2), HEAD_SIZE
     )
     network = Network(cluster=cluster, efficiency=(constants.inner_link, constants.outer_link))
     elements = 2 * kv_heads * HEAD_SIZE * tokens
