@@ -8,6 +8,7 @@ peer that does not run is named with its own words.
 """
 
 import argparse
+import csv
 import resource
 import tempfile
 import time
@@ -192,6 +193,15 @@ def measure_case(size: int, seq_len: int, names: list[str], rounds: int) -> list
     return rows
 
 
+def _other_cases(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Rows of an earlier run for cases that this one has not measured."""
+    if not path.exists():
+        return []
+    measured = {row["case"] for row in rows}
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["case"] not in measured]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 4096, 16384])
@@ -211,7 +221,7 @@ def main() -> None:
                 names = [name for name in names if name in arguments.only or "limit" in name]
             rows += measure_case(size, seq_len, names, arguments.rounds)
             if not arguments.no_write:
-                write_rows(HERE / "results.csv", rows)
+                write_rows(HERE / "results.csv", [*_other_cases(HERE / "results.csv", rows), *rows])
 
 
 if __name__ == "__main__":
