@@ -230,13 +230,13 @@ def _dp_seconds(
 
 
 def _accumulation_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
-    """Adding a micro-batch's weight gradients to those before: two reads and a write; [3, candidates].
+    """Adding a micro-batch's weight gradients to those before, by bytes; [3, candidates].
 
     The first micro-batch of a step has nothing to add to.
     """
     shared, experts = stage_params(model, c, stages_of(model, c))
     later = 1.0 - 1.0 / c.num_micro_batches
-    return (shared + experts) * later * 3.0 * stack.grad_bytes / _bandwidth(cluster, k)
+    return (shared + experts) * later * stack.accumulation_passes * stack.grad_bytes / _bandwidth(cluster, k)
 
 
 def _bandwidth(cluster: Cluster, k: Constants) -> float:
