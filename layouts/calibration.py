@@ -23,8 +23,8 @@ NOISE = 0.04
 PRIOR_SPREAD = {
     "matmul_peaks.A100": 0.05, "matmul_peaks.H100": 0.02, "matmul_peaks.V100": 0.05, "matmul_half": 0.7,
     "attention_forward": 0.15, "attention_backward": 0.15, "flash1": 0.2, "attention_half": 0.5,
-    "memory_efficiency": 0.05, "kernel_gap_s": 1.0, "norm_bytes": 0.3, "inner_link": 0.1, "outer_link": 0.05,
-    "study_link": 1.0, "step_overhead_s": 0.7, "straggler": 0.7,
+    "memory_efficiency": 0.05, "kernel_gap_s": 0.7, "sync_s": 1.0, "norm_bytes": 0.3, "inner_link": 0.1,
+    "outer_link": 0.05, "study_link": 1.0, "step_overhead_s": 0.7, "straggler": 0.7,
 }  # fmt: skip
 """Standard deviation of each constant's logarithm about its prior."""
 MEMORY_SPREAD = {"fragmentation": 0.7, "reserve_bytes": 0.4, "memory_spread": 0.5, "memory_spread_bytes": 0.7}

@@ -27,6 +27,8 @@ class Constants:
     """Share of the datasheet bandwidth that memory-bound operators reach."""
     kernel_gap_s: float
     """Between two kernels on a device, whoever launches them."""
+    sync_s: float
+    """What ranks wait for each other at a blocking collective inside a layer, for each doubling of their number."""
     norm_bytes: float
     """An unfused norm's traffic, forward and backward together, an element, in bytes (16-bit compute)."""
     inner_link: float

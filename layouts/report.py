@@ -271,8 +271,9 @@ def _measured_chart(measured: Sequence[Mapping[str, Any]]) -> str:
     import plotly.graph_objects as go
 
     rows = [row for row in measured if row.get("predicted_step_s") and row.get("measured_step_s")]
-    labels = [_layout_name(row["layout"]).replace(" ", "<br>") for row in rows]
-    height = 110 + sum(26 + 17 * label.count("<br>") for label in labels)
+    words = [_layout_name(row["layout"]).split() for row in rows]
+    labels = ["<br>".join(" ".join(name[at : at + 3]) for at in range(0, len(name), 3)) for name in words]
+    height = 110 + sum(44 + 17 * label.count("<br>") for label in labels)
     pairs = (("predicted_step_s", "predicted", "#7fb2d3"), ("measured_step_s", "measured", "#2f6f9f"))
     traces = [
         go.Bar(y=labels, x=[row[key] for row in rows], name=name, marker_color=colour, orientation="h")

@@ -56,6 +56,8 @@ class Stack:
     """Megatron's order of ranks (tp, cp, dp, pp); else ours (tp, cp, pp, dp)."""
     pp_scatter: bool = False
     """Tensor-parallel ranks send a slice each between stages, and gather inside the node."""
+    accumulation_passes: float = 3.0
+    """Gradients read or written a later micro-batch to add its own: two reads, a write; fewer fused into the matmul."""
     optimizer_passes: float = 7.0
     """fp32 values read or written a parameter a step, gradient clipping included."""
     link: str = "outer_link"
@@ -82,6 +84,7 @@ RUNTIME_CUDA = Stack(
 MEGATRON = Stack(
     name="3D parallel (bf16 weights, fp32 gradients and states)", compute_bytes=2, weight_bytes=2, grad_bytes=4,
     state_bytes=12, reduce_bytes=4, gather_bytes=2, dp_overlap=0.8, zero3_overlap=0.8, pp_scatter=True,
+    accumulation_passes=1.5,
 )  # fmt: skip
 
 FSDP = Stack(

@@ -88,7 +88,7 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
         ends, ("embedding_forward_s", "embedding_backward_s"), lambda at: embedding_times(model, at, kernels, stack), c
     )
     head = corrected(ends, ("head_forward_s", "head_backward_s"), lambda at: head_times(model, at, kernels, stack), c)
-    tp_layer = _tp_seconds(model, c, network, strides, stack)
+    tp_layer = _tp_seconds(model, c, network, strides, stack, 0.0 if cluster.measured else k.sync_s)
     cp_layer = _cp_seconds(model, c, network, strides, stack, attention)
     ep_layer = _ep_seconds(model, c, network, strides, stack)
 
@@ -98,7 +98,8 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     recompute = stages.layers * again
     tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
-    overhead = np.full(work.shape, k.step_overhead_s if stack.launched else 0.0)
+    accumulate = _accumulation_seconds(model, c, cluster, stack, k)
+    overhead = accumulate + (k.step_overhead_s if stack.launched else 0.0)
     slot = work + recompute + tp_comm + cp_comm + ep_comm + pp_comm + overhead
     worst = slot.argmax(axis=0)[None]
 
@@ -134,7 +135,9 @@ def _straggling(c: Candidates, cluster: Cluster, k: Constants) -> Column:
     return k.straggler * np.log2(nodes) if not cluster.measured else np.zeros(len(c))
 
 
-def _tp_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:
+def _tp_seconds(
+    model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack, sync_s: float
+) -> Column:
     """Two all-reduces of [tokens, hidden] forward and two backward a layer (Shoeybi et al. 2019).
 
     With sequence parallelism each is an all-gather and a reduce-scatter; the input that backward gathers once more, for
@@ -145,9 +148,8 @@ def _tp_seconds(model: ModelConfig, c: Candidates, network: Network, strides: St
     gather_s = network.collective_s("all_gather", size, c.tp, strides.tp)
     scatter_s = network.collective_s("reduce_scatter", size, c.tp, strides.tp)
     again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
-    plain = (4 + 2 * again) * reduce_s
-    sequence = (4 + 2 * again) * (gather_s + scatter_s)
-    return np.where(c.sequence_parallel, sequence, plain)
+    wait = sync_s * np.log2(c.tp)
+    return (4 + 2 * again) * (np.where(c.sequence_parallel, gather_s + scatter_s, reduce_s) + wait)
 
 
 def _cp_seconds(
@@ -227,6 +229,20 @@ def _dp_seconds(
     return np.select([c.zero_stage == 0, c.zero_stage == 3], [zero0, zero3], zero12)
 
 
+def _accumulation_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
+    """Adding a micro-batch's weight gradients to those before, by bytes; [3, candidates].
+
+    The first micro-batch of a step has nothing to add to.
+    """
+    shared, experts = stage_params(model, c, stages_of(model, c))
+    later = 1.0 - 1.0 / c.num_micro_batches
+    return (shared + experts) * later * stack.accumulation_passes * stack.grad_bytes / _bandwidth(cluster, k)
+
+
+def _bandwidth(cluster: Cluster, k: Constants) -> float:
+    return cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
+
+
 def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
     """AdamW and gradient clipping over the states that a rank holds, by bytes; [3, candidates]."""
     shared, experts = stage_params(model, c, stages_of(model, c))
@@ -234,5 +250,4 @@ def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stac
     measured = optimizer_rate(cluster)
     if measured is not None:
         return local * measured
-    bandwidth = cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
-    return local * 4.0 * stack.optimizer_passes / bandwidth
+    return local * 4.0 * stack.optimizer_passes / _bandwidth(cluster, k)
