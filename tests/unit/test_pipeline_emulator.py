@@ -168,7 +168,7 @@ class WholeModel(nn.Module):
 
 
 def test_stream_backprop_inside_a_stage():
-    """With the backward's weights those of the forward: otherwise what StreamBP recomputes is, rightly, another thing."""
+    """With the forward's weights in the backward: with others, what StreamBP recomputes is rightly something else."""
 
     def train(streaming: bool) -> list[Tensor]:
         stage = WholeModel(streaming=streaming)
