@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackpropEmulator, balanced_ranges, cut_decoder_into_stages, cut_into_stages
 from fourfold.parallel.pipeline_schedule import FLUSHED
+from fourfold.parallel.stream_backprop import stream_backprop
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
@@ -144,3 +145,42 @@ def test_a_tied_decoder_is_not_cut():
     )  # fmt: skip
     with pytest.raises(ValueError, match="set tie_word_embeddings=False"):
         cut_decoder_into_stages(LlamaForCausalLM(config), 2, torch.zeros(1, 4, dtype=torch.int64))
+
+
+class WholeModel(nn.Module):
+    """A causal language model as a stage of its own: token ids in, loss out."""
+
+    def __init__(self, *, streaming: bool) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(3)
+        config = LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=False,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(config).double()
+        if streaming:
+            stream_backprop(self.model, chunk_size=3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, labels=ids).loss
+
+
+def test_stream_backprop_inside_a_stage():
+    """With the forward's weights in the backward: with others, what StreamBP recomputes is rightly something else."""
+
+    def train(streaming: bool) -> list[Tensor]:
+        stage = WholeModel(streaming=streaming)
+        trainer = PipelinedBackpropEmulator(
+            [stage], optimizer=SGD, loss_fn=lambda loss, target: loss, delays=[2], mitigation="stash+lwpv+sc"
+        )
+        generator = torch.Generator().manual_seed(6)
+        trainer.run((torch.randint(0, 16, (2, 8), generator=generator), None) for _ in range(6))
+        return [p.detach() for p in stage.parameters()]
+
+    plain_weights, streamed = train(False), train(True)
+    # transformers computes the loss in fp32 even of an fp64 model, StreamBP does not
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(plain_weights, streamed, strict=True))
+    start = WholeModel(streaming=False).parameters()
+    assert not all(torch.allclose(a, b, atol=1e-3) for a, b in zip(streamed, start, strict=True))
