@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
     from fourfold.parallel.stage_profiling import cut_decoder_into_stages as cut_decoder_into_stages
     from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
-    from fourfold.parallel.stream_backprop import TokenStatistics as TokenStatistics
-    from fourfold.parallel.stream_backprop import stream_backprop as stream_backprop
-    from fourfold.parallel.stream_backprop import stream_backprop_disable as stream_backprop_disable
-    from fourfold.parallel.stream_backprop import token_logprobs as token_logprobs
-    from fourfold.parallel.stream_backprop import token_statistics as token_statistics
-    from fourfold.parallel.stream_memory import StreamMemory as StreamMemory
-    from fourfold.parallel.stream_memory import max_seq_len as max_seq_len
-    from fourfold.parallel.stream_memory import stream_memory as stream_memory
+    from fourfold.parallel.stream_model import TokenStatistics as TokenStatistics
+    from fourfold.parallel.stream_model import stream_backprop as stream_backprop
+    from fourfold.parallel.stream_model import stream_backprop_disable as stream_backprop_disable
+    from fourfold.parallel.stream_model import token_logprobs as token_logprobs
+    from fourfold.parallel.stream_model import token_statistics as token_statistics
+    from fourfold.parallel.stream_peak import StreamMemory as StreamMemory
+    from fourfold.parallel.stream_peak import max_seq_len as max_seq_len
+    from fourfold.parallel.stream_peak import stream_memory as stream_memory
     from fourfold.parallel.token_losses import dpo_loss as dpo_loss
     from fourfold.parallel.token_losses import grpo_loss as grpo_loss
     from fourfold.parallel.token_losses import kto_loss as kto_loss
@@ -60,8 +60,8 @@ _HOME = {
     "PipelinedBackprop": "pipelined_backprop",
     "PipelinedBackpropEmulator": "pipeline_emulator",
     "Program": "pipeline_program",
-    "StreamMemory": "stream_memory",
-    "TokenStatistics": "stream_backprop",
+    "StreamMemory": "stream_peak",
+    "TokenStatistics": "stream_model",
     "attended_pairs": "sequence_sharding",
     "balanced_ranges": "stage_partition",
     "cut_decoder_into_stages": "stage_profiling",
@@ -72,7 +72,7 @@ _HOME = {
     "init_mesh": "mesh",
     "kto_loss": "token_losses",
     "linformer_attention": "sparse_attention",
-    "max_seq_len": "stream_memory",
+    "max_seq_len": "stream_peak",
     "parallelize": "transformer",
     "ring_attention": "ring_self_attention",
     "scale_adam_hyperparameters": "weight_prediction",
@@ -83,11 +83,11 @@ _HOME = {
     "shard_positions": "sequence_tensors",
     "shard_sequence": "sequence_tensors",
     "spike_compensation": "weight_prediction",
-    "stream_backprop": "stream_backprop",
-    "stream_backprop_disable": "stream_backprop",
-    "stream_memory": "stream_memory",
-    "token_logprobs": "stream_backprop",
-    "token_statistics": "stream_backprop",
+    "stream_backprop": "stream_model",
+    "stream_backprop_disable": "stream_model",
+    "stream_memory": "stream_peak",
+    "token_logprobs": "stream_model",
+    "token_statistics": "stream_model",
     "two_pass_ring_attention": "two_pass_ring",
     "unshard_sequence": "sequence_tensors",
     "use_ring_attention": "attention_interface",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourfold.parallel.attention import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
 from fourfold.parallel.attention_blocks import Block, Span, pair_blocks, tidy
-from fourfold.parallel.stream_memory import KEYS_A_CALL
+from fourfold.parallel.stream_peak import KEYS_A_CALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,6 @@ class LayerKeys:
         if self._grads is None:
             dtype = accumulation_dtype(self._k.dtype)
             self._grads = torch.zeros_like(self._k, dtype=dtype), torch.zeros_like(self._v, dtype=dtype)
-        # Each part frees what it took before the next starts.
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
         for mask in self._masks:
             self._backward_rows(dq, grad_out, q, out, lse, mask, start, scale, window)
@@ -186,6 +185,7 @@ class LayerKeys:
             totals = (dq[queries], self._grads[0][keys], self._grads[1][keys])
             for total, part in zip(totals, parts, strict=True):
                 total.add_(part.flip(2) if turned else part)
+            del parts, part  # before the next ones are made
 
 
 class ChunkAttention(torch.autograd.Function):

@@ -25,6 +25,9 @@ class ParameterSums:
         self._sums: list[Tensor | None] = [None] * len(parameters)
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
 
+        # Linears whose output nothing reads: see find_unread.
+        self.unread: set[nn.Linear] = set()
+
     def index(self, parameter: Tensor | None) -> int | None:
         """The parameter's place, or None where it needs no gradient."""
         return self._index.get(id(parameter))
@@ -78,17 +81,22 @@ def _forward(linear: nn.Linear, sums: ParameterSums, x: Tensor) -> Tensor:
     # Under autocast the dtypes of forward and backward are autograd's business.
     if x.dtype != linear.weight.dtype or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
         return F.linear(x, linear.weight, linear.bias)
-    out: Tensor = _SummedLinear.apply(x, linear.weight, linear.bias, sums)  # type: ignore[no-untyped-call]
+    out: Tensor = _SummedLinear.apply(x, linear.weight, linear.bias, sums, linear)  # type: ignore[no-untyped-call]
     return out
 
 
 class _SummedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: ParameterSums) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: ParameterSums, linear: nn.Linear
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.linear = linear
         ctx.sums, ctx.bias_index = sums, sums.index(bias)
         # An alias's id is gone once autograd hands the saved one back.
         ctx.weight_index = sums.index(weight)
+        if linear in sums.unread:
+            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -99,4 +107,33 @@ class _SummedLinear(torch.autograd.Function):
         ctx.sums.add_product(ctx.weight_index, flat.T, x.reshape(-1, x.shape[-1]))
         if ctx.bias_index is not None:
             ctx.sums.add(ctx.bias_index, flat.sum(0))
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+def find_unread(out: Tensor) -> set[nn.Linear]:
+    """Summed linears whose output only reaches `out` through additions, so that no backward reads its value.
+
+    A recomputation whose result is thrown away, as a layer's output is, need not compute it.
+    """
+    if out.grad_fn is None:
+        return set()
+    added, ends, frontier = set(), set(), [out.grad_fn]
+    while frontier:
+        node = frontier.pop()
+        if node.name() == "AddBackward0":
+            added.add(node)
+            frontier += [after for after, _ in node.next_functions if after is not None]
+        elif isinstance(node, _SummedLinear._backward_cls):  # type: ignore[attr-defined]
+            ends.add(node)
+    seen, frontier = set(added), list(added)
+    while frontier:
+        node = frontier.pop()
+        for after, _ in node.next_functions:
+            if after is None:
+                continue
+            if after in ends and node not in added:
+                ends.discard(after)
+            if after not in seen:
+                seen.add(after)
+                frontier.append(after)
+    return {node.linear for node in ends}

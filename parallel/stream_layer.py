@@ -10,8 +10,9 @@ the module's output (queries against all earlier keys), and from it, in smaller 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fourfold.parallel.attention import AttentionBackend
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
-from fourfold.parallel.stream_gradients import ParameterSums, summed_linears
+from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
@@ -82,6 +83,10 @@ def stream_attention_forward(
             f"{type(module).__name__} does not pass the arguments of its layer on: streaming cannot use it"
         )
     task, scale = stream_task, query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # as it does for scaled_dot_product_attention: fp32 norms leave fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     if not task.recompute or task.keys_only:
         task.keys.write(key.detach(), value.detach(), task.start)
     if task.keys_only:
@@ -126,7 +131,11 @@ class LayerStream:
             found.append(module_forward(*args, **kwargs)[0])
             raise _Stop
 
-        with replaced_forward(self.attention, forward):
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forward(self.attention, forward))
+            queries = getattr(self.attention, "q_proj", None)
+            if task.keys_only and type(queries) is nn.Linear:  # nobody asks for the queries
+                stack.enter_context(replaced_forward(queries, partial(_no_output, queries)))
             try:
                 self._forward(x, **_narrowed(arguments, task.start, x.shape[1]), stream_task=task)
             except _Stop:
@@ -139,6 +148,10 @@ class LayerStream:
             out = self._forward(x, **_narrowed(arguments, start, x.shape[1]))
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+
+def _no_output(linear: nn.Linear, x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
 
 
 class _Layer(torch.autograd.Function):
@@ -184,7 +197,7 @@ class _Layer(torch.autograd.Function):
                     with _random(ctx.random, ("attend", start), replay=True):
                         stream.attend(x[:, start:stop], arguments, task)
             sums = ParameterSums(aliases)
-            grad_x = torch.empty_like(x)
+            grad_x, ctx.found_unread = torch.empty_like(x), False
             with summed_linears(stream.layer, sums):
                 for index in reversed(range(len(chunks))):
                     start, stop = chunks[index]
@@ -209,6 +222,8 @@ def _chunk_backward(
         piece_attended = attended[:, here].detach().requires_grad_()
         with torch.enable_grad(), _random(ctx.random, ("finish", first), replay=True):
             out = stream.finish(piece, piece_attended, arguments, first)
+        if not ctx.found_unread:
+            sums.unread, ctx.found_unread = find_unread(out), True
         grad_piece, grad_attended_piece = sums.backward(out, [piece, piece_attended], grad[:, first:last])
         grad_x[:, first:last] = grad_piece
         grad_attended[:, here] = grad_attended_piece

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fourfold.parallel.stream_backprop import stream_backprop
+from fourfold.parallel.stream_model import stream_backprop
 
 PAGE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
         "intermediate_size": 1536, "vocab_size": 32000, "head_dim": 64}  # fmt: skip

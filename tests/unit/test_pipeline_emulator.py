@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fourfold.parallel import PipelinedBackpropEmulator, balanced_ranges, cut_decoder_into_stages, cut_into_stages
+from fourfold.parallel import (
+    PipelinedBackpropEmulator,
+    balanced_ranges,
+    cut_decoder_into_stages,
+    cut_into_stages,
+    stream_backprop,
+)
 from fourfold.parallel.pipeline_schedule import FLUSHED
-from fourfold.parallel.stream_backprop import stream_backprop
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)

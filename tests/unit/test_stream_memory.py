@@ -1,0 +1,97 @@
+"""The closed form of streaming's memory against the bytes of tensors alive at a step's peak."""
+
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from fourfold.parallel.stream_model import stream_backprop
+from fourfold.parallel.stream_peak import max_seq_len, num_parameters, stream_memory
+
+SHAPE = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+CHUNKS = {"chunk_size": 256, "mlp_chunk": 256, "logits_chunk": 256}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make while it is on, and the most alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self.seen:
+                    self._count(storage)
+        return out
+
+    def _count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        self.seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def freed():
+            self.now -= size
+            self.seen.discard(key)
+
+        weakref.finalize(storage, freed)
+
+
+def peak(seq_len: int, **settings) -> int:
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, sliding_window=None, max_position_embeddings=8192)).train()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stream_backprop(model, **CHUNKS, **settings)
+    ids = torch.randint(0, 512, (1, seq_len))
+    with LiveBytes() as live:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_memory_is_linear_with_the_predicted_slope(keep_attention):
+    # From where the prefix is longer than a kernel call's keys, so that only what grows with the sequence grows.
+    peaks = [peak(length, keep_attention=keep_attention) for length in (1536, 2560)]
+    expected = stream_memory(SHAPE, 2560, keep_attention=keep_attention, **CHUNKS)
+    assert (peaks[1] - peaks[0]) / 1024 == pytest.approx(expected.bytes_a_token, rel=0.05)
+    # The part that does not grow is a rule of thumb: it plans, and must not promise too little.
+    assert 0.8 <= expected.total_bytes / peaks[-1] <= 1.5
+
+
+def test_longest_sequence_is_where_memory_ends():
+    state = 16 * num_parameters(SHAPE)
+    budget = state + 100e6
+    longest = max_seq_len(SHAPE, budget)
+    assert stream_memory(SHAPE, longest).total_bytes + state <= budget
+    assert stream_memory(SHAPE, longest + 1).total_bytes + state > budget
+    assert max_seq_len(SHAPE, state) == 0
+    assert max_seq_len(SHAPE, budget, keep_attention=True) < longest
+    assert max_seq_len(SHAPE, budget, batch=2) < longest
+    with pytest.raises(ValueError, match="seq_len=0"):
+        stream_memory(SHAPE, 0)
+
+
+def test_parameters_are_counted():
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    head_norms = 4 * 2 * 16
+    assert num_parameters(model.config) == sum(p.numel() for p in model.parameters()) - head_norms
+
+
+def test_the_closed_form_needs_no_torch():
+    code = "import sys; from fourfold.parallel import stream_memory, max_seq_len; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
