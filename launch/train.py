@@ -10,7 +10,6 @@ import gc
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -40,6 +39,7 @@ from fourfold.launch.training import (
 from fourfold.layouts.layout import Layout, read_layout_file
 from fourfold.layouts.model import ModelConfig
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
+from fourfold.profiling.refusal import refuse
 
 
 def build(layout: Layout, model: ModelConfig, *, seed: int) -> tuple[ParallelModel, MemoryGauge]:
@@ -202,11 +202,9 @@ def main(
             raise ValueError("checkpoints need a folder: give --out DIR")
         text = read_standard_library()
         parallel, gauge = build(plan, model, seed=seed)
-    except ValueError as error:  # the same on every rank: one of them says it
-        if _is_first():
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    is_first = _is_first()
+    except ValueError as error:
+        refuse(error)
+    is_first = int(os.environ.get("RANK", "0")) == 0
     display = Display(plan, model, settings, peak_flops_per_s)
     if is_first and not quiet:
         with display:
@@ -221,10 +219,6 @@ def main(
         if out is not None:
             write_results(out, plan, result, byte_frequency_loss=frequencies, device=parallel.device.type)
     dist.destroy_process_group()
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _train(

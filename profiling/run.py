@@ -8,7 +8,6 @@ import datetime
 import os
 import sys
 import time
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from fourfold.profiling.links import find_tiers
 from fourfold.profiling.partial import PartialProfile, StaleProfileError
 from fourfold.profiling.plan import profile_cases
 from fourfold.profiling.progress import ProgressLine
+from fourfold.profiling.refusal import refuse
 from fourfold.profiling.session import measure
 from fourfold.profiling.settings import ProfileSettings, parse_settings
 from fourfold.profiling.shapes import model_shape, read_config
@@ -99,7 +99,7 @@ def main() -> None:
         if settings.model:
             model_shape(read_config(settings.model))
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     # A lost rank ends the others within this time, should the launcher not have ended them.
     limit = datetime.timedelta(seconds=max(120.0, 4 * settings.seconds))
@@ -108,15 +108,8 @@ def main() -> None:
     try:
         profile_ranks(settings)
     except StaleProfileError as error:
-        _refuse(error)
+        refuse(error)
     dist.destroy_process_group()
-
-
-def _refuse(error: ValueError) -> NoReturn:
-    """One line on rank 0, and exit code 2; the launcher ends the other ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
