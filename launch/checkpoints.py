@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from fourfold.parallel import ParallelModel
 
+_LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
 _NAME = re.compile(r"step_(\d{8})")
 # Names instead of positions, so that stages and shards of another layout find their part.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -32,6 +34,10 @@ def save_checkpoint(folder: Path, model: ParallelModel, optimizer: Optimizer, *,
     """
     target = folder / f"step_{step:08d}"
     partial = folder / f"partial_{step:08d}"
+    if dist.get_rank() == 0:
+        for interrupted in folder.glob("partial_*"):
+            shutil.rmtree(interrupted)
+    dist.barrier()
     weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
     save({"model": weights, "optimizer": states, "step": step}, checkpoint_id=partial)
     if dist.get_rank() == 0:
@@ -55,6 +61,11 @@ def load_checkpoint(folder: Path, model: ParallelModel, optimizer: Optimizer) ->
     complete = _complete(folder)
     if not complete:
         raise ValueError(f"{folder} holds no complete checkpoint: train without --resume first")
+    # torch reads the names it is asked for and passes over the rest, so a deeper model would load without a word.
+    names = FileSystemReader(complete[-1]).read_metadata().state_dict_metadata
+    num_layers = len({match[1] for name in names if (match := _LAYER.match(name))})
+    if num_layers != model.stage.num_layers:
+        raise ValueError(f"{complete[-1]} is of a model of {num_layers} layers, but this has {model.stage.num_layers}")
     weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
     state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0}
     try:
@@ -65,6 +76,13 @@ def load_checkpoint(folder: Path, model: ParallelModel, optimizer: Optimizer) ->
         raise ValueError(f"{complete[-1]} does not fit this model: {reason}") from error
     set_state_dict(model.stage, optimizer, model_state_dict=weights, optim_state_dict=states, options=_OPTIONS)
     return int(state["step"])
+
+
+def refuse_overwriting(folder: Path) -> None:
+    """Raises ValueError where `folder` holds checkpoints of an earlier run: a new one would replace them."""
+    complete = _complete(folder)
+    if complete:
+        raise ValueError(f"{folder} holds {complete[-1].name} of an earlier run: add --resume, or give another --out")
 
 
 def _complete(folder: Path) -> list[Path]:

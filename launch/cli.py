@@ -1,5 +1,6 @@
 """The command `layout-advisor`: a function a command, each in its own file; what a user got wrong, in one line."""
 
+import signal
 import sys
 
 import typer
@@ -31,10 +32,25 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _stopped(signal.SIGINT)
     except RankFailure as failure:
         if failure.exit_code != 2:  # with 2 the rank has said why itself
             print(failure, file=sys.stderr)
         sys.exit(2 if failure.exit_code == 2 else 1)
+    except Exception as error:
+        # torch's elastic agent turns a signal into an exception of its own, once it has ended the ranks.
+        if type(error).__name__ != "SignalException":
+            raise
+        _stopped(int(error.sigval))  # type: ignore[attr-defined]
+
+
+def _stopped(by: int) -> None:
+    print("stopped; all ranks have ended (a training with checkpoints goes on with --resume)", file=sys.stderr)
+    sys.exit(128 + by)
 
 
 if __name__ == "__main__":

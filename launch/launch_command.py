@@ -1,5 +1,6 @@
 """`layout-advisor launch`: train under a layout.toml on this machine."""
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -39,7 +40,7 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
     Args:
         options: those of fourfold.launch.train, with underscores: True is a flag, False and None are left out.
     Raises:
-        ValueError: more ranks than this machine has devices for.
+        ValueError: more ranks than this machine has GPUs for (or eight a core), tied embeddings cut by pp.
         RankFailure: a rank failed; the others have been ended.
     """
     import torch
@@ -50,6 +51,13 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
             f"the layout {layout} needs {layout.world_size} GPUs, but this machine has {torch.cuda.device_count()}: "
             "plan for fewer, or use torchrun on several hosts"
         )
+    if layout.world_size > 8 * (os.cpu_count() or 1):
+        raise ValueError(
+            f"the layout {layout} needs {layout.world_size} ranks, and this machine has {os.cpu_count()} cores: "
+            "plan for fewer, or use torchrun on several hosts"
+        )
+    if layout.pp > 1 and model.tied_embeddings:
+        raise ValueError(f"tie_word_embeddings=true with pp={layout.pp}: use pp=1 or untie them")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layout.toml"
         write_layout_file(file, layout, model)
@@ -64,8 +72,11 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
 
 
 def fresh_folder(folder: Path) -> Path:
-    """`folder`, empty."""
+    """`folder`, empty. Raises ValueError where it holds anything but an earlier run's results."""
     if folder.exists():
+        strange = sorted({path.name for path in folder.iterdir()} - {"metrics.csv", "result.json", "checkpoints"})
+        if strange:
+            raise ValueError(f"{folder} holds {strange[0]}, which no run has written: give another --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder

@@ -25,6 +25,12 @@ class MemoryGauge:
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
 
+    def __enter__(self) -> "MemoryGauge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self) -> None:
         """End counting; later calls change nothing."""
         if self._peak_bytes is not None:

@@ -45,9 +45,12 @@ def plan(
         load_model(config), load_cluster(cluster), gpus=gpus, global_batch=global_batch, seq_len=seq_len,
         gpus_per_node=gpus_per_node, top=top, space=space, fix=fix or [], asynchronous=asynchronous,
     )  # fmt: skip
+    if not result.layouts and not as_json:  # before any file: a folder never holds half a plan
+        raise ValueError(advice(result, global_batch=global_batch, seq_len=seq_len, space=space))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "plan.csv", result.layouts)
+        (out / "layout.toml").unlink(missing_ok=True)
         if result.layouts:
             write_layout_file(out / "layout.toml", result.layouts[0].layout, result.model)
         html = html or out / "report.html"
@@ -55,9 +58,9 @@ def plan(
         write_report(html, result, title=f"Layouts for {result.model.name}")
     if as_json:
         typer.echo(json.dumps(as_document(result), indent=1))
+        if not result.layouts:
+            raise typer.Exit(2)
         return
-    if not result.layouts:
-        raise ValueError(advice(result, global_batch=global_batch, seq_len=seq_len, space=space))
     console = Console()
     console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
     if why_not(result):

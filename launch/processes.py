@@ -4,6 +4,7 @@ The agent is torchrun's own: it starts a process a rank, ends the others when on
 first failure becomes one exception with that rank's own traceback.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -45,6 +46,8 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # torch's profiler, which counts memory on CPUs, logs its start and stop below this level.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    # The agent's own account of a failure; RankFailure tells it once, with the traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -10,11 +10,13 @@ import gc
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -141,17 +143,32 @@ class Display:
             print(f"step {step.step + 1}/{self._num_steps}  {words}", flush=True)
 
 
-def write_results(
+class Metrics:
+    """metrics.csv, a row as each step ends; a resumed run goes on below the rows of the steps before it."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self._path = path
+        self._earlier: list[dict[str, str]] = []
+        if resume and path.exists():
+            with path.open(newline="") as file:
+                self._earlier = list(csv.DictReader(file))
+        self._file: TextIO | None = None
+
+    def add(self, step: StepRecord) -> None:
+        names = list(StepRecord.__dataclass_fields__)
+        if self._file is None:
+            self._file = self._path.open("w", newline="")
+            writer = csv.DictWriter(self._file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in self._earlier if int(row["step"]) < step.step)
+        csv.DictWriter(self._file, names, lineterminator="\n").writerow(asdict(step))
+        self._file.flush()
+
+
+def write_result(
     out: Path, layout: Layout, result: TrainResult, *, byte_frequency_loss: float | None, device: str
 ) -> None:
-    """metrics.csv and result.json, each whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "metrics.csv.partial"
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(StepRecord.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(step) for step in result.records)
-    partial.rename(out / "metrics.csv")
+    """result.json, whole or not at all."""
     summary: dict[str, Any] = {
         "layout": layout.as_dict(),
         "device": device,
@@ -187,6 +204,7 @@ def main(
     try:
         if started_by_mpi(os.environ):
             adopt_mpi_ranks()
+        is_first = int(os.environ.get("RANK", "0")) == 0
         plan, model = read_layout_file(layout)
         settings = TrainSettings(
             steps=steps,
@@ -200,48 +218,54 @@ def main(
             raise ValueError(f"vocab_size={model.vocab_size}: the text is bytes, so the model needs at least 256")
         if out is None and (checkpoint_every or resume):
             raise ValueError("checkpoints need a folder: give --out DIR")
+        if out is not None:
+            _make_folder(out)
         text = read_standard_library()
         parallel, gauge = build(plan, model, seed=seed)
+        display = Display(plan, model, settings, peak_flops_per_s) if is_first and not quiet else None
+        metrics = Metrics(out / "metrics.csv", resume=resume) if is_first and out is not None else None
+
+        def on_step(step: StepRecord) -> None:
+            if metrics is not None:
+                metrics.add(step)
+            if display is not None:
+                display.show(step, gauge.in_use_bytes())
+
+        with display or nullcontext(), gauge:
+            result = train(
+                parallel,
+                plan,
+                text,
+                settings,
+                gauge=gauge,
+                checkpoints=out / "checkpoints" if out else None,
+                resume=resume,
+                on_step=on_step,
+            )
     except ValueError as error:
         refuse(error)
-    is_first = int(os.environ.get("RANK", "0")) == 0
-    display = Display(plan, model, settings, peak_flops_per_s)
-    if is_first and not quiet:
-        with display:
-            result = _train(parallel, plan, text, settings, gauge, out, resume, display)
-    else:
-        result = _train(parallel, plan, text, settings, gauge, out, resume, None)
     result = slowest_and_largest(result, parallel.device)
     if is_first:
         frequencies = byte_frequency_loss(*text) if held_out_batches else None
         if not quiet and result.held_out_loss is not None:
             print(f"held-out loss {result.held_out_loss:.3f} nats a byte; byte frequencies alone {frequencies:.3f}")
         if out is not None:
-            write_results(out, plan, result, byte_frequency_loss=frequencies, device=parallel.device.type)
+            write_result(out, plan, result, byte_frequency_loss=frequencies, device=parallel.device.type)
     dist.destroy_process_group()
 
 
-def _train(
-    parallel: ParallelModel,
-    layout: Layout,
-    text: tuple[torch.Tensor, torch.Tensor],
-    settings: TrainSettings,
-    gauge: MemoryGauge,
-    out: Path | None,
-    resume: bool,
-    display: Display | None,
-) -> TrainResult:
-    return train(
-        parallel,
-        layout,
-        text,
-        settings,
-        gauge=gauge,
-        checkpoints=out / "checkpoints" if out else None,
-        resume=resume,
-        on_step=(lambda step: display.show(step, gauge.in_use_bytes())) if display else (lambda step: None),
-    )
+def _make_folder(out: Path) -> None:
+    """Now, and not after hours of training. Raises ValueError where results could not be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}: give a folder that can be written") from None
 
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from fourfold.launch.checkpoints import load_checkpoint, save_checkpoint
+from fourfold.launch.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.text import held_out_rows, training_rows
 from fourfold.layouts.layout import Layout
@@ -112,11 +112,17 @@ def train(
         resume: start from the newest checkpoint there instead of from scratch.
         on_step: called on every rank after every step.
     Raises:
-        ValueError: nothing to resume from, or a checkpoint of another model.
-        FloatingPointError: the loss is no longer a finite number.
+        ValueError: nothing to resume from, a checkpoint of another model, or one that would be overwritten.
+        FloatingPointError: loss or gradient is no longer a finite number; weights and checkpoints are as before.
     """
     optimizer = make_optimizer(model, settings)
-    first = load_checkpoint(_needed(checkpoints), model, optimizer) if resume else 0
+    first = 0
+    if resume:
+        first = load_checkpoint(_needed(checkpoints), model, optimizer)
+        if first >= settings.steps:
+            raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
+    elif settings.checkpoint_every:
+        refuse_overwriting(_needed(checkpoints))
     rows = model.batch_rows(layout.global_batch)
     result = TrainResult()
     for step in range(first, settings.steps):
@@ -127,15 +133,18 @@ def train(
         rate = learning_rate_at(step, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = model.forward_backward(ids)
-        norm = model.clip_grad_norm_(settings.max_norm)
+        loss = model.forward_backward(ids).item()
+        norm = model.clip_grad_norm_(settings.max_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"loss {loss} and gradient norm {norm} at step {step}: "
+                f"lower the learning rate {settings.learning_rate:.2g}"
+            )
         optimizer.step()
         optimizer.zero_grad()
-        # Reading the loss waits for the device, so the clock stops when the step is done.
-        record = StepRecord(step, loss.item(), norm.item(), rate, 0.0)
-        record.step_s = time.perf_counter() - start
-        if not math.isfinite(record.loss):
-            raise FloatingPointError(f"the loss is {record.loss} at step {step}: lower the learning rate {rate:.2g}")
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        record = StepRecord(step, loss, norm, rate, time.perf_counter() - start)
         result.records.append(record)
         on_step(record)
         if step == first + COUNTED_STEPS - 1:

@@ -71,8 +71,9 @@ class DecoderStage(nn.Module):
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
         whole = cast(Any, model)
-        num_layers = len(whole.model.layers)
-        self.is_first, self.is_last = layers.start == 0, layers.stop == num_layers
+        self.num_layers = len(whole.model.layers)
+        """Of the whole model."""
+        self.is_first, self.is_last = layers.start == 0, layers.stop == self.num_layers
         self.checkpointing = checkpointing
         self.autocast_dtype = autocast_dtype
         self.hidden_size: int = whole.config.hidden_size

@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward pass and the optimizer: averaged over replicas, and clipped.
+"""What keeps replicas alike: the same weights at the start, averaged gradients, and a norm to clip by.
 
 DistributedDataParallel and FSDP2 average gradients themselves. DDP takes no DTensor parameters, so data parallelism
 over tensor parallelism without sharding is averaged here, in buckets. torch's `clip_grad_norm_` wants all parameters on
@@ -37,6 +37,19 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGro
             gradient.copy_(averaged.view_as(gradient))
 
 
+@torch.no_grad()
+def copy_weights(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Give every rank of `group` the weights of its first, in place.
+
+    Args:
+        parameters: plain or DTensor parameters, in the same order on every rank.
+    Cost: one broadcast a parameter.
+    """
+    for parameter in parameters:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+        dist.broadcast(local, group=group, group_src=0)
+
+
 def resolve_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum over tp the gradients that each tp rank knows only a part of (a norm over heads, say).
 
@@ -68,7 +81,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, max_
     for parameter in parameters:
         gradient = local_gradient(parameter)
         assert gradient is not None
-        total += gradient.double().square().sum() * (_parts(parameter) / replicas)
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)  # no copy of the gradient
+        total += norm.square() * (_parts(parameter) / replicas)
     for axis in AXES:
         if mesh[axis].size() > 1:
             dist.all_reduce(total, group=mesh.get_group(axis))

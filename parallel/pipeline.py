@@ -16,6 +16,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from fourfold.parallel.decoder_stage import DecoderStage
 
+_KEPT_SCHEDULES = 4
+"""Each holds receive buffers; a loop that trains and evaluates at one length needs two."""
+
 
 class Pipeline:
     """This rank's stage on the mesh's pp axis.
@@ -43,7 +46,7 @@ class Pipeline:
         self._local_vocab_size = stage.vocab_size // mesh["tp"].size()
         self._group = mesh.get_group("pp")
         self._index, self._num_stages = mesh.get_local_rank("pp"), mesh["pp"].size()
-        self._schedules: dict[tuple[int, int, int, bool], PipelineScheduleSingle] = {}
+        self._schedules: dict[tuple[int, int, int, bool], tuple[PipelineScheduleSingle, PipelineStage]] = {}
 
     def step(self, inputs: Tensor, targets: Tensor, micro_batch: int) -> list[Tensor]:
         """Forward and backward over [B, S_local] inputs; the last stage returns its micro-batches' losses."""
@@ -54,24 +57,27 @@ class Pipeline:
         return self._run(inputs, targets, micro_batch, train=False)
 
     def _run(self, inputs: Tensor, targets: Tensor, micro_batch: int, *, train: bool) -> list[Tensor]:
-        schedule = self._schedule(inputs, micro_batch, train)
+        schedule, stage = self._schedule(inputs, micro_batch, train)
         losses: list[Tensor] = []
         arguments = (inputs,) if self._stage.is_first else ()
         keywords: dict[str, Any] = {"target": targets, "losses": losses} if self._stage.is_last else {}
         run = schedule.step if train else schedule.eval
         run(*arguments, return_outputs=False, **keywords)
+        if not train:  # nothing goes backward, so nothing would let go of the outputs
+            stage.clear_runtime_states()
         return losses
 
-    def _schedule(self, inputs: Tensor, micro_batch: int, train: bool) -> PipelineScheduleSingle:
+    def _schedule(self, inputs: Tensor, micro_batch: int, train: bool) -> tuple[PipelineScheduleSingle, PipelineStage]:
         batch, seq_len = inputs.shape
         num_micro_batches = batch // micro_batch
         # torch rebuilds a schedule's buffers when it turns from training to evaluation and back: keep one for each.
         key = (micro_batch, num_micro_batches, seq_len, train)
         if key not in self._schedules:
             kind = Schedule1F1B if train and num_micro_batches >= self._num_stages else ScheduleGPipe
-            self._schedules[key] = kind(
-                self._torch_stage(inputs[:micro_batch], train), num_micro_batches, loss_fn=self._loss, scale_grads=False
-            )
+            stage = self._torch_stage(inputs[:micro_batch], train)
+            if len(self._schedules) >= _KEPT_SCHEDULES:
+                del self._schedules[next(iter(self._schedules))]
+            self._schedules[key] = kind(stage, num_micro_batches, loss_fn=self._loss, scale_grads=False), stage
         return self._schedules[key]
 
     def _torch_stage(self, tokens: Tensor, train: bool) -> PipelineStage:

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fourfold.parallel.attention_interface import use_ring_attention
 from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sliding_window
-from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
+from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_weights, resolve_partial_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline import Pipeline
 from fourfold.parallel.sequence_tensors import shard_labels, shard_positions, shard_sequence
@@ -56,7 +56,7 @@ def parallelize(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> "ParallelModel":
-    """Put a decoder on a mesh; every rank calls with the same weights.
+    """Put a decoder on a mesh; every rank calls, and where their weights differ, the first dp x cp rank's count.
 
     A model that fits no rank is built under `with torch.device("meta")`: each rank then makes the weights it keeps, a
     layer at a time, the same under every layout.
@@ -76,13 +76,15 @@ def parallelize(
     Raises:
         ValueError: what cannot be exact: another model family, heads that tp does not divide, fewer layers than
             stages, tied embeddings with pp > 1.
-    Cost: no communication but DDP's or FSDP's start: one broadcast or none.
+    Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others.
     """
     check_decoder(model)
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
     if zero_stage not in (0, 3):
         raise ValueError(f"zero_stage={zero_stage} is not supported: 0 (DDP) or 3 (FSDP2)")
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} is not supported (float16 needs loss scaling): use torch.bfloat16 or None")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
     config = cast(Any, model).config
@@ -149,6 +151,7 @@ class ParallelModel:
             self._pipeline = Pipeline(
                 self._module, stage, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=dtype or weight_dtype
             )
+        self._loss_dtype = torch.promote_types(torch.float32, next(stage.parameters()).dtype)
         self._loss_scale = torch.ones((), device=self.device)
 
     def forward_backward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -236,6 +239,8 @@ class ParallelModel:
                 f"input_ids {tuple(input_ids.shape)} and labels {tuple(labels.shape)}: both are [batch, sequence]"
             )
         batch, seq_len = input_ids.shape
+        if not batch or not seq_len:
+            raise ValueError(f"input_ids {tuple(input_ids.shape)} holds no token: give each dp rank its sequences")
         if batch % (self._micro_batch or 1):
             raise ValueError(
                 f"a local batch of {batch} sequences does not divide by micro_batch={self._micro_batch}: "
@@ -279,7 +284,8 @@ class ParallelModel:
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss that is differentiated: a sum over [B, S_local] targets, times the step's scale."""
-        logits = logits.float()
+        if logits.dtype != torch.float64:
+            logits = logits.float()
         if self._tp > 1:
             logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(2)], run_check=False)
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
@@ -289,9 +295,9 @@ class ParallelModel:
 
     def _mean_loss(self, losses: list[Tensor], num_targets: Tensor) -> Tensor:
         """The global mean from this rank's scaled sums: none of them on stages before the last."""
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=self._loss_dtype, device=self.device)
         for loss in losses:
-            total = total + loss.detach()
+            total += loss.detach()
         total = total / self._num_replicas
         self._sum_over_replicas(total)
         if self.mesh["pp"].size() > 1:
@@ -330,17 +336,24 @@ def _place(
 ) -> None:
     """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time."""
     device, tp_mesh = _device(mesh), mesh["tp"]
+    # DDP copies weights from its first rank to the others; without it, and unless they were drawn alike, we must.
+    drawn_alike = any(parameter.is_meta for parameter in stage.parameters())
+    copies_weights = replicas.size() > 1 and not drawn_alike and (zero_stage == 3 or tp_mesh.size() > 1)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None)
     for index, layer in stage.layers.items():
         materialise(layer, f"model.layers.{index}", model, seed=seed, device=device)
         if tp_mesh.size() > 1:
             cut_layer(layer, tp_mesh)
+        if copies_weights:
+            copy_weights(layer.parameters(), replicas.get_group())
         if zero_stage == 3:
             fully_shard(layer, mesh=replicas, mp_policy=policy)
     for name, part in stage.ends():
         materialise(part, name, model, seed=seed, device=device)
     if tp_mesh.size() > 1:
         cut_ends(stage, tp_mesh)
+    if copies_weights:
+        copy_weights((weight for _, part in stage.ends() for weight in part.parameters()), replicas.get_group())
     if cast(Any, model).config.tie_word_embeddings:  # each step above makes parameters anew
         stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
     if zero_stage == 3:

@@ -17,10 +17,10 @@ from fourfold.parallel import init_mesh, parallelize
 TEXT = torch.randint(64, (2, 4000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
 
 
-def run(axes: dict, options: dict, folder: str, resume: bool) -> list[float]:
+def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 2) -> list[float]:
     layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **axes)
     mesh = init_mesh(**axes, device_type="cpu")
-    model = parallelize(tiny_model(num_hidden_layers=2), mesh, micro_batch=1, **options)
+    model = parallelize(tiny_model(num_hidden_layers=num_layers), mesh, micro_batch=1, **options)
     result = train(
         model,
         layout,
@@ -62,3 +62,19 @@ def test_resume_under_another_layout(ranks, tmp_path, written, read):
 def test_nothing_to_resume_from(ranks, tmp_path):
     with pytest.raises(RankFailure, match="holds no complete checkpoint: train without --resume first"):
         ranks(2)(run, {"dp": 2}, {}, str(tmp_path), True)
+
+
+def test_a_second_run_does_not_replace_the_first(ranks, tmp_path):
+    folder = tmp_path / "checkpoints"
+    ranks(2)(run, {"dp": 2}, {}, str(folder), False)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(RankFailure, match="step_00000004 of an earlier run: add --resume, or give another --out"):
+        ranks(2)(run, {"dp": 2}, {}, str(folder), False)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_checkpoint_of_a_deeper_model_is_refused(ranks, tmp_path):
+    folder = str(tmp_path / "checkpoints")
+    ranks(2)(run, {"dp": 2}, {}, folder, False, 3)
+    with pytest.raises(RankFailure, match="is of a model of 3 layers, but this has 2"):
+        ranks(2)(run, {"dp": 2}, {}, folder, True)

@@ -78,6 +78,23 @@ def test_torchrun_and_mpi_train_alike(tmp_path):
     assert json.loads((tmp_path / "b" / "result.json").read_text())["losses"] == losses
 
 
+def test_a_run_goes_on_and_keeps_its_history(tmp_path):
+    layout, out = tmp_path / "layout.toml", tmp_path / "out"
+    write_layout_file(layout, Layout(global_batch=2, seq_len=32), load_model(CONFIG))
+    words = ["-m", "fourfold.launch.cli", "launch", layout, "--out", out, "--checkpoint-every", 2, "--quiet"]
+    first = python(*words, "--steps", 2)
+    assert first.returncode == 0, first.stderr
+    second = python(*words, "--steps", 3, "--resume")
+    assert second.returncode == 0, second.stderr
+    with (out / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+    for words_again, said in ((["--steps", 3], "add --resume"), (["--steps", 3, "--resume"], "asks for no more")):
+        refused = python(*words, *words_again)
+        assert refused.returncode == 2
+        assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
+        assert said in refused.stderr
+
+
 @pytest.mark.slow
 def test_demo_writes_what_it_promises(tmp_path):
     config, out = tmp_path / "tiny.json", tmp_path / "out"

@@ -18,15 +18,16 @@ from fourfold.parallel import init_mesh, parallelize
 GLOBAL_BATCH, SEQ_LEN, STEPS, MAX_NORM = 4, 24, 3, 0.5
 
 
-def tiny_model(family: str = "llama", **changes: object) -> torch.nn.Module:
+def tiny_model(family: str = "llama", *, seed: int = 1, double: bool = False, **changes: object) -> torch.nn.Module:
     sizes = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64,
         "tie_word_embeddings": False, "initializer_range": 0.1,
     } | changes  # fmt: skip
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     config = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}[family](**sizes)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.double() if double else model
 
 
 def batches(masked: bool) -> list[tuple[Tensor, Tensor]]:
@@ -65,15 +66,15 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
 
 
-def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: bool) -> dict[str, float]:
-    """Largest errors against the single process on this rank."""
+def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: bool) -> tuple[dict, set]:
+    """Errors against the single process on this rank, and which parameters it has no part of."""
     data = batches(masked)
     truth_losses, truth_norms, truth = single_process(masked, **model_options)
     mesh = init_mesh(**mesh_shape, device_type="cpu")
     model = parallelize(tiny_model(**model_options), mesh, **options)
     optimizer = adamw(model.parameters())
     rows = model.batch_rows(GLOBAL_BATCH)
-    errors = {"gradient": 0.0, "loss": 0.0, "norm": 0.0, "evaluate": 0.0}
+    errors: dict[str, list[float]] = {"gradient": [], "loss": [], "norm": [], "evaluate": []}
     for step, (ids, labels) in enumerate(data):
         before = model.evaluate(ids[rows], labels[rows])
         loss = model.forward_backward(ids[rows], labels[rows])
@@ -81,19 +82,54 @@ def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: b
             for name, parameter in model.named_parameters():
                 gradient = parameter.grad
                 gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-                errors["gradient"] = max(errors["gradient"], relative_error(gradient, truth[name]))
+                errors["gradient"].append(relative_error(gradient, truth[name]))
         norm = model.clip_grad_norm_(MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        errors["loss"] = max(errors["loss"], abs(loss.item() / truth_losses[step] - 1))
-        errors["evaluate"] = max(errors["evaluate"], abs(before.item() / loss.item() - 1))
-        errors["norm"] = max(errors["norm"], abs(norm.item() / truth_norms[step] - 1))
-    return errors
+        errors["loss"].append(abs(loss.item() / truth_losses[step] - 1))
+        errors["evaluate"].append(abs(before.item() / loss.item() - 1))
+        errors["norm"].append(abs(norm.item() / truth_norms[step] - 1))
+    return errors, set(truth) - {name for name, _ in model.named_parameters()}
 
 
-def assert_one_loss(pool, mesh_shape, *, masked=False, model=None, **options):
-    for errors in pool(check_layout, mesh_shape, options, model or {}, masked):
-        assert max(errors.values()) < 1e-5, errors
+def assert_one_loss(pool, mesh_shape, *, masked=False, model=None, tolerance=1e-5, **options):
+    results = pool(check_layout, mesh_shape, options, model or {}, masked)
+    for errors, _ in results:
+        assert all(error < tolerance for kind in errors.values() for error in kind), errors  # false for NaN too
+    assert not set.intersection(*(missing for _, missing in results))  # every parameter was compared on some rank
+
+
+@pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_in_fp64_nothing_but_rounding_is_left(ranks, mesh_shape, zero_stage):
+    """A term of 1e-6 could hide in fp32. What remains here is transformers' own: its norms and rotary tables are fp32."""
+    model = {"double": True}
+    assert_one_loss(ranks(2), mesh_shape, masked=True, model=model, tolerance=1e-6, zero_stage=zero_stage)
+
+
+@pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_bf16_products(ranks, mesh_shape, zero_stage):
+    """bf16 keeps 8 bits (4e-3) at each of some thirty roundings between the loss and the first layer's gradients."""
+    assert_one_loss(ranks(2), mesh_shape, tolerance=6e-2, zero_stage=zero_stage, dtype=torch.bfloat16, micro_batch=1)
+
+
+def loss_of_unlike_ranks(mesh_shape: dict, options: dict) -> float:
+    rank = torch.distributed.get_rank()
+    model = parallelize(tiny_model(seed=1 + rank), init_mesh(**mesh_shape, device_type="cpu"), **options)
+    ids, labels = batches(False)[0]
+    rows = model.batch_rows(GLOBAL_BATCH)
+    return model.evaluate(ids[rows], labels[rows]).item()
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "zero_stage"), [({"dp": 2}, 0), ({"dp": 2}, 3), ({"tp": 2}, 0), ({"dp": 2, "tp": 2}, 0)], ids=str
+)
+def test_the_first_rank_s_weights_count(ranks, mesh_shape, zero_stage):
+    world = 4 if len(mesh_shape) == 2 else 2
+    found = ranks(world)(loss_of_unlike_ranks, mesh_shape, {"zero_stage": zero_stage})
+    expected = ranks(1)(loss_of_unlike_ranks, {}, {})[0]
+    assert found == pytest.approx([expected] * world, rel=1e-5)
 
 
 TWO = [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}]
@@ -148,8 +184,8 @@ def test_sliding_window(ranks, mesh_shape):
     assert_one_loss(ranks(2), mesh_shape, model={"family": "mistral", "sliding_window": 5}, micro_batch=1)
 
 
-def accumulate_twice(mesh_shape: dict, options: dict) -> float:
-    """Largest gradient error when the batch goes through in two calls, each of which is a mean of its own."""
+def accumulate_twice(mesh_shape: dict, options: dict) -> list[float]:
+    """Gradient errors when the batch goes through in two calls, each of which is a mean of its own."""
     ids, labels = batches(True)[0]
     plain = tiny_model("qwen3")
     for half in (slice(0, 2), slice(2, 4)):
@@ -160,11 +196,12 @@ def accumulate_twice(mesh_shape: dict, options: dict) -> float:
         model.forward_backward(ids[half][rows], labels[half][rows])
     truth = {name: parameter.grad for name, parameter in plain.named_parameters()}
     full = lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad  # noqa: E731
-    return max(relative_error(full(value.grad), truth[name]) for name, value in model.named_parameters())
+    return [relative_error(full(value.grad), truth[name]) for name, value in model.named_parameters()]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}], ids=str)
 def test_gradients_add_over_calls(ranks, mesh_shape, zero_stage):
     world = 4 if len(mesh_shape) == 2 else 2
-    assert max(ranks(world)(accumulate_twice, mesh_shape, {"zero_stage": zero_stage})) < 1e-5
+    for errors in ranks(world)(accumulate_twice, mesh_shape, {"zero_stage": zero_stage}):
+        assert all(error < 1e-5 for error in errors), errors
