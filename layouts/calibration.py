@@ -12,9 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fourfold.layouts.candidates import Candidates, Column
 from fourfold.layouts.constants import Constants
+from fourfold.layouts.layout import Layout
+from fourfold.layouts.memory import memory_of
 from fourfold.layouts.price import PricedLayout
 from fourfold.layouts.runs import Run
+from fourfold.layouts.time import time_of
 from fourfold.layouts.validation import price_runs
 
 NOISE = 0.04
@@ -83,13 +87,16 @@ def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 4) -> Cons
     start = np.array([get_constant(prior, name) for name in names])
     spread = np.array([PRIOR_SPREAD[name] for name in names])
     measured = np.log([run.step_s for run in runs if run.step_s])
+    # What a run leaves open is settled once, by the prior: a choice that flips has no derivative.
+    groups = _grouped(runs, [priced.layout for priced in price_runs(runs, prior)])
 
-    def residual(
-        offsets: "np.ndarray[tuple[int], np.dtype[np.float64]]",
-    ) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    def residual(offsets: Column) -> Column:
         values = dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True))
-        prices = price_runs(runs, with_constants(prior, values))
-        return np.log([priced.step_s for priced in prices]) - measured
+        constants = with_constants(prior, values)
+        steps = np.empty(len(runs))
+        for first, rows, candidates in groups:
+            steps[rows] = time_of(first.model, candidates, first.cluster, first.stack, constants).total
+        return np.log(steps) - measured
 
     offsets = np.zeros(len(names))
     for _ in range(rounds):
@@ -104,14 +111,29 @@ def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 4) -> Cons
     return with_constants(prior, dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True)))
 
 
+def _grouped(runs: Sequence[Run], layouts: Sequence[Layout]) -> list[tuple[Run, list[int], Candidates]]:
+    """Runs of one model, cluster, software and batch together: (one of them, their rows, their layouts)."""
+    members: dict[object, list[int]] = {}
+    for row, run in enumerate(runs):
+        key = (run.model, run.cluster.name, run.stack, run.layout.global_batch, run.layout.seq_len)
+        members.setdefault(key, []).append(row)
+    return [(runs[rows[0]], rows, Candidates.of([layouts[row] for row in rows])) for rows in members.values()]
+
+
 def _fit_memory(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Constants:
     names = list(MEMORY_SPREAD)
     fits = np.array([not run.oom for run in runs])
 
+    groups = _grouped(runs, [run.layout for run in runs])
+
     def loss(offsets: Sequence[float]) -> float:
         values = {n: get_constant(prior, n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
-        prices = price_runs(runs, with_constants(prior, values))
-        chance = np.clip([priced.fit_probability for priced in prices], 1e-4, 1 - 1e-4)
+        constants = with_constants(prior, values)
+        probability = np.empty(len(runs))
+        for first, rows, candidates in groups:
+            memory = memory_of(first.model, candidates, first.cluster, first.stack, constants)
+            probability[rows] = memory.fit_probability
+        chance = np.clip(probability, 1e-4, 1 - 1e-4)
         away = sum((o / MEMORY_SPREAD[n]) ** 2 for n, o in zip(names, offsets, strict=True)) / 2
         return float(-np.where(fits, np.log(chance), np.log(1 - chance)).sum() + away)
 

@@ -28,6 +28,7 @@ LLAMA = load_model("llama-3.1-8b")
 BYTES = load_model("tiny-llama-bytes")
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 24), st.integers(1, 40))
 def test_stages_are_those_of_layer_ranges(num_layers, num_stages, num_micro_batches):
     if num_layers < num_stages:
