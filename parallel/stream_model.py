@@ -280,9 +280,9 @@ class _Streaming:
     def _pass(
         self, attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int], device: torch.device
     ) -> Pass:
-        chunk, mlp_chunk = self.settings.chunk_size, self.settings.mlp_chunk
-        chunk = DEFAULT_CHUNK if chunk == "auto" else chunk
-        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if mlp_chunk == "auto" else mlp_chunk
+        settings = self.settings
+        chunk = DEFAULT_CHUNK if settings.chunk_size == "auto" else settings.chunk_size
+        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if settings.mlp_chunk == "auto" else settings.mlp_chunk
         kind = device.type
         return Pass(
             masks=row_masks(attention_mask, position_ids, shape),
