@@ -35,8 +35,8 @@ Auto = int | Literal["auto"]
 
 # Model types that are tested against plain backpropagation; others are refused.
 SUPPORTED = frozenset({
-    "gemma", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3",
-    "qwen3_moe",
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2",
+    "qwen3", "qwen3_moe",
 })  # fmt: skip
 # What a call may ask for that does not exist when logits and whole layers never do.
 REFUSED_ARGUMENTS = {
