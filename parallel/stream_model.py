@@ -257,7 +257,8 @@ class _Streaming:
         head = self._head(shared)
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if return_token_statistics:
-            statistics = [part.view(shape) for part in head.statistics(flat, flat_targets)]
+            # FSDP2 hooks what a model returns, and warns of views.
+            statistics = [part.view(shape).clone() for part in head.statistics(flat, flat_targets)]
             return TokenStatistics(
                 logprobs=statistics[0], logsumexp=statistics[1], mean_logits=statistics[2], mask=targets >= 0
             )
