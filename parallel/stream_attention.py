@@ -107,6 +107,10 @@ class LayerKeys:
     _grads: tuple[Tensor, Tensor] | None = None
     _backend: AttentionBackend
 
+    def use(self, backend: AttentionBackend) -> None:
+        """Attend by `backend` from the first chunk on."""
+        self._chosen = backend
+
     def write(self, k: Tensor, v: Tensor, start: int) -> None:
         """Keep a chunk's keys and values, [B, H_kv, chunk, D]."""
         if self._k is None:

@@ -136,4 +136,4 @@ def find_unread(out: Tensor) -> set[nn.Linear]:
             if after not in seen:
                 seen.add(after)
                 frontier.append(after)
-    return {node.linear for node in ends}
+    return {node.linear for node in ends}  # type: ignore[attr-defined]

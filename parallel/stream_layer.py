@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.attention import AttentionBackend
+from fourfold.parallel.soft_cap_attention import SoftCapAttention
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
@@ -74,6 +75,8 @@ def stream_attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     stream_task: Task | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -82,6 +85,10 @@ def stream_attention_forward(
         raise ValueError(
             f"{type(module).__name__} does not pass the arguments of its layer on: streaming cannot use it"
         )
+    if dropout or s_aux is not None:
+        raise ValueError(f"{type(module).__name__} asks for attention dropout or sinks: no kernel here has them")
+    if softcap is not None:
+        stream_task.keys.use(SoftCapAttention(softcap))
     task, scale = stream_task, query.shape[-1] ** -0.5 if scaling is None else scaling
     if torch.is_autocast_enabled(
         query.device.type

@@ -35,8 +35,8 @@ Auto = int | Literal["auto"]
 
 # Model types that are tested against plain backpropagation; others are refused.
 SUPPORTED = frozenset({
-    "gemma", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2", "qwen3",
-    "qwen3_moe",
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2",
+    "qwen3", "qwen3_moe",
 })  # fmt: skip
 # What a call may ask for that does not exist when logits and whole layers never do.
 REFUSED_ARGUMENTS = {
@@ -257,7 +257,8 @@ class _Streaming:
         head = self._head(shared)
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if return_token_statistics:
-            statistics = [part.view(shape) for part in head.statistics(flat, flat_targets)]
+            # FSDP2 hooks what a model returns, and warns of views.
+            statistics = [part.view(shape).clone() for part in head.statistics(flat, flat_targets)]
             return TokenStatistics(
                 logprobs=statistics[0], logsumexp=statistics[1], mean_logits=statistics[2], mask=targets >= 0
             )
@@ -280,9 +281,9 @@ class _Streaming:
     def _pass(
         self, attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int], device: torch.device
     ) -> Pass:
-        chunk, mlp_chunk = self.settings.chunk_size, self.settings.mlp_chunk
-        chunk = DEFAULT_CHUNK if chunk == "auto" else chunk
-        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if mlp_chunk == "auto" else mlp_chunk
+        settings = self.settings
+        chunk = DEFAULT_CHUNK if settings.chunk_size == "auto" else settings.chunk_size
+        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if settings.mlp_chunk == "auto" else settings.mlp_chunk
         kind = device.type
         return Pass(
             masks=row_masks(attention_mask, position_ids, shape),

@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmarks.stream_backprop.shapes import SHAPES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fourfold.parallel.stream_model import stream_backprop
 
-PAGE = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
-        "intermediate_size": 1536, "vocab_size": 32000, "head_dim": 64}  # fmt: skip
-# Qwen2-0.5B's shape: tied embeddings, a large vocabulary.
-HALF_BILLION = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                "intermediate_size": 4864, "vocab_size": 151936, "head_dim": 64,
-                "tie_word_embeddings": True}  # fmt: skip
-SHAPES = {"page": PAGE, "0.5B": HALF_BILLION}
 Step = Callable[[Tensor], Tensor]
 
 
@@ -103,7 +97,7 @@ def measure(name: str, seq_len: int, shape: str) -> dict[str, float]:
     loss = step(ids)
     loss.backward()
     spent = time.process_time() - start
-    return {"peak_mib": resident_mib("VmHWM") - before, "cpu_s": spent, "loss": float(loss)}
+    return {"peak_mib": resident_mib("VmHWM") - before, "cpu_s": spent, "loss": loss.item()}
 
 
 def main() -> None:

@@ -19,6 +19,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "mistral, window": ("Mistral", {"sliding_window": 7}),
     "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2, soft caps": (
+        "Gemma2",
+        {"head_dim": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 7},
+    ),
     "gemma3, windows": ("Gemma3", {"head_dim": 16, "final_logit_softcapping": 5.0, **WINDOWED}),
     "granite": ("Granite", {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
     "olmo2": ("Olmo2", {}),
@@ -38,7 +42,9 @@ def tiny(family: str, **changes: Any) -> nn.Module:
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     config = config_class(**{**SMALL, **extra, **changes})
     torch.manual_seed(0)
-    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="sdpa")
+    model: nn.Module = getattr(transformers, f"{name}ForCausalLM")._from_config(
+        config, attn_implementation="eager" if name == "Gemma2" else "sdpa"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

@@ -10,7 +10,9 @@ import torch
 from stream_models import FAMILIES, batch, gradients, tiny, worst_error
 from torch import Tensor, nn
 
+from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_model import stream_backprop, stream_backprop_disable, token_logprobs
+from fourfold.parallel.stream_module import replaced_forward
 
 LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6
 CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
@@ -218,6 +220,18 @@ def test_models_that_are_not_understood_are_refused():
         stream_backprop(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1)))
     with pytest.raises(ValueError, match="causal language model"):
         stream_backprop(nn.Linear(2, 2))
-    gemma2 = transformers.Gemma2Config(hidden_size=8, num_hidden_layers=1, vocab_size=9, intermediate_size=8)
-    with pytest.raises(ValueError, match="gemma2"):
-        stream_backprop(transformers.Gemma2ForCausalLM(gemma2))
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
+    with pytest.raises(ValueError, match="stablelm"):
+        stream_backprop(transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes, intermediate_size=8)))
+
+
+@pytest.mark.parametrize(("family", "unread"), [("llama", 1), ("phi", 1), ("gemma3, windows", 0), ("olmo2", 0)])
+def test_only_products_that_nothing_reads_are_left_out(family, unread):
+    # A layer's last projection is only added to the residual, unless a norm follows it.
+    layer = tiny(family).eval().model.layers[0]
+    projections = [module for module in layer.mlp.modules() if isinstance(module, nn.Linear)]
+    sums = ParameterSums([projection.weight for projection in projections])
+    x = torch.randn(1, 4, 32)
+    with summed_linears(layer.mlp, sums), replaced_forward(layer.self_attn, lambda *a, **k: (x, None)):
+        found = find_unread(layer(x, position_embeddings=None))
+    assert found == set(projections[-1:] if unread else [])

@@ -1,0 +1,15 @@
+"""The models of this benchmark, as fields of a Qwen3Config."""
+
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "page": {
+        "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "intermediate_size": 1536, "vocab_size": 32000, "head_dim": 64,
+    },
+    # Qwen2-0.5B's: tied embeddings, a large vocabulary.
+    "0.5B": {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151936, "head_dim": 64, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
