@@ -161,6 +161,7 @@ def ring_attention_forward(
         raise ValueError(
             f"a window of {sliding_window} without causal: models disagree on what it means, so ask for one"
         )
+    query, key, value = _as_autocast_does(query, key, value)
     out = ring_attention(
         query,
         key,
@@ -177,6 +178,15 @@ def ring_attention_forward(
         seq_len=ring_seq_len,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, in its dtype, as torch does for its own attention: rotary tables have made q and k fp32."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _refuse_masks(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> None:
