@@ -36,9 +36,10 @@ def test_command(command, tmp_path):
     bin_folder = Path(sys.executable).parent
     if words[0] == "mpiexec" and not (bin_folder / "mpiexec").exists():
         pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
-    if words[0] == "layout-advisor":  # which may not be installed where the tests run from the source tree
+    if words[0] == "layout-advisor" and not (bin_folder / words[0]).exists():  # run from the source tree
         words[:1] = [sys.executable, "-m", "fourfold.launch.cli"]
-    write_layout_file(tmp_path / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
+    (tmp_path / "run").mkdir()
+    write_layout_file(tmp_path / "run" / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
     environment = os.environ | {
         "PATH": os.pathsep.join([str(bin_folder), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT / "src"),
