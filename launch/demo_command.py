@@ -33,7 +33,7 @@ MEASURED_STEPS = 12
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("run"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the training on the best layout.")] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the training on the best layout.")] = 200,
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face config.json; default: a small byte-level Llama.")
     ] = None,

@@ -44,8 +44,10 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
         if any(name == "lo" for _, name in socket.if_nameindex()):
             # One machine: without this, gloo looks up the host's own name, which may not resolve.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # torch's profiler, which counts memory on CPUs, logs its start and stop below this level.
+    # torch's profiler, which counts memory on CPUs, logs its start and stop below this level, and DTensor's unused
+    # results are warned of at exit below this one.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The agent's own account of a failure; RankFailure tells it once, with the traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
