@@ -1,8 +1,12 @@
-"""Where the published runs lie, for the tests that read them."""
+"""Where the published runs lie, for the tests that read them; and no deadlines on a machine that may be busy."""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 PUBLISHED_RUNS = Path(__file__).resolve().parents[2] / "shared" / "published-runs"
 
