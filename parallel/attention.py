@@ -72,7 +72,7 @@ class MathAttention:
         scores = _scores(q, k, causal, scale)
         lse = scores.logsumexp(-1)
         weights = (scores - lse.unsqueeze(-1)).exp()
-        out = weights @ _widen(v).unsqueeze(2)
+        out = weights @ widen(v).unsqueeze(2)
         return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
     def backward(
@@ -87,13 +87,13 @@ class MathAttention:
         causal: bool,
         scale: float,
     ) -> Gradients:
-        grad, lse = _grouped(_widen(grad_out), k), _grouped(lse, k)
-        delta = (grad * _grouped(_widen(out), k)).sum(-1, keepdim=True)
+        grad, lse = by_key_head(widen(grad_out), k), by_key_head(lse, k)
+        delta = (grad * by_key_head(widen(out), k)).sum(-1, keepdim=True)
         weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
         grad_v = (weights.mT @ grad).sum(2)
-        grad_scores = weights * (grad @ _widen(v).unsqueeze(2).mT - delta) * scale
-        grad_q = (grad_scores @ _widen(k).unsqueeze(2)).flatten(1, 2)
-        grad_k = (grad_scores.mT @ _grouped(_widen(q), k)).sum(2)
+        grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta) * scale
+        grad_q = (grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2)
+        grad_k = (grad_scores.mT @ by_key_head(widen(q), k)).sum(2)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
@@ -285,18 +285,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _widen(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype that is summed in."""
     return x.to(accumulation_dtype(x.dtype))
 
 
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
+def by_key_head(x: Tensor, k: Tensor) -> Tensor:
     """[B, H, ...] -> [B, H_kv, H // H_kv, ...]."""
     return x.reshape(x.shape[0], k.shape[1], -1, *x.shape[2:])
 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     """[B, H_kv, H // H_kv, S_q, S_k], masked with -inf."""
-    scores: Tensor = _grouped(_widen(q), k) @ _widen(k).unsqueeze(2).mT * scale
+    scores: Tensor = by_key_head(widen(q), k) @ widen(k).unsqueeze(2).mT * scale
     if causal:
         masked = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
         scores.masked_fill_(masked, -torch.inf)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention import Gradients, MathAttention, accumulation_dtype
+from fourfold.parallel.attention import Gradients, MathAttention, by_key_head, widen
 
 
 class SoftCapAttention(MathAttention):
@@ -21,7 +21,7 @@ class SoftCapAttention(MathAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         scores = self._masked(self._capped(q, k, scale), causal)
         lse = scores.logsumexp(-1)
-        out = (scores - lse.unsqueeze(-1)).exp() @ _widened(v).unsqueeze(2)
+        out = (scores - lse.unsqueeze(-1)).exp() @ widen(v).unsqueeze(2)
         return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
     def backward(
@@ -36,20 +36,20 @@ class SoftCapAttention(MathAttention):
         causal: bool,
         scale: float,
     ) -> Gradients:
-        queries, grad, result = (_by_key_head(_widened(x), k) for x in (q, grad_out, out))
+        queries, grad, result = (by_key_head(widen(x), k) for x in (q, grad_out, out))
         capped = self._capped(q, k, scale)
-        weights = (self._masked(capped, causal) - _by_key_head(lse, k).unsqueeze(-1)).exp()
+        weights = (self._masked(capped, causal) - by_key_head(lse, k).unsqueeze(-1)).exp()
         delta = (grad * result).sum(-1, keepdim=True)
-        grad_scores = weights * (grad @ _widened(v).unsqueeze(2).mT - delta)
+        grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta)
         grad_scores *= (1 - (capped / self.cap).square()) * scale  # the slope of tanh
-        grad_q = (grad_scores @ _widened(k).unsqueeze(2)).flatten(1, 2)
+        grad_q = (grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2)
         grad_k = (grad_scores.mT @ queries).sum(2)
         grad_v = (weights.mT @ grad).sum(2)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
     def _capped(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[B, H_kv, H // H_kv, S_q, S_k]."""
-        scores: Tensor = _by_key_head(_widened(q), k) @ _widened(k).unsqueeze(2).mT * scale
+        scores: Tensor = by_key_head(widen(q), k) @ widen(k).unsqueeze(2).mT * scale
         return (scores / self.cap).tanh() * self.cap
 
     def _masked(self, scores: Tensor, causal: bool) -> Tensor:
@@ -57,11 +57,3 @@ class SoftCapAttention(MathAttention):
             return scores
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
         return scores.masked_fill(future, -torch.inf)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x.dtype))
-
-
-def _by_key_head(x: Tensor, k: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], k.shape[1], -1, *x.shape[2:])

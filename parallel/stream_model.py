@@ -23,13 +23,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from fourfold.parallel.sequence_tensors import IGNORED_LABEL
 from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
 from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
 from fourfold.parallel.stream_peak import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size
 
-IGNORED_LABEL = -100
 ATTRIBUTE = "fourfold_stream"
 Auto = int | Literal["auto"]
 

@@ -33,11 +33,9 @@ from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sli
 from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_weights, resolve_partial_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline import Pipeline
-from fourfold.parallel.sequence_tensors import shard_labels, shard_positions, shard_sequence
+from fourfold.parallel.sequence_tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
 from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
 from fourfold.parallel.weights import materialise
-
-IGNORE_INDEX = -100
 
 # The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
 _DDP_ARGUMENTS = signature(DistributedDataParallel).parameters
@@ -247,16 +245,14 @@ class ParallelModel:
                 "choose a divisor"
             )
         input_ids, labels = input_ids.to(self.device), labels.to(self.device)
-        if self._ring is None:
-            inputs, targets = input_ids, F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            positions = torch.arange(seq_len, device=self.device)
-        else:
+        if self._ring is not None:
             self.stage.attention_arguments["ring_seq_len"] = seq_len
-            inputs = shard_sequence(input_ids, self._ring, dim=1)
-            targets = shard_labels(labels, self._ring, ignored=IGNORE_INDEX)
-            positions = shard_positions(seq_len, self._ring, device=self.device)
+        place = (0, 1) if self._ring is None else self._ring  # without a ring this rank has the whole sequence
+        inputs = shard_sequence(input_ids, place, dim=1)
+        targets = shard_labels(labels, place)
+        positions = shard_positions(seq_len, place, device=self.device)
         self.stage.position_ids = positions[None]
-        num_targets = (targets != IGNORE_INDEX).sum()
+        num_targets = (targets != IGNORED_LABEL).sum()
         self._sum_over_replicas(num_targets)
         return inputs, targets, num_targets.clamp(min=1)
 
@@ -288,7 +284,7 @@ class ParallelModel:
             logits = logits.float()
         if self._tp > 1:
             logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(2)], run_check=False)
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
         if isinstance(total, DTensor):
             total = total.to_local()
         return total * self._loss_scale
