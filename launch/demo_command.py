@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.launch.launch_command import fresh_folder, run_layout
-from fourfold.launch.profile_command import TENSOR_PARALLEL, profile_machine
+from fourfold.launch.profile_command import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
 from fourfold.layouts.cluster import Cluster, load_cluster
 from fourfold.layouts.layout import write_layout_file
@@ -99,7 +99,12 @@ def _measured_cluster(
             target.write_text(cluster.read_text())
         return machine
     settings = ProfileSettings(
-        out=target, seconds=seconds, model=config, seq_len=seq_len, tensor_parallel=TENSOR_PARALLEL
+        out=target,
+        seconds=seconds,
+        model=config,
+        seq_len=seq_len,
+        tensor_parallel=TENSOR_PARALLEL,
+        context_parallel=CONTEXT_PARALLEL,
     )
     profile_machine(settings, num_ranks=ranks)
     return load_cluster(target)

@@ -8,7 +8,8 @@ import typer
 from fourfold.launch.processes import start_ranks
 from fourfold.profiling.settings import ProfileSettings
 
-TENSOR_PARALLEL = "fourfold.parallel.tensor_parallel"  # profiling imports no sibling: it is told what to measure
+# profiling imports no sibling: it is told what to measure.
+TENSOR_PARALLEL, CONTEXT_PARALLEL = "fourfold.parallel.tensor_parallel", "fourfold.parallel.attention_interface"
 
 
 def profile(
@@ -42,6 +43,7 @@ def profile(
         resume=resume,
         device=device,
         tensor_parallel=TENSOR_PARALLEL,
+        context_parallel=CONTEXT_PARALLEL,
     )
     profile_machine(settings, num_ranks=ranks)
 

@@ -14,6 +14,7 @@ from typing import Any
 OPERATIONS = ("send", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 SCHEMA = 1
+MODEL_TABLES = ("layer", "ends", "optimizer", "tp_layer", "tp_ends", "cp_layer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +120,7 @@ class Cluster:
     attention: tuple[AttentionSample, ...] = field(default=(), repr=False)
     elementwise: tuple[ElementwiseSample, ...] = field(default=(), repr=False)
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict, repr=False, hash=False)
-    """layer, ends, optimizer: a real model's timings, where `profile --model` took them."""
+    """MODEL_TABLES: a real model's timings, where `profile --model` took them."""
 
     @property
     def measured(self) -> bool:
@@ -204,7 +205,7 @@ def read_cluster(table: Mapping[str, Any], *, title: str) -> Cluster:
             matmul=_samples(MatmulSample, table, "matmul", title),
             attention=_samples(AttentionSample, table, "attention", title),
             elementwise=_samples(ElementwiseSample, table, "elementwise", title),
-            tables={key: tuple(_tables(table, key, title)) for key in ("layer", "ends", "optimizer")},
+            tables={key: tuple(_tables(table, key, title)) for key in MODEL_TABLES},
         ),
         title,
     )

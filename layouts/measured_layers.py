@@ -3,7 +3,8 @@
 Curves of matmul and attention leave out autograd, the allocator and a hundred small operators; on a processor these
 are a good part of a step. Where cluster.toml has the tables [[layer]], [[ends]] and [[optimizer]] for this model, their
 seconds are used: between measured token counts by interpolation, at other tensor-parallel degrees and lengths by the
-ratio of the formulas.
+ratio of the formulas. [[tp_layer]], [[tp_ends]] and [[cp_layer]] were measured on several ranks: what they took beyond
+the same work on one is the price of splitting it, messages and the host's own work together.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import Candidates
+from fourfold.layouts.candidates import Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.layer import Times, saved_bytes
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import Stack
 
 Formula = Callable[[Candidates], Times]
+Cost = Callable[[Candidates], Column]
 
 
 def rows_for(model: ModelConfig, cluster: Cluster, table: str, stack: Stack) -> list[Mapping[str, Any]]:
@@ -37,7 +39,7 @@ def rows_for(model: ModelConfig, cluster: Cluster, table: str, stack: Stack) -> 
 
 
 def _of_row(row: Mapping[str, Any]) -> Candidates:
-    columns = {"tp": np.array([row["tp"]]), "micro_batch": np.array([row["micro_batch"]])}
+    columns = {name: np.array([row.get(name, 1)]) for name in ("tp", "cp", "micro_batch")}
     return Candidates.from_columns(columns, global_batch=row["micro_batch"], seq_len=row["seq_len"])
 
 
@@ -47,21 +49,51 @@ def corrected(rows: list[Mapping[str, Any]], names: tuple[str, str], formula: Fo
     usable = [row for row in rows if all(name in row for name in names)]
     if not usable:
         return priced
-    ratios: dict[int, list[tuple[float, float, float]]] = {}
+    points: dict[int, list[tuple[float, ...]]] = {}
     for row in usable:
-        at = formula(_of_row(row))
-        ratio = (float(row[names[0]]) / float(at.forward[0]), float(row[names[1]]) / float(at.backward[0]))
-        ratios.setdefault(row["tp"], []).append((float(row["micro_batch"] * row["seq_len"]), *ratio))
-    measured = np.array(sorted(ratios))
-    nearest = measured[np.abs(np.log2(c.tp[:, None] / measured[None])).argmin(axis=1)]
-    forward, backward = np.ones(len(c)), np.ones(len(c))
-    tokens = np.log(np.asarray(c.tokens, float))
-    for tp in measured:
-        points = np.array(sorted(ratios[int(tp)]))
-        chosen = nearest == tp
-        forward[chosen] = np.interp(tokens[chosen], np.log(points[:, 0]), points[:, 1])
-        backward[chosen] = np.interp(tokens[chosen], np.log(points[:, 0]), points[:, 2])
+        at = _of_row(row)
+        alike = formula(at)
+        ratio = (float(row[names[0]]) / float(alike.forward[0]), float(row[names[1]]) / float(alike.backward[0]))
+        points.setdefault(row["tp"], []).append((float(at.tokens[0]), *ratio))
+    forward, backward = _interpolated(points, c.tp, c)
     return Times(priced.forward * forward, priced.backward * backward)
+
+
+def beyond(
+    rows: list[Mapping[str, Any]], axis: str, names: tuple[str, str], apart: Formula, formula: Cost, c: Candidates
+) -> Column:
+    """Seconds, forward and backward, that splitting a piece of the model over ranks adds to its work.
+
+    The formula's seconds, times what the rows took beyond `apart` over the formula, at the nearest degree of `axis`
+    and interpolated over tokens.
+
+    Args:
+        rows: of a table measured on groups of `axis` ("tp" or "cp") ranks; at least one.
+        apart: the seconds of the same work where nothing is communicated.
+        formula: a cost of the communication, above 0 for every row.
+    """
+    points: dict[int, list[tuple[float, ...]]] = {}
+    for row in rows:
+        at = _of_row(row)
+        alone = apart(at)
+        more = float(row[names[0]]) + float(row[names[1]]) - float(alone.forward[0]) - float(alone.backward[0])
+        points.setdefault(row[axis], []).append((float(at.tokens[0]), max(more, 0.0) / float(formula(at)[0])))
+    (ratio,) = _interpolated(points, getattr(c, axis), c)
+    return formula(c) * ratio
+
+
+def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column, c: Candidates) -> list[Column]:
+    """Each value of the points (tokens, value, ...) at the nearest measured degree, interpolated over log tokens."""
+    measured = np.array(sorted(points))
+    nearest = measured[np.abs(np.log2(degree[:, None] / measured[None])).argmin(axis=1)]
+    tokens = np.log(np.asarray(c.tokens, float))
+    values = [np.ones(len(c)) for _ in points[int(measured[0])][0][1:]]
+    for at in measured:
+        table = np.array(sorted(points[int(at)]))
+        chosen = nearest == at
+        for index, value in enumerate(values, start=1):
+            value[chosen] = np.interp(tokens[chosen], np.log(table[:, 0]), table[:, index])
+    return values
 
 
 def optimizer_rate(cluster: Cluster) -> float | None:

@@ -5,6 +5,7 @@ backward could not hide, and the optimizer. Each term is a small function with i
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,11 +15,14 @@ from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
 from fourfold.layouts.kernels import kernels_of
 from fourfold.layouts.layer import Times, attention_times, embedding_times, head_times, layer_times, recomputed
-from fourfold.layouts.measured_layers import corrected, optimizer_rate, rows_for
+from fourfold.layouts.measured_layers import beyond, corrected, optimizer_rate, rows_for
 from fourfold.layouts.memory import stage_params
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import Stack
 from fourfold.layouts.stages import stages_of
+
+LAYER = ("forward_s", "backward_s")
+EMBEDDING, HEAD = ("embedding_forward_s", "embedding_backward_s"), ("head_forward_s", "head_backward_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +83,33 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     strides = Strides.of(c, stack)
     stages = stages_of(model, c)
     m = c.num_micro_batches
-    layers = rows_for(model, cluster, "layer", stack)
-    layer = corrected(layers, ("forward_s", "backward_s"), lambda at: layer_times(model, at, kernels, stack, k), c)
     attention = attention_times(model, c, kernels, stack, k)
+    layers, ends = rows_for(model, cluster, "layer", stack), rows_for(model, cluster, "ends", stack)
+
+    def layer_at(at: Candidates) -> Times:
+        return corrected(layers, LAYER, lambda at: layer_times(model, at, kernels, stack, k), at)
+
+    def embedding_at(at: Candidates) -> Times:
+        return corrected(ends, EMBEDDING, lambda at: embedding_times(model, at, kernels, stack), at)
+
+    def head_at(at: Candidates) -> Times:
+        return corrected(ends, HEAD, lambda at: head_times(model, at, kernels, stack), at)
+
+    layer, embedding, head = layer_at(c), embedding_at(c), head_at(c)
     again = recomputed(model, c, layer.forward, attention.forward)
-    ends = rows_for(model, cluster, "ends", stack)
-    embedding = corrected(
-        ends, ("embedding_forward_s", "embedding_backward_s"), lambda at: embedding_times(model, at, kernels, stack), c
-    )
-    head = corrected(ends, ("head_forward_s", "head_backward_s"), lambda at: head_times(model, at, kernels, stack), c)
-    tp_layer = _tp_seconds(model, c, network, strides, stack, 0.0 if cluster.measured else k.sync_s)
-    cp_layer = _cp_seconds(model, c, network, strides, stack, attention)
+
+    def tp_at(at: Candidates) -> Column:
+        return _tp_seconds(model, at, network, Strides.of(at, stack), stack, 0.0 if cluster.measured else k.sync_s)
+
+    tp_rows, cp_rows = rows_for(model, cluster, "tp_layer", stack), rows_for(model, cluster, "cp_layer", stack)
+    tp_ends = rows_for(model, cluster, "tp_ends", stack)
+    tp_layer = beyond(tp_rows, "tp", LAYER, layer_at, tp_at, c) if tp_rows else tp_at(c)
+    cp_layer = _exchange_seconds(model, c, network, strides, stack)
+    if cp_rows:
+        hops = partial(_ring_seconds, model, network=network, stack=stack)
+        cp_layer = cp_layer + beyond(cp_rows, "cp", LAYER, layer_at, hops, c)
+    else:
+        cp_layer = cp_layer + _ring_seconds(model, c, network, stack, hidden=attention if stack.launched else None)
     ep_layer = _ep_seconds(model, c, network, strides, stack)
 
     work = stages.layers * (layer.forward + layer.backward)
@@ -97,6 +117,9 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     work = work + stages.has_head * (head.forward + head.backward)
     recompute = stages.layers * again
     tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
+    if tp_ends:
+        tp_comm = tp_comm + stages.has_embedding * beyond(tp_ends, "tp", EMBEDDING, embedding_at, tp_at, c)
+        tp_comm = tp_comm + stages.has_head * beyond(tp_ends, "tp", HEAD, head_at, tp_at, c)
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
     accumulate = _accumulation_seconds(model, c, cluster, stack, k)
     overhead = accumulate + (k.step_overhead_s if stack.launched else 0.0)
@@ -152,23 +175,31 @@ def _tp_seconds(
     return (4 + 2 * again) * (np.where(c.sequence_parallel, gather_s + scatter_s, reduce_s) + wait)
 
 
-def _cp_seconds(
-    model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack, attention: Times
+def _ring_seconds(
+    model: ModelConfig, c: Candidates, network: Network, stack: Stack, hidden: Times | None = None
 ) -> Column:
     """Ring attention: cp-1 hops of k and v forward, of k, v, dk and dv backward; each hides behind one block.
 
-    Heads exchanged by all-to-all move q, k, v and the output once each way instead.
+    Args:
+        hidden: seconds of the attention that hides the hops; None shows them whole.
     """
     kv = 2.0 * c.tokens * model.kv_size / c.tp * stack.compute_bytes
     ring = np.maximum(c.cp // c.cp_heads, 1)
-    hop = network.send_s(kv, c.cp, strides.cp)
-    hidden = 1.0 if stack.launched else 0.0
-    forward = np.maximum(hop - hidden * attention.forward / ring, 0.0)
-    backward = np.maximum(2 * hop - hidden * attention.backward / ring, 0.0)
+    hop = network.send_s(kv, c.cp, Strides.of(c, stack).cp)
+    forward = np.maximum(hop - (hidden.forward / ring if hidden else 0.0), 0.0)
+    backward = np.maximum(2 * hop - (hidden.backward / ring if hidden else 0.0), 0.0)
+    again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
+    seconds: Column = (ring - 1) * ((1 + again) * forward + backward)
+    return seconds
+
+
+def _exchange_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:
+    """Heads against sequence by all-to-all: q, k, v and the output once each way."""
     again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
     heads_bytes = c.tokens * (2.0 * model.q_size + 2.0 * model.kv_size) / c.tp * stack.compute_bytes
     exchange = network.collective_s("all_to_all", heads_bytes, c.cp_heads, strides.cp)
-    return (ring - 1) * ((1 + again) * forward + backward) + (2 + again) * exchange
+    seconds: Column = (2 + again) * exchange
+    return seconds
 
 
 def _ep_seconds(model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack) -> Column:

@@ -7,7 +7,7 @@
     [[attention]]    dtype, batch, heads, kv_heads, seq_len, head_dim, causal, forward_s, backward_s
     [[elementwise]]  dtype, bytes, seconds                   bytes read and written
     [[copy]]         dtype, bytes, seconds
-    [[layer]], [[ends]], [[tp_layer]], [[tp_ends]], [[optimizer]]   see layer.py
+    [[layer]], [[ends]], [[tp_layer]], [[tp_ends]], [[cp_layer]], [[optimizer]]   see layer.py
     [[link]]         name, num_ranks                         one a tier, innermost first
     [[link.operation]]  operation, group_size, latency_s, bandwidth_bytes_per_s   the five operations of OPERATIONS
     [[link.sample]]     operation, group_size, bytes, seconds   bytes: see links.py
@@ -26,7 +26,9 @@ import tomli_w
 from fourfold.profiling.fitting import fit_latency_bandwidth
 
 OPERATIONS = ("send", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-SAMPLE_TABLES = ("matmul", "attention", "elementwise", "copy", "layer", "ends", "tp_layer", "tp_ends", "optimizer")
+SAMPLE_TABLES = (
+    "matmul", "attention", "elementwise", "copy", "layer", "ends", "tp_layer", "tp_ends", "cp_layer", "optimizer"
+)  # fmt: skip
 
 
 def cluster_table(

@@ -55,13 +55,18 @@ def run_layers(
     *,
     num_layers: int | None = None,
     checkpointing: str = "none",
+    **attention_arguments: Any,
 ) -> Tensor:
-    """The first `num_layers` decoder layers (all, if None) on hidden [B, S, hidden]; positions [1, S]."""
+    """The first `num_layers` decoder layers (all, if None) on hidden [B, S, hidden]; positions [1, S].
+
+    `attention_arguments` go to the attention function with every call.
+    """
     arguments: dict[str, Any] = {
         "attention_mask": None,
         "position_ids": positions,
         "position_embeddings": rotary,
         "use_cache": False,
+        **attention_arguments,
     }
     for layer in model.model.layers[:num_layers]:
         if checkpointing == "full":

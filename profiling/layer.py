@@ -10,6 +10,7 @@ Tables, each row a median over all ranks at work together:
     [[ends]]       dtype, tp, micro_batch, seq_len, embedding_forward_s, embedding_backward_s, head_forward_s,
                    head_backward_s
     [[tp_layer]], [[tp_ends]]   the same times, measured on groups of tp ranks by DTensor, collectives inside
+    [[cp_layer]]   dtype, cp, micro_batch, seq_len, forward_s, backward_s, measured on groups of cp ranks
     [[optimizer]]  dtype, parameters, tensors, fused, step_s, clip_s
 
 [[layer]] is one layer's share of a forward pass through DEPTH layers and the backward pass after it, without
@@ -19,6 +20,9 @@ most that one layer's forward and backward pass hold at a time, its input, weigh
 [[ends]]: embedding with the rotary tables; final norm, head and the summed cross-entropy of fp32 logits.
 [[tp_layer]] and [[tp_ends]], for tp > 1 within a host: the whole model's layer cut by the functions named in the
 settings, as training cuts it. What they take beyond [[layer]] and four all-reduces is DTensor's own work on the host.
+[[cp_layer]], for cp > 1 within a host: a layer on seq_len / cp tokens a rank, attending by the ring of the module named
+in the settings. What it takes beyond [[layer]] on as many tokens is the ring: its messages, its smaller blocks, and
+the attention to the other ranks' tokens.
 [[optimizer]]: one AdamW step and one gradient-norm clipping on `parameters` weights in `tensors` tensors of the model's
 shapes (at most MAX_PARAMETERS of them); fused is torch's option, false its default.
 dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 weights, as in training.
@@ -92,6 +96,28 @@ def tensor_parallel_cases(
     return cases
 
 
+def context_parallel_cases(
+    config: dict[str, Any], device: torch.device, ring: Any, *, cp: int, micro_batches: tuple[int, ...], seq_len: int
+) -> list[Case]:
+    """[[cp_layer]] for groups of `cp` neighbouring ranks; every rank of the world must call.
+
+    Args:
+        ring: has `use_ring_attention(model, group)`.
+        seq_len: tokens of the whole sequence, a multiple of 2 * cp: every rank holds seq_len / cp.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size() // cp, cp), mesh_dim_names=("outer", "cp"))["cp"]
+    with device:
+        model = local_model(config, num_layers=DEPTH)
+    ring.use_ring_attention(model, mesh.get_group())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cases = []
+    for micro_batch in micro_batches:
+        work = _Work(model, device, dtype, micro_batch, seq_len // cp, ring_seq_len=seq_len)
+        fields = {"dtype": str(dtype).removeprefix("torch."), "cp": cp, "micro_batch": micro_batch, "seq_len": seq_len}
+        cases.append(Case(table="cp_layer", fields=fields, columns=_LAYER, run=work.time_layers, essential=True))
+    return cases
+
+
 class _Work:
     """Timed passes through the layers and the ends of one model, on random input."""
 
@@ -103,10 +129,12 @@ class _Work:
         micro_batch: int,
         seq_len: int,
         mesh: DeviceMesh | None = None,
+        **attention_arguments: Any,
     ) -> None:
         self._model, self._device, self._dtype, self._mesh = model, device, dtype, mesh
         self._shape = (micro_batch, seq_len, model.config.hidden_size)
         self._positions = torch.arange(seq_len, device=device)[None]
+        self._attention_arguments = attention_arguments
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self._dtype == torch.float32:
@@ -124,7 +152,7 @@ class _Work:
             self._model.zero_grad(set_to_none=True)
             start = clock.mark()
             with self._autocast():
-                out = run_layers(self._model, hidden, rotary, self._positions)
+                out = run_layers(self._model, hidden, rotary, self._positions, **self._attention_arguments)
             middle = clock.mark()
             out.backward(grad)  # type: ignore[no-untyped-call]
             end = clock.mark()

@@ -15,7 +15,7 @@ from fourfold.profiling.compute import (
     matmul_case,
     overhead_case,
 )
-from fourfold.profiling.layer import layer_cases, optimizer_cases, tensor_parallel_cases
+from fourfold.profiling.layer import context_parallel_cases, layer_cases, optimizer_cases, tensor_parallel_cases
 from fourfold.profiling.links import Tier, link_cases
 from fourfold.profiling.session import Case
 from fourfold.profiling.settings import ProfileSettings
@@ -55,8 +55,14 @@ def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[T
     if config and model and settings.layers:
         for tp in model.tp_degrees(world_size):
             cases += layer_cases(config, device, tp=tp, micro_batches=settings.micro_batches, seq_len=settings.seq_len)
+        per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        if settings.context_parallel:
+            ring = import_module(settings.context_parallel)
+            for cp in _ring_sizes(per_host, settings.seq_len):
+                cases += context_parallel_cases(
+                    config, device, ring, cp=cp, micro_batches=settings.micro_batches, seq_len=settings.seq_len
+                )
         if settings.tensor_parallel:
-            per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
             cutter = import_module(settings.tensor_parallel)
             for tp in model.tp_degrees(per_host)[1:]:
                 if model.vocab % tp == 0:
@@ -73,6 +79,11 @@ def _token_counts(settings: ProfileSettings, num_ranks: int) -> list[int]:
     """Tokens of a micro-batch on one rank, under every context-parallel degree."""
     cuts = [cp for cp in range(1, num_ranks + 1) if num_ranks % cp == 0 and settings.seq_len % cp == 0]
     return sorted({micro_batch * settings.seq_len // cp for micro_batch, cp in product(settings.micro_batches, cuts)})
+
+
+def _ring_sizes(num_ranks: int, seq_len: int) -> list[int]:
+    """Divisors of `num_ranks` above 1 that cut a sequence in zigzag evenly."""
+    return [cp for cp in range(2, num_ranks + 1) if num_ranks % cp == 0 and seq_len % (2 * cp) == 0]
 
 
 def _attention_cases(

@@ -18,6 +18,8 @@ class ProfileSettings:
         layers: also time whole decoder layers, embedding, head and optimizer of that model.
         tensor_parallel: name of a module whose `cut_layer(layer, mesh)` and `cut_ends(model, mesh)` make a layer and
             the ends of a model tensor-parallel: they are timed so too. None measures no tensor-parallel layers.
+        context_parallel: name of a module whose `use_ring_attention(model, group)` makes a model's attention a ring's,
+            which takes `ring_seq_len`: layers are timed so too. None measures no context-parallel layers.
         resume: take over what an interrupted profile with the same options has measured.
         device: "cuda" or "cpu"; None takes CUDA where this host has a device.
     """
@@ -29,6 +31,7 @@ class ProfileSettings:
     micro_batches: tuple[int, ...] = (1, 2)
     layers: bool = True
     tensor_parallel: str | None = None
+    context_parallel: str | None = None
     resume: bool = False
     device: str | None = None
 
@@ -57,6 +60,8 @@ class ProfileSettings:
             words += ["--device", self.device]
         if self.tensor_parallel is not None:
             words += ["--tensor-parallel", self.tensor_parallel]
+        if self.context_parallel is not None:
+            words += ["--context-parallel", self.context_parallel]
         if not self.layers:
             words.append("--no-layers")
         if self.resume:
@@ -87,6 +92,7 @@ def parse_settings(arguments: list[str] | None = None) -> ProfileSettings:
     )
     parser.add_argument("--no-layers", action="store_false", dest="layers", help="shapes of --model, no whole layers")
     parser.add_argument("--tensor-parallel", help="module with cut_layer and cut_ends, timed over the ranks")
+    parser.add_argument("--context-parallel", help="module with use_ring_attention, timed over the ranks")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted profile")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

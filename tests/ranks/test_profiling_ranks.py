@@ -40,6 +40,7 @@ def write_profile(folder: str, ranks_per_host: int, seconds: float, model: bool)
             ProfileSettings(
                 out=Path(folder) / "cluster.toml", seconds=seconds, model=config if model else None, seq_len=32,
                 micro_batches=(1,), device="cpu", tensor_parallel="fourfold.parallel.tensor_parallel",
+                context_parallel="fourfold.parallel.attention_interface",
             )
         )  # fmt: skip
     finally:
@@ -67,6 +68,7 @@ def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
     assert all(row["forward_s"] > 0 and row["backward_s"] > 0 for row in table["layer"])
     assert all(row["peak_bytes"] > row["activation_bytes"] for row in table["layer"])
     assert [row["tp"] for row in table["tp_layer"]] == [row["tp"] for row in table["tp_ends"]] == [2]
+    assert [row["cp"] for row in table["cp_layer"]] == [2]
     assert all(row["head_backward_s"] > 0 for row in table["ends"] + table["tp_ends"])
     assert {row["fused"] for row in table["optimizer"]} == {True, False}
     # one layer has 32*8*2*(4+2) + 3*32*64 + 64 weights; embedding and head 40*32 each, the last norm 32

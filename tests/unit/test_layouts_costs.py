@@ -13,8 +13,9 @@ from fourfold.layouts.cluster import Link, LinkOperation, load_cluster
 from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import load_constants
 from fourfold.layouts.explain import draw_schedule
-from fourfold.layouts.layer import saved_bytes
+from fourfold.layouts.layer import Times, saved_bytes
 from fourfold.layouts.layout import Layout
+from fourfold.layouts.measured_layers import beyond
 from fourfold.layouts.memory import _normal_cdf, memory_of, stage_params
 from fourfold.layouts.model import load_model
 from fourfold.layouts.price import price
@@ -89,6 +90,32 @@ def test_a_group_over_nodes_enters_each_by_its_own_ports():
     thin = network.collective_s("all_gather", 1e10, np.array([8]), np.array([8]))[0]
     assert whole == pytest.approx(1e10 * 63 / 64 / (8 * 25e9), rel=0.01)
     assert thin == pytest.approx(1e10 * 7 / 8 / 25e9, rel=0.01)
+
+
+def test_splitting_costs_what_measured_layers_took_beyond_their_work():
+    def work(at: Candidates) -> Times:
+        return Times(at.tokens * 1e-6, at.tokens * 2e-6)
+
+    def hops(at: Candidates) -> np.ndarray:
+        return (at.cp - 1) * 1e-4
+
+    names = ("forward_s", "backward_s")
+    rows = [
+        {
+            "cp": 2,
+            "micro_batch": count,
+            "seq_len": 512,
+            "forward_s": count * 256e-6 + ring_s,
+            "backward_s": count * 512e-6,
+        }
+        for count, ring_s in ((1, 0.001), (4, 0.003))
+    ]
+    columns = {"cp": np.array([1, 1, 1, 2, 2, 2, 4]), "micro_batch": np.array([1, 2, 4, 1, 2, 4, 2])}
+    price = beyond(rows, "cp", names, work, hops, Candidates.from_columns(columns, global_batch=4, seq_len=512))
+    assert price[:3].tolist() == [0, 0, 0]
+    assert price[[3, 5]] == pytest.approx([0.001, 0.003])
+    assert price[4] == pytest.approx(0.002)  # half way between them in log tokens
+    assert price[6] == pytest.approx(3 * 0.001)  # three times the hops of cp 2, at as many tokens as its first row
 
 
 def test_measured_operations_come_before_formulas():
