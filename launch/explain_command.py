@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fourfold.layouts.asynchronous import convergence_text, schedule_of
 from fourfold.layouts.cluster import Cluster, load_cluster
 from fourfold.layouts.explain import TERMS, difference, draw_schedule, neighbours
 from fourfold.layouts.layout import check
@@ -53,7 +54,13 @@ def explain(
     for stage, peak in priced.stage_peaks_bytes.items():
         if priced.layout.pp > 1:
             console.print(f"  {stage} stage: {peak / GIB:.3g} GiB")
-    if 1 < priced.layout.pp <= 16:
+    if priced.layout.asynchronous:
+        console.print("\n" + convergence_text(priced.layout), soft_wrap=True, highlight=False)
+        schedule = schedule_of(priced.layout)
+        if priced.layout.pp <= 8:  # beyond, a line would not fit
+            console.print(f"\nSchedule (F forward, B backward): {schedule}")
+            console.print(str(schedule.program(10)), soft_wrap=True, highlight=False)
+    elif 1 < priced.layout.pp <= 16:
         console.print("\nSchedule (1F1B; digits forward, letters backward, dots idle)")
         for line in draw_schedule(priced.layout.pp, priced.layout.num_micro_batches):
             console.print("  " + line, highlight=False)

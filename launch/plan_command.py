@@ -7,14 +7,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fourfold.layouts.asynchronous import convergence_text
 from fourfold.layouts.cluster import Cluster, load_cluster
-from fourfold.layouts.layout import CHECKPOINTING, Layout, write_layout_file
+from fourfold.layouts.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.model import ModelConfig, load_model
 from fourfold.layouts.report import write_report
 from fourfold.layouts.search import Plan, advice
 from fourfold.layouts.search import plan as rank
 from fourfold.layouts.tables import describe, plan_table, why_not, write_csv
+from fourfold.parallel.weight_prediction import Mitigation
 
+_WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -32,7 +35,7 @@ def plan(
         str, typer.Option(help="runtime: what fourfold launches; full: also what the export formats can.")
     ] = "runtime",
     fix: Annotated[list[str] | None, typer.Option(help="Hold a field, as tp=8 or checkpointing=none; repeat.")] = None,
-    asynchronous: Annotated[bool, typer.Option("--async", help="Price pipelines that never flush.")] = False,
+    asynchronous: Annotated[bool, typer.Option("--async", help="Price pipelines that never drain, too.")] = False,
     tokens: Annotated[float, typer.Option(help="Tokens of the whole training, to tell the days it takes.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
     out: Annotated[
@@ -63,6 +66,8 @@ def plan(
         return
     console = Console()
     console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
+    for layout in late_layouts(result):
+        console.print(convergence_text(layout), soft_wrap=True, highlight=False)
     if why_not(result):
         console.print(f"Ruled out: {why_not(result)}.", style="dim")
     if html is not None:
@@ -97,6 +102,15 @@ def make_plan(
     )  # fmt: skip
 
 
+def late_layouts(result: Plan) -> list[Layout]:
+    """The fastest layout of the table under each asynchronous schedule."""
+    first: dict[str, Layout] = {}
+    for priced in result.layouts:
+        if priced.layout.asynchronous:
+            first.setdefault(priced.layout.schedule, priced.layout)
+    return list(first.values())
+
+
 def parse_fix(words: list[str]) -> dict[str, Any]:
     """["tp=8", "checkpointing=none"] as {"tp": 8, "checkpointing": "none"}.
 
@@ -110,9 +124,12 @@ def parse_fix(words: list[str]) -> dict[str, Any]:
         key = key.strip().replace("-", "_")
         if not equals or key not in kinds:
             raise ValueError(f"--fix {word}: write it as KEY=VALUE with KEY one of {', '.join(kinds)}")
-        if key == "checkpointing":
-            if value not in CHECKPOINTING:
-                raise ValueError(f"--fix {word}: choose one of {', '.join(CHECKPOINTING)}")
+        if key in _WORDS:
+            if value not in _WORDS[key]:
+                raise ValueError(f"--fix {word}: choose one of {', '.join(_WORDS[key])}")
+            fixed[key] = value
+        elif key == "mitigation":
+            Mitigation.named(value)
             fixed[key] = value
         elif kinds[key] is bool:
             if value.lower() not in _FLAGS:
@@ -140,6 +157,7 @@ def as_document(result: Plan) -> dict[str, Any]:
         "infeasible": dict(result.infeasible),
         "layouts": [describe(priced) for priced in result.layouts],
         "safe": describe(result.safe) if result.safe else None,
+        **({"synchronous": describe(result.synchronous)} if result.synchronous else {}),
         "slowest": describe(result.slowest) if result.slowest else None,
         "nearest": describe(result.nearest) if result.nearest else None,
     }

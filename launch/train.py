@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fourfold.launch.asynchronous_training import AsynchronousModel, train_asynchronously
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.launch.text import byte_frequency_loss, read_standard_library
@@ -44,7 +45,9 @@ from fourfold.parallel import ParallelModel, init_mesh, parallelize
 from fourfold.profiling.refusal import refuse
 
 
-def build(layout: Layout, model: ModelConfig, *, seed: int) -> tuple[ParallelModel, MemoryGauge]:
+def build(
+    layout: Layout, model: ModelConfig, settings: TrainSettings
+) -> tuple[ParallelModel | AsynchronousModel, MemoryGauge]:
     """Join the mesh and build the layout's model with random weights, the same under every layout.
 
     Raises:
@@ -70,21 +73,26 @@ def build(layout: Layout, model: ModelConfig, *, seed: int) -> tuple[ParallelMod
     mesh = init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp)
     _warm_up(layout, model, mesh)
     gauge = MemoryGauge(torch.device(mesh.device_type))
-    return _parallel_model(layout, model.config, mesh, seed=seed), gauge
+    return _parallel_model(layout, model.config, mesh, settings), gauge
 
 
-def _parallel_model(layout: Layout, config: Mapping[str, Any], mesh: DeviceMesh, *, seed: int) -> ParallelModel:
-    settings = dict(config)
+def _parallel_model(
+    layout: Layout, config: Mapping[str, Any], mesh: DeviceMesh, settings: TrainSettings
+) -> ParallelModel | AsynchronousModel:
+    words = dict(config)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
+    dtype = torch.bfloat16 if mesh.device_type == "cuda" else None
+    if layout.asynchronous:
+        return AsynchronousModel(whole, layout, mesh, settings, dtype=dtype)
     return parallelize(
         whole,
         mesh,
         micro_batch=layout.micro_batch,
         checkpointing=layout.checkpointing,
         zero_stage=layout.zero_stage,
-        dtype=torch.bfloat16 if mesh.device_type == "cuda" else None,
-        seed=seed,
+        dtype=dtype,
+        seed=settings.seed,
     )
 
 
@@ -99,12 +107,21 @@ def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
         "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width, "num_hidden_layers": layout.pp,
         "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
-    parallel = _parallel_model(layout, {**model.config, **small}, mesh, seed=0)
-    optimizer = make_optimizer(parallel, TrainSettings(steps=1))
-    parallel.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp, dtype=torch.int64))
-    parallel.clip_grad_norm_(1.0)
-    optimizer.step()
-    del parallel, optimizer
+    settings = TrainSettings(steps=1)
+    if layout.asynchronous:
+        layout = replace(layout, seq_len=4)
+        late = _parallel_model(layout, {**model.config, **small}, mesh, settings)
+        assert isinstance(late, AsynchronousModel)
+        late.pipeline.run(late.micro_batches(lambda: torch.zeros(layout.global_batch // layout.dp, 4).long()))
+        del late
+    else:
+        parallel = _parallel_model(layout, {**model.config, **small}, mesh, settings)
+        assert isinstance(parallel, ParallelModel)
+        optimizer = make_optimizer(parallel, settings)
+        parallel.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp, dtype=torch.int64))
+        parallel.clip_grad_norm_(1.0)
+        optimizer.step()
+        del parallel, optimizer
     gc.collect()  # a pipeline refers to itself; what it holds must be gone before memory is counted
 
 
@@ -221,9 +238,11 @@ def main(
         if out is not None:
             _make_folder(out)
         text = read_standard_library()
-        parallel, gauge = build(plan, model, seed=seed)
-        display = Display(plan, model, settings, peak_flops_per_s) if is_first and not quiet else None
-        metrics = Metrics(out / "metrics.csv", resume=resume) if is_first and out is not None else None
+        parallel, gauge = build(plan, model, settings)
+        # Of a pipeline that never drains, only the last stage knows how a step went while it runs.
+        reports = dist.get_rank() == (plan.pp - 1 if plan.asynchronous else 0)
+        display = Display(plan, model, settings, peak_flops_per_s) if reports and not quiet else None
+        metrics = Metrics(out / "metrics.csv", resume=resume) if reports and out is not None else None
 
         def on_step(step: StepRecord) -> None:
             if metrics is not None:
@@ -232,16 +251,15 @@ def main(
                 display.show(step, gauge.in_use_bytes())
 
         with display or nullcontext(), gauge:
-            result = train(
-                parallel,
-                plan,
-                text,
-                settings,
-                gauge=gauge,
-                checkpoints=out / "checkpoints" if out else None,
-                resume=resume,
-                on_step=on_step,
-            )
+            saved: dict[str, Any] = {
+                "checkpoints": out / "checkpoints" if out else None,
+                "resume": resume,
+                "on_step": on_step,
+            }
+            if isinstance(parallel, AsynchronousModel):
+                result = train_asynchronously(parallel, text, gauge=gauge, **saved)
+            else:
+                result = train(parallel, plan, text, settings, gauge=gauge, **saved)
     except ValueError as error:
         refuse(error)
     result = slowest_and_largest(result, parallel.device)

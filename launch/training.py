@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fourfold.launch.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
@@ -17,6 +18,8 @@ from fourfold.launch.text import held_out_rows, training_rows
 from fourfold.layouts.layout import Layout
 from fourfold.parallel import ParallelModel
 
+BETAS = (0.9, 0.95)
+"""AdamW's, at the global batch."""
 COUNTED_STEPS = 2
 """Steps whose memory is counted: the optimizer's states are made in the first and held through the second."""
 
@@ -81,15 +84,18 @@ def learning_rate_at(step: int, settings: TrainSettings) -> float:
 
 
 def make_optimizer(model: ParallelModel, settings: TrainSettings) -> Optimizer:
-    """AdamW; matrices decay, norms and biases (vectors) do not."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    """AdamW over `decay_groups`."""
+    groups = decay_groups(list(model.parameters()), settings.weight_decay)
+    return AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=True)
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay, norms and biases (vectors) do not."""
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def train(
@@ -118,11 +124,11 @@ def train(
     optimizer = make_optimizer(model, settings)
     first = 0
     if resume:
-        first = load_checkpoint(_needed(checkpoints), model, optimizer)
+        first = load_checkpoint(needed(checkpoints), model, optimizer)
         if first >= settings.steps:
             raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
     elif settings.checkpoint_every:
-        refuse_overwriting(_needed(checkpoints))
+        refuse_overwriting(needed(checkpoints))
     rows = model.batch_rows(layout.global_batch)
     result = TrainResult()
     for step in range(first, settings.steps):
@@ -150,7 +156,7 @@ def train(
         if step == first + COUNTED_STEPS - 1:
             gauge.stop()
         if settings.checkpoint_every and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
-            save_checkpoint(_needed(checkpoints), model, optimizer, step=step + 1)
+            save_checkpoint(needed(checkpoints), model, optimizer, step=step + 1)
     if settings.held_out_batches:
         result.held_out_loss = held_out_loss(model, layout, text[1], settings.held_out_batches)
     gauge.stop()
@@ -188,7 +194,8 @@ def slowest_and_largest(result: TrainResult, device: torch.device) -> TrainResul
     return result
 
 
-def _needed(checkpoints: Path | None) -> Path:
+def needed(checkpoints: Path | None) -> Path:
+    """The folder of checkpoints; ValueError where there is none."""
     if checkpoints is None:
         raise ValueError("checkpoints need a folder: give --out DIR")
     return checkpoints

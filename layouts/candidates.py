@@ -11,21 +11,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.layouts.layout import CHECKPOINTING, Layout
+from fourfold.layouts.layout import CHECKPOINTING, MITIGATION, SCHEDULES, Layout
 
 Column = NDArray[Any]
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
+FLUSHED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
 
 _DEFAULTS: dict[str, Any] = {
     "dp": 1, "pp": 1, "cp": 1, "tp": 1, "micro_batch": 1, "checkpointing": NONE, "zero_stage": 0, "vp": 1, "ep": 1,
     "cp_heads": 1, "sequence_parallel": False, "checkpoint_every": 1, "stream_chunks": 1, "offload": False,
-    "asynchronous": False,
+    "schedule": np.int8(FLUSHED),
 }  # fmt: skip
+_WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    """Columns of equal length; `checkpointing` as its index in CHECKPOINTING. Batch and length are one for all."""
+    """Columns of equal length; `checkpointing` and `schedule` as indices of their words. Batch, length and mitigation
+    are one for all."""
 
     dp: Column
     pp: Column
@@ -41,45 +44,52 @@ class Candidates:
     checkpoint_every: Column
     stream_chunks: Column
     offload: Column
-    asynchronous: Column
+    schedule: Column
     global_batch: int
     seq_len: int
+    mitigation: str = MITIGATION
 
     def __len__(self) -> int:
         return len(self.dp)
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> "Candidates":
-        """The columns of some layouts; all must have the same global batch and sequence length."""
-        batches = {(layout.global_batch, layout.seq_len) for layout in layouts}
-        assert len(batches) == 1, f"layouts of several batches: {batches}"
+        """The columns of some layouts; all must have the same global batch, sequence length and mitigation."""
+        batches = {(layout.global_batch, layout.seq_len, layout.mitigation) for layout in layouts}
+        assert len(batches) == 1, f"layouts of several batches or mitigations: {batches}"
         columns: dict[str, Column] = {}
         for name in _DEFAULTS:
             values = [getattr(layout, name) for layout in layouts]
-            columns[name] = np.array([CHECKPOINTING.index(v) for v in values] if name == "checkpointing" else values)
-        batch, seq_len = batches.pop()
-        return cls(global_batch=batch, seq_len=seq_len, **columns)
+            columns[name] = np.array([_WORDS[name].index(v) for v in values] if name in _WORDS else values)
+        batch, seq_len, mitigation = batches.pop()
+        return cls(global_batch=batch, seq_len=seq_len, mitigation=mitigation, **columns)
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, Column], *, global_batch: int, seq_len: int) -> "Candidates":
+    def from_columns(
+        cls, columns: Mapping[str, Column], *, global_batch: int, seq_len: int, mitigation: str = MITIGATION
+    ) -> "Candidates":
         """Columns by name; a name that is left out has its default."""
         length = len(next(iter(columns.values())))
         full = {name: columns.get(name, np.full(length, default)) for name, default in _DEFAULTS.items()}
-        return cls(global_batch=global_batch, seq_len=seq_len, **full)
+        return cls(global_batch=global_batch, seq_len=seq_len, mitigation=mitigation, **full)
 
     def take(self, rows: Column) -> "Candidates":
         """The rows of a mask or of indices."""
         columns = {name: getattr(self, name)[rows] for name in _DEFAULTS}
-        return Candidates(global_batch=self.global_batch, seq_len=self.seq_len, **columns)
+        return Candidates(global_batch=self.global_batch, seq_len=self.seq_len, mitigation=self.mitigation, **columns)
 
     def layout(self, row: int) -> Layout:
         values: dict[str, Any] = {name: getattr(self, name)[row].item() for name in _DEFAULTS}
-        values["checkpointing"] = CHECKPOINTING[values["checkpointing"]]
-        return Layout(global_batch=self.global_batch, seq_len=self.seq_len, **values)
+        values |= {name: words[values[name]] for name, words in _WORDS.items()}
+        return Layout(global_batch=self.global_batch, seq_len=self.seq_len, mitigation=self.mitigation, **values)
 
     @property
     def num_micro_batches(self) -> Column:
         return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def any_asynchronous(self) -> bool:
+        return bool(self.schedule.any())
 
     @property
     def tokens(self) -> Column:
@@ -92,4 +102,4 @@ class Candidates:
         return self.dp * self.cp
 
 
-assert set(_DEFAULTS) | {"global_batch", "seq_len"} == {entry.name for entry in fields(Layout)}
+assert set(_DEFAULTS) | {"global_batch", "seq_len", "mitigation"} == {entry.name for entry in fields(Layout)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.constants import Constants
-from fourfold.layouts.layout import Layout, check
+from fourfold.layouts.layout import SCHEDULES, Layout, check
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.price import GIB, PricedLayout, price
 from fourfold.layouts.stack import Stack
@@ -52,6 +52,10 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
             f"sequence parallelism {'off' if layout.sequence_parallel else 'on'}",
             {"sequence_parallel": not layout.sequence_parallel},
         )
+    if layout.asynchronous:
+        for schedule in SCHEDULES:
+            if schedule != layout.schedule:
+                yield f"schedule {schedule}", {"schedule": schedule}
     if layout.pp > 1:
         yield "interleaving x2", {"vp": layout.vp * 2}
         if layout.vp % 2 == 0:

@@ -10,8 +10,17 @@ import tomli_w
 
 from fourfold.layouts.model import ModelConfig
 from fourfold.parallel.grid import AXES, Grid
+from fourfold.parallel.weight_prediction import Mitigation
 
 CHECKPOINTING = ("none", "selective", "full", "stream")
+SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
+"""Of a pipeline, by their names in parallel.pipeline_schedule; the first drains at every step, the others never."""
+MITIGATION = "lwpv+sc"
+WHOLE_STAGE: dict[str, Any] = {
+    "cp": 1, "tp": 1, "vp": 1, "ep": 1, "zero_stage": 0, "sequence_parallel": False, "offload": False,
+    "checkpoint_every": 1,
+}  # fmt: skip
+"""What an asynchronous schedule needs of other fields: a rank with all weights of its stage, and dp replicas of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +52,11 @@ class Layout:
     """Into how many chunks StreamBP cuts the sequence."""
     offload: bool = False
     """Checkpointed layer inputs wait in host memory."""
-    asynchronous: bool = False
-    """Pipelined backpropagation: no flush, weights of another step."""
+    schedule: str = SCHEDULES[0]
+    """1f1b drains before every update; lockstep and 1f1b-async update at every micro-batch of a stream that never
+    drains, 2bw at every step. What a step is (global_batch sequences) stays."""
+    mitigation: str = MITIGATION
+    """What an asynchronous schedule does about its delays; Mitigation.named has the words."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -58,14 +70,49 @@ class Layout:
             raise ValueError(f"checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
         if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage!r}: choose 0, 1, 2 or 3")
-        for name in ("sequence_parallel", "offload", "asynchronous"):
+        for name in ("sequence_parallel", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give true or false")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if self.mitigation != MITIGATION:
+            Mitigation.named(self.mitigation)
         if self.global_batch % (self.dp * self.micro_batch):
             raise ValueError(
                 f"global_batch={self.global_batch} is no multiple of dp={self.dp} x micro_batch={self.micro_batch}: "
                 "change one of the three"
             )
+        if self.asynchronous:
+            self._check_asynchronous()
+
+    def _check_asynchronous(self) -> None:
+        if self.pp < 2:
+            raise ValueError(f"schedule={self.schedule!r} is for a pipeline: choose pp of at least 2, or '1f1b'")
+        for name, needed in WHOLE_STAGE.items():
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with schedule={self.schedule!r}: an asynchronous stage is neither "
+                    f"cut nor sharded; choose {name}={str(needed).lower()}, or schedule='1f1b'"
+                )
+        if self.checkpointing not in ("none", "full"):
+            raise ValueError(
+                f"checkpointing={self.checkpointing!r} with schedule={self.schedule!r}: choose none or full"
+            )
+        if self.schedule == "2bw" and self.num_micro_batches < self.pp:
+            raise ValueError(
+                f"schedule='2bw' with {self.num_micro_batches} micro-batches a step needs at least pp={self.pp} of "
+                "them for two versions of the weights: choose a larger global_batch or a smaller micro_batch"
+            )
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the pipeline never drains, and gradients come late."""
+        return self.schedule != SCHEDULES[0]
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates in `global_batch` sequences."""
+        return self.num_micro_batches if self.schedule in ("lockstep", "1f1b-async") else 1
 
     @property
     def grid(self) -> Grid:
@@ -90,7 +137,7 @@ class Layout:
         extras = {
             "vp": self.vp > 1, "ep": self.ep > 1, "cp_heads": self.cp_heads > 1,
             "sequence_parallel": self.sequence_parallel, "checkpoint_every": self.checkpoint_every > 1,
-            "offload": self.offload, "asynchronous": self.asynchronous,
+            "offload": self.offload,
             f"checkpointing={self.checkpointing}": self.checkpointing not in ("none", "full"),
             f"zero_stage={self.zero_stage}": self.zero_stage in (1, 2),
         }  # fmt: skip
@@ -107,7 +154,9 @@ class Layout:
             detail = f"/{self.checkpoint_every}" if self.checkpoint_every > 1 else ""
             detail += f"x{self.stream_chunks}" if self.checkpointing == "stream" else ""
             words.append(self.checkpointing + detail)
-        words += ["offload"] * self.offload + ["async"] * self.asynchronous
+        words += ["offload"] * self.offload
+        if self.asynchronous:
+            words.append(self.schedule + f"/{self.mitigation}" * (self.mitigation != MITIGATION))
         return " ".join(words)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 import re
 from typing import Any
 
-from fourfold.layouts.layout import CHECKPOINTING, Layout
+from fourfold.layouts.layout import CHECKPOINTING, SCHEDULES, Layout
 
 _NUMBERS = {
     "dp": "dp", "pp": "pp", "cp": "cp", "tp": "tp", "mb": "micro_batch", "vp": "vp", "ep": "ep", "heads": "cp_heads",
     "z": "zero_stage",
 }  # fmt: skip
-_FLAGS = {"sp": "sequence_parallel", "offload": "offload", "async": "asynchronous"}
+_FLAGS = {"sp": "sequence_parallel", "offload": "offload"}
 
 
 def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: int) -> Layout:
@@ -24,6 +24,9 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         checkpointing = re.fullmatch(r"(none|selective|full|stream)(?:/(\d+))?(?:x(\d+))?", word)
         if word in _FLAGS:
             fields[_FLAGS[word]] = True
+        elif word.split("/")[0] in SCHEDULES:
+            fields["schedule"], _, mitigation = word.partition("/")
+            fields |= {"mitigation": mitigation} if mitigation else {}
         elif checkpointing:
             fields["checkpointing"] = checkpointing[1]
             fields["checkpoint_every"] = int(checkpointing[2] or 1)
@@ -31,7 +34,7 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         elif number and number[1] in _NUMBERS:
             fields[_NUMBERS[number[1]]] = int(number[2])
         else:
-            known = ", ".join([*(f"{name}N" for name in _NUMBERS), *_FLAGS, *CHECKPOINTING])
+            known = ", ".join([*(f"{name}N" for name in _NUMBERS), *_FLAGS, *CHECKPOINTING, *SCHEDULES])
             raise ValueError(f"layout {words!r}: {word!r} is none of {known}")
     rest = fields.get("pp", 1) * fields.get("cp", 1) * fields.get("tp", 1)
     if "dp" not in fields and rest and num_devices % rest == 0:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold.layouts.candidates import FULL, STREAM, Candidates, Column
+from fourfold.layouts.asynchronous import weight_copies
+from fourfold.layouts.candidates import DOUBLE_BUFFERED, FLUSHED, FULL, STREAM, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.constants import Constants
 from fourfold.layouts.layer import active_ffn, saved_bytes
@@ -117,6 +118,8 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
     held = shared + experts
     several = c.num_micro_batches > 1
     weights = sharded(3) * stack.weight_bytes
+    if c.any_asynchronous:
+        weights = weights + held * weight_copies(c, stages.index) * stack.weight_bytes
     gradients = np.where(full3 & several & stack.accumulates_whole, held, sharded(2)) * stack.grad_bytes
     optimizer = sharded(1) * stack.state_bytes
     kept, layer_input = saved_bytes(model, c, stack)
@@ -140,10 +143,20 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
         # With one micro-batch and no buckets, gradients grow as activations go. Buckets hold a copy besides the
         # gradients that earlier micro-batches made.
         buckets = (c.zero_stage == 0) & (d > 1) & (c.tp == 1)
-        gradients = gradients - np.minimum(gradients, changing) * ~(several | buckets)
+        whole, freed = several | buckets, changing
+        if c.any_asynchronous:
+            # Other micro-batches stay in flight; gradients live from a backward to its update, and are not bucketed.
+            late = c.schedule != FLUSHED
+            buckets = buckets & ~late
+            whole = np.where(late, c.schedule == DOUBLE_BUFFERED, whole)
+            freed = np.where(late, changing - activations * (1 - 1 / stages.in_flight), changing)
+        gradients = gradients - np.minimum(gradients, freed) * ~whole
         gathered = gathered + np.where(buckets & several, held * stack.grad_bytes, 0.0)
     if stack.pipeline_buffers:
-        gathered = gathered + np.where(c.pp > 1, 1.0 * c.num_micro_batches * layer_input, 0.0)
+        buffered = (
+            np.where(c.schedule == FLUSHED, c.num_micro_batches, 2) if c.any_asynchronous else c.num_micro_batches
+        )
+        gathered = gathered + np.where(c.pp > 1, 1.0 * buffered * layer_input, 0.0)
     workspace = workspace + gathered + casts + stack.allocator_waste * k.fragmentation * changing
     spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes if stack.launched else 0.02 * weights)
     reserve = k.reserve_bytes if stack.launched else 0.0

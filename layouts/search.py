@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import Candidates, Column
+from fourfold.layouts.candidates import FLUSHED, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.constants import Constants, load_constants
 from fourfold.layouts.memory import memory_of
@@ -46,6 +46,8 @@ class Plan:
     """Reason -> how many combinations it ruled out."""
     nearest: PricedLayout | None
     """Where nothing fits: the layout that comes nearest."""
+    synchronous: PricedLayout | None = None
+    """Where asynchronous pipelines were asked for: the fastest whose gradients come in time."""
 
 
 def plan(
@@ -70,7 +72,7 @@ def plan(
         space: "runtime", what fourfold itself can launch; "full", also what the export formats can.
         fix: Layout fields held at a value, as {"tp": 8}.
         top: how many of the ranked layouts become objects; None for all.
-        asynchronous: price pipelines without a flush.
+        asynchronous: price pipelines that never drain as well; `fix` of their schedule asks for one of them.
     Raises:
         ValueError: zero devices or batch, an unknown space, a fixed value that no layout has.
     Cost: some 3 microseconds a candidate.
@@ -117,7 +119,12 @@ def plan(
     ranked = objects(found.rows[order if top is None else order[:top]])
     safe = objects(found.rows[order[found.fit_probability[order] >= SAFE][:1]])
     slowest = objects(found.rows[order[-1:]])[0]
-    return Plan(**common, layouts=ranked, slowest=slowest, safe=safe[0] if safe else None, nearest=None)
+    in_time = order[candidates.schedule[found.rows[order]] == FLUSHED][:1] if candidates.any_asynchronous else order[:0]
+    drained = objects(found.rows[in_time])
+    return Plan(
+        **common, layouts=ranked, slowest=slowest, safe=safe[0] if safe else None, nearest=None,
+        synchronous=drained[0] if drained else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

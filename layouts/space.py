@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
-from fourfold.layouts.layout import CHECKPOINTING
+from fourfold.layouts.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
 from fourfold.layouts.model import ModelConfig
 from fourfold.parallel.grid import AXES
 
@@ -161,7 +161,31 @@ def enumerate_space(
         for name in optional:
             if name in fix:
                 expand(name, [fix[name]])
-    if asynchronous:
-        columns["asynchronous"] = columns["pp"] > 1
+    if asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
+        columns = _with_asynchronous(columns, reasons, fix.get("schedule"))
     columns.pop("batch")
-    return Candidates.from_columns(columns, global_batch=global_batch, seq_len=seq_len), reasons
+    mitigation = fix.get("mitigation", MITIGATION)
+    return Candidates.from_columns(columns, global_batch=global_batch, seq_len=seq_len, mitigation=mitigation), reasons
+
+
+def _with_asynchronous(columns: _Columns, reasons: dict[str, int], only: str | None) -> _Columns:
+    """The candidates as they are, and again under each asynchronous schedule that can run them; or under one only."""
+    parts = [columns] if only in (None, SCHEDULES[0]) else []
+    length = len(columns["dp"])
+    full = {name: columns.get(name, np.full(length, plain)) for name, plain in WHOLE_STAGE.items()}
+    runs = (columns["pp"] > 1) & ((columns["checkpointing"] == NONE) | (columns["checkpointing"] == FULL))
+    for name, plain in WHOLE_STAGE.items():
+        runs &= full[name] == plain
+    for number, schedule in enumerate(SCHEDULES[1:], start=1):
+        if only not in (None, schedule):
+            continue
+        rows, needs = runs, f"{schedule} needs pp of at least 2 and whole stages"
+        if schedule == "2bw":
+            rows = runs & (columns["batch"] // columns["micro_batch"] >= columns["pp"])
+            needs += ", and pp micro-batches"
+        parts.append({name: column[rows] for name, column in columns.items()})
+        parts[-1]["schedule"] = np.full(int(rows.sum()), number, dtype=np.int8)
+        reasons[needs] = length - int(rows.sum())
+    for part in parts:
+        part.setdefault("schedule", np.zeros(len(part["dp"]), dtype=np.int8))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

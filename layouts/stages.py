@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fourfold.layouts.asynchronous import asynchronous_in_flight
 from fourfold.layouts.candidates import Candidates, Column
 from fourfold.layouts.model import ModelConfig
 
@@ -17,6 +18,7 @@ from fourfold.layouts.model import ModelConfig
 class Stages:
     """Columns a kind of stage, [3, candidates]: first, second, last; absent kinds repeat the first."""
 
+    index: Column
     layers: Column
     has_embedding: Column
     has_head: Column
@@ -37,8 +39,9 @@ def stages_of(model: ModelConfig, c: Candidates) -> Stages:
     chunks = (c.pp - index - 1) * 2 + (c.vp - 1) * c.pp + 1
     in_flight = np.where(c.vp > 1, np.minimum(chunks / c.vp, m), one_f_one_b)
     return Stages(
+        index=index,
         layers=np.stack([first, second, last]),
         has_embedding=index == 0,
         has_head=index == c.pp - 1,
-        in_flight=np.where(c.asynchronous, (c.pp - index).astype(float), in_flight),
+        in_flight=asynchronous_in_flight(c, index, in_flight) if c.any_asynchronous else in_flight,
     )

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fourfold.layouts.asynchronous import convergence
 from fourfold.layouts.model import human_count
 from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.search import Plan
@@ -27,6 +28,8 @@ def describe(priced: PricedLayout) -> dict[str, Any]:
         "capacity_gib": priced.capacity_bytes / GIB, "margin_gib": priced.margin_bytes / GIB,
         "fit_probability": priced.fit_probability, "fits": priced.fits,
     }  # fmt: skip
+    if priced.layout.asynchronous:
+        row |= {"updates_per_step": priced.layout.updates_per_step, "convergence": convergence(priced.layout)}
     row |= {f"{name}_part_s": seconds for name, seconds in priced.time_parts_s.items()}
     return row | {f"{name}_gib": size / GIB for name, size in priced.memory_parts_bytes.items()}
 
@@ -51,10 +54,12 @@ def gib_text(size: float) -> str:
 
 
 def mark(result: Plan, priced: PricedLayout) -> str:
-    """What a row stands out for: the fastest, the safe pick."""
+    """What a row stands out for: the fastest, the safe pick, the fastest without late gradients."""
     fastest = bool(result.layouts) and priced.layout == result.layouts[0].layout
     safe = result.safe is not None and priced.layout == result.safe.layout
-    return "fast+safe" if fastest and safe else "fastest" if fastest else "safe" if safe else ""
+    words = "fast+safe" if fastest and safe else "fastest" if fastest else "safe" if safe else ""
+    in_time = result.synchronous is not None and priced.layout == result.synchronous.layout
+    return (words + " sync").strip() if in_time else words
 
 
 def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: float = 0.0, width: int = 80) -> Table:
@@ -78,8 +83,9 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     shown = list(layouts)
-    if result.safe is not None and all(priced.layout != result.safe.layout for priced in shown):
-        shown.append(result.safe)
+    for extra in (result.safe, result.synchronous):
+        if extra is not None and all(priced.layout != extra.layout for priced in shown):
+            shown.append(extra)
     for rank, priced in enumerate(shown, start=1):
         cells = [
             str(rank) if rank <= len(layouts) else "", str(priced.layout), seconds_text(priced.step_s),

@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from fourfold.layouts.candidates import FULL, STREAM, Candidates, Column
+from fourfold.layouts.asynchronous import mitigation_seconds, updates_per_step
+from fourfold.layouts.candidates import FLUSHED, FULL, STREAM, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
@@ -124,15 +125,28 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     accumulate = _accumulation_seconds(model, c, cluster, stack, k)
     overhead = accumulate + (k.step_overhead_s if stack.launched else 0.0)
     slot = work + recompute + tp_comm + cp_comm + ep_comm + pp_comm + overhead
-    worst = slot.argmax(axis=0)[None]
+    dp_comm = _dp_seconds(model, c, network, strides, stack, work / 3 * 2)
+    optimizer = _optimizer_seconds(model, c, cluster, stack, k)
+    longest = slot
+    if c.any_asynchronous:
+        # Every update reduces gradients and applies the mitigation, and nothing hides either.
+        late, updates = c.schedule != FLUSHED, updates_per_step(c)
+        reduce_s = _dp_seconds(model, c, network, strides, stack, np.zeros_like(work))
+        dp_comm = np.where(late, updates * reduce_s, dp_comm)
+        shared, experts = stage_params(model, c, stages)
+        mitigate = mitigation_seconds(c, shared + experts, stages.index, _bandwidth(cluster, k))
+        optimizer = updates * (optimizer + mitigate)
+        longest = slot + np.where(late, (dp_comm + optimizer) / m, 0.0)
+    worst = longest.argmax(axis=0)[None]
 
     def at_worst(column: Column) -> Column:
         return np.take_along_axis(np.broadcast_to(column, slot.shape), worst, 0)[0]
 
     every = _over_stages(slot, c)
     bottleneck = at_worst(slot)
-    bubble = np.where(c.asynchronous, 0.0, (every - bottleneck) / c.vp)
-    dp_comm = at_worst(_dp_seconds(model, c, network, strides, stack, work / 3 * 2))
+    bubble = (every - bottleneck) / c.vp
+    if c.any_asynchronous:
+        bubble = np.where(c.schedule == FLUSHED, bubble, 0.0)
     return StepTime(
         compute=m * at_worst(work),
         recompute=m * at_worst(recompute),
@@ -140,9 +154,9 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
         cp_communication=m * at_worst(cp_comm),
         ep_communication=m * at_worst(ep_comm),
         pp_communication=m * at_worst(pp_comm),
-        dp_communication=dp_comm,
+        dp_communication=at_worst(dp_comm),
         bubble=bubble,
-        optimizer=at_worst(_optimizer_seconds(model, c, cluster, stack, k)),
+        optimizer=at_worst(optimizer),
         overhead=m * at_worst(overhead) + _straggling(c, cluster, k) * (m * bottleneck + bubble),
     )
 

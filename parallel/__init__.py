@@ -11,6 +11,8 @@ if __name__ != "fourfold.parallel":
     raise ImportError(f"import fourfold.parallel, not {__name__!r}: a second copy would make second classes")
 
 if TYPE_CHECKING:
+    from fourfold.parallel.asynchronous_decoder import decoder_stages as decoder_stages
+    from fourfold.parallel.asynchronous_decoder import pipeline_decoder as pipeline_decoder
     from fourfold.parallel.attention_interface import shard_batch as shard_batch
     from fourfold.parallel.attention_interface import use_ring_attention as use_ring_attention
     from fourfold.parallel.delayed_optimizer import DelayedOptimizer as DelayedOptimizer
@@ -66,6 +68,7 @@ _HOME = {
     "balanced_ranges": "stage_partition",
     "cut_decoder_into_stages": "stage_profiling",
     "cut_into_stages": "stage_profiling",
+    "decoder_stages": "asynchronous_decoder",
     "dpo_loss": "token_losses",
     "equivalent_horizon": "weight_prediction",
     "grpo_loss": "token_losses",
@@ -74,6 +77,7 @@ _HOME = {
     "linformer_attention": "sparse_attention",
     "max_seq_len": "stream_peak",
     "parallelize": "transformer",
+    "pipeline_decoder": "asynchronous_decoder",
     "ring_attention": "ring_self_attention",
     "scale_adam_hyperparameters": "weight_prediction",
     "scale_hyperparameters": "weight_prediction",

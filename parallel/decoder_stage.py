@@ -102,6 +102,12 @@ class DecoderStage(nn.Module):
             if part is not None:
                 yield name, part
 
+    def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers and ends, by their names in the whole model."""
+        for index, layer in self.layers.items():
+            yield f"model.layers.{index}", layer
+        yield from self.ends()
+
     def forward(self, x: Tensor) -> Tensor:
         """Run the stage.
 

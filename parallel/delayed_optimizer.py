@@ -121,6 +121,24 @@ class DelayedOptimizer:
             return [p.detach() - self.delay * d for p, d in zip(self._parameters, self._drift, strict=True)]
         return None
 
+    def remembered(self, *, blank: bool = False) -> dict[str, list[Tensor]]:
+        """What the mitigation keeps from update to update, a tensor a parameter: "before", "drift", as far as there is.
+
+        Args:
+            blank: zeros for all that there may be, to be filled from a file.
+        """
+        if blank:
+            kinds = {"before": self.mitigation.predict == "weight", "drift": self.mitigation.correction > 0}
+            zeros = [torch.zeros_like(p) for p in self._parameters]
+            return {kind: [zero.clone() for zero in zeros] for kind, used in kinds.items() if used and self.delay > 0}
+        kept = {"before": self._before, "drift": self._drift}
+        return {kind: tensors for kind, tensors in kept.items() if tensors is not None}
+
+    def go_on(self, num_updates: int, remembered: dict[str, list[Tensor]]) -> None:
+        """Set the count of updates and what `remembered` returned; the optimizer's state is its own matter."""
+        self.num_updates = num_updates
+        self._before, self._drift = remembered.get("before"), remembered.get("drift")
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "optimizer": self.optimizer.state_dict(),

@@ -45,9 +45,8 @@ class PipeLinks:
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._ranks = dist.get_process_group_ranks(group)
         self._down = self._up = group
-        if dist.get_backend(group) == "nccl" and self.num_stages > 1:
+        if device.type == "cuda" and self.num_stages > 1:
             self._up = dist.new_group(self._ranks, use_local_synchronization=True)
-        self._name = f"fourfold/pipeline/{group.group_name}/failed"
         self._received: dict[Hashable, tuple[torch.dtype, list[int]]] = {}
         self._announced: set[Hashable] = set()
         self._sends: deque[tuple[Any, Tensor, str]] = deque()
@@ -123,11 +122,8 @@ class PipeLinks:
             raise self._error(None, what, error) from error
 
     def leave_note(self, stage: int, what: str) -> None:
-        """Tell, through the ranks' common store, which stage failed: others may notice only that a neighbour left."""
-        try:
-            _store().compare_set(self._name, "", f"stage {stage} (rank {self._ranks[stage]}) {what}")
-        except Exception:  # the store may have died with the rank that held it; the neighbours' own messages remain
-            return
+        """Tell all ranks which stage failed: others may notice only that a neighbour left."""
+        _leave_note(f"stage {stage} (rank {self._ranks[stage]}) {what}")
 
     def _receive(self, tensor: Tensor, stage: int, group: dist.ProcessGroup, tag: int) -> Any:
         return self._post(dist.irecv, tensor, stage, group, tag, "a message")
@@ -153,7 +149,7 @@ class PipeLinks:
             raise self._error(stage, what, error) from error
 
     def _error(self, stage: int | None, what: str, error: RuntimeError) -> PipelineError:
-        note = _note(self._name)
+        note = _note()
         if note:
             return PipelineError(f"stage {self.stage} stops at {what}: {note}")
         if stage is None:
@@ -166,6 +162,17 @@ class PipeLinks:
         return PipelineError(f"{who} is gone: stage {self.stage} stops at {what} ({error})")
 
 
+def replica_lost(stage: int, group: dist.ProcessGroup, error: RuntimeError) -> PipelineError:
+    """What to raise where the replicas of `stage` could not be reached over their `group`."""
+    ranks = dist.get_process_group_ranks(group)
+    cause = _note()
+    if not cause:
+        cause = f"a replica of stage {stage} is gone (one of ranks {', '.join(map(str, ranks))})"
+        if "timed out" not in str(error).lower():
+            _leave_note(f"{cause}, says rank {dist.get_rank()}")
+    return PipelineError(f"stage {stage} stops at averaging over its replicas: {cause} ({error})")
+
+
 def _store() -> Any:
     # Private, but the only way to the store that all ranks already share.
     from torch.distributed.distributed_c10d import _get_default_store
@@ -173,9 +180,20 @@ def _store() -> Any:
     return _get_default_store()
 
 
-def _note(name: str) -> str:
+# One note for all pipelines of a world: its replicas end together, and the first to notice saw the cause.
+_NOTE = "fourfold/pipeline/failed"
+
+
+def _leave_note(text: str) -> None:
+    try:
+        _store().compare_set(_NOTE, "", text)
+    except Exception:  # the store may have died with the rank that held it; the neighbours' own messages remain
+        return
+
+
+def _note() -> str:
     try:
         store = _store()
-        return store.get(name).decode() if store.check([name]) else ""
+        return store.get(_NOTE).decode() if store.check([_NOTE]) else ""
     except Exception:
         return ""

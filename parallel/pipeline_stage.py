@@ -10,8 +10,8 @@ Activation checkpointing and StreamBP recompute inside the backward, hence with 
 then is only the stage's input.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fourfold.parallel.delayed_optimizer import DelayedOptimizer, OptimizerFactory
+from fourfold.parallel.gradients import average_gradients
+from fourfold.parallel.pipe_communication import replica_lost
 from fourfold.parallel.weight_prediction import Mitigation
 
 Weights = list[Tensor] | None  # None: the present ones
@@ -77,6 +79,7 @@ class PipelineStage:
         self.num_forwards = 0
         self.stashes = (mitigation.stash and delay > 0) or double_buffered
         self._live = [p for p in module.parameters() if p.requires_grad]
+        self._names = {id(p): name for name, p in module.named_parameters()}
         if dp_group is not None:
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, group=dp_group, group_src=0)
@@ -192,6 +195,9 @@ class PipelineStage:
         """Average the gradients since the last update over micro-batches and replicas, and step.
 
         Every micro-batch counts the same, also a smaller last one. Cost: with replicas one all-reduce of the gradients.
+
+        Raises:
+            PipelineError: a replica is gone.
         """
         count, self._pending = self._pending, 0
         if self.optimizer is None:
@@ -199,11 +205,10 @@ class PipelineStage:
         pairs = [(m, p) for m, p in zip(self._masters, self._live, strict=True) if p.grad is not None]
         gradients = [p.grad for _, p in pairs if p.grad is not None]
         if gradients and self.dp_group is not None and self.dp_group.size() > 1:
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat, group=self.dp_group)
-            count *= self.dp_group.size()
-            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+            try:
+                average_gradients((p for _, p in pairs), self.dp_group)
+            except RuntimeError as error:
+                raise replica_lost(self.index, self.dp_group, error) from error
         if gradients and count > 1:
             torch._foreach_div_(gradients, float(count))
         for master, p in pairs:
@@ -239,6 +244,51 @@ class PipelineStage:
                     master.data.copy_(p.data)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+    def remembered(self, *, blank: bool = False) -> dict[str, Tensor]:
+        """DelayedOptimizer.remembered, by the names of the parameters: "before.NAME"."""
+        kinds = {} if self.optimizer is None else self.optimizer.remembered(blank=blank)
+        return {
+            f"{kind}.{self._names[id(p)]}": tensor
+            for kind, tensors in kinds.items()
+            for p, tensor in zip(self._live, tensors, strict=True)
+        }
+
+    def go_on(self, *, num_updates: int, num_forwards: int, remembered: dict[str, Tensor]) -> None:
+        """Set what weights and optimizer states do not tell, for state that came by name instead of load_state_dict.
+
+        Args:
+            remembered: as `remembered` returns it, all parameters of a kind or none.
+        """
+        self.num_forwards = num_forwards
+        if self.optimizer is None:
+            return
+        names = [self._names[id(p)] for p in self._live]
+        kinds = {name.split(".", 1)[0] for name in remembered}
+        self.optimizer.go_on(num_updates, {kind: [remembered[f"{kind}.{n}"] for n in names] for kind in kinds})
+
+    @contextmanager
+    def optimizer_parameters(self) -> Iterator[torch.optim.Optimizer | None]:
+        """While it lasts, the module's parameters are those that the optimizer owns; yields the optimizer.
+
+        For torch.distributed.checkpoint, which finds an optimizer's state by the names of a module's parameters.
+        """
+        masters = dict(zip(map(id, self._live), self._masters, strict=True))
+        places = [
+            (module, name, p)
+            for module in self.module.modules()
+            for name, p in module._parameters.items()
+            if id(p) in masters
+        ]
+        for module, name, p in places:
+            module._parameters[name] = masters[id(p)]  # type: ignore[assignment]
+        try:
+            yield self.optimizer.optimizer if self.optimizer is not None else None
+        finally:
+            for module, name, p in places:
+                module._parameters[name] = p
+            with torch.no_grad():
+                self._load(self._masters)
 
     def _backward_weights(self, flight: Flight) -> Weights:
         if flight.weights is not None:

@@ -7,7 +7,7 @@ any length, steps its own optimizer in the middle of it, and reads the weights t
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -23,6 +23,7 @@ from fourfold.parallel.pipeline_stage import Flight, LossFunction, PipelineStage
 from fourfold.parallel.weight_prediction import Mitigation
 
 Signature = tuple[str, tuple[int, ...], torch.dtype]
+OnLoss = Callable[[int, Tensor], None]
 
 
 class PipelinedBackprop:
@@ -98,18 +99,20 @@ class PipelinedBackprop:
     def is_last(self) -> bool:
         return self.stage.index == self.num_stages - 1
 
-    def run(self, batches: Iterable[tuple[Tensor, Any]]) -> list[float]:
+    def run(self, batches: Iterable[tuple[Tensor, Any]], *, on_loss: OnLoss | None = None) -> list[float]:
         """Train on a stream of (input, target) micro-batches to its end, drained: every sample is used exactly once.
 
         Args:
             batches: on every rank of the group the same number of micro-batches with inputs of the same shapes. The
                 first stage reads the inputs, the last the targets; elsewhere inputs may be meta tensors.
+            on_loss: called on the last stage with the number of a micro-batch in this stream and its loss, as soon as
+                it is known.
         Returns:
             The loss of each micro-batch as seen in training, on every rank.
         Raises:
             PipelineError: another stage is gone or silent; names it. The group cannot be used any more.
         """
-        return self._guarded(lambda: self._share(self._train(batches)))
+        return self._guarded(lambda: self._share(self._train(batches, on_loss)))
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode; arguments as for `run`."""
@@ -123,7 +126,7 @@ class PipelinedBackprop:
         """Raises ValueError for the state of another stage."""
         self.stage.load_state_dict(state)
 
-    def _train(self, batches: Iterable[tuple[Tensor, Any]]) -> list[Tensor]:
+    def _train(self, batches: Iterable[tuple[Tensor, Any]], on_loss: OnLoss | None) -> list[Tensor]:
         stage, links = self.stage, self._links
         stream = _Stream(batches, "train")
         flights: dict[int, Flight] = {}
@@ -163,6 +166,8 @@ class PipelinedBackprop:
                 flight = flights[micro_batch] = stage.forward(value, target, previous if behind else weights)
                 if self.is_last:
                     losses.append(flight.result)
+                    if on_loss is not None:
+                        on_loss(micro_batch, flight.result)
                     continue
                 links.send_activation(flight.result, signature, micro_batch)
                 waiting.append(micro_batch)
@@ -177,9 +182,11 @@ class PipelinedBackprop:
             elif kind == "W":
                 stage.backward_weight(flights.pop(micro_batch))
             else:
+                # No forward reads them again: free before the update makes others.
+                previous, weights = (weights if self.schedule.double_buffered else None), None
                 stage.update()
                 updates += 1
-                previous, weights = (weights if self.schedule.double_buffered else None), stage.snapshot()
+                weights = stage.snapshot()
         links.drain()
         self._length = stream.length
         return losses

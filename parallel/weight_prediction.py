@@ -161,17 +161,19 @@ class Mitigation:
     def predicts(self) -> bool:
         return self.predict != "none" or self.spectrain
 
-    def weight_copies(self, delay: float) -> int:
+    def weight_copies(self, delay: float, *, double_buffered: bool = False) -> int:
         """Copies of a stage's weights that this holds at `delay` beyond the weights and the optimizer's own state.
 
         Parameters live in one place and the optimizer's in another as soon as a forward or backward reads other weights
         (1); the predicted weights (1); the weights before, for LWP^w (1); the running mean of updates (1); stashing
-        keeps those of every version in flight instead.
+        keeps those of every version in flight instead, double buffering (2bw) those of two.
         """
         if not delay:
             return 0
-        held = int(self.predicts or self.stash or self.correction > 0)
+        held = int(self.predicts or self.stash or self.correction > 0 or double_buffered)
         held += self.predicts + (self.predict == "weight") + (self.correction > 0)
+        if double_buffered:
+            return held + 2 - self.predicts
         return held + (int(-(-delay // 1)) + (not self.predicts) if self.stash else 0)
 
 

@@ -181,7 +181,11 @@ def append(table: Path, row: dict[str, Any]) -> None:
 
 
 def report(table: Path) -> None:
-    """Every task and optimizer: mean, spread and each seed, with the distance to training without delays."""
+    """Every task and optimizer: mean, spread and each seed, with the distance to training without delays.
+
+    The distance is the mean over seeds of the paired differences, +- its standard error (their sd over the root of
+    their number); within two of these it is not told from none.
+    """
     groups: dict[str, dict[str, dict[str, float]]] = {}
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -190,7 +194,7 @@ def report(table: Path) -> None:
             title = f"{before} lr={after} [{row['metric']}, {row['unit']}]"
             groups.setdefault(title, {}).setdefault(method, {})[row["seed"]] = float(row["median"])
     for title, methods in groups.items():
-        print(f"\n{title}\n| method | mean | sd | minus no delay | seeds |\n|---|---|---|---|---|")
+        print(f"\n{title}\n\n| method | mean | sd | minus no delay | seeds |\n|---|---|---|---|---|")
         reference = methods.get("no delay", {})
         for method in METHODS:
             seeds = methods.get(method, {})
@@ -200,6 +204,8 @@ def report(table: Path) -> None:
             paired = [value - reference[seed] for seed, value in seeds.items() if seed in reference]
             spread = f"{stdev(values):.3f}" if len(values) > 1 else "-"
             gap = f"{mean(paired):+.3f}" if paired else "-"
+            if len(paired) > 1 and method != "no delay":
+                gap += f" +- {stdev(paired) / len(paired) ** 0.5:.3f}"
             print(f"| {method} | {mean(values):.3f} | {spread} | {gap} | {' '.join(f'{v:.2f}' for v in values)} |")
 
 

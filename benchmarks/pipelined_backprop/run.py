@@ -1,15 +1,18 @@
 """How much faster than flushed pipelines is one that never drains?
 
     PYTHONPATH=src python -m benchmarks.pipelined_backprop.run                     # emulated stages and real ones
-    PYTHONPATH=src python -m benchmarks.pipelined_backprop.run --only emulated
+    PYTHONPATH=src python -m benchmarks.pipelined_backprop.run --only emulated     # replaces these rows only
+    PYTHONPATH=src python -m benchmarks.pipelined_backprop.run --report            # the tables from results.csv
 
 One process a stage over gloo, one thread each. Emulated stages sleep (--unit-ms for the forward, as long for each half
 of the backward), so any number of them runs on any machine and theory is exact. Real stages share this machine's cores
-and memory: how much two busy ones slow each other down is measured in the same repeat, and theory is given with and
-without it. Everything is interleaved within a repeat; ratios are taken within it.
+and memory: how much two busy ones slow each other down, each in a process of its own without any traffic, is measured
+before and after the pipelines in the same repeat, and theory is given with and without it. Everything is interleaved
+within a repeat; ratios are taken within it. Each workload's rows are written as it ends.
 """
 
 import argparse
+import csv
 import multiprocessing
 import os
 import tempfile
@@ -18,7 +21,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,8 +35,17 @@ from fourfold.parallel import PipelinedBackprop, PipelineSchedule
 from fourfold.parallel.pipeline_schedule import async_speedup
 
 COUNTS = (1, 2, 4, 8)  # micro-batches an update of the flushed pipelines
+EMULATED = {2: 3, 4: 2, 8: 1}  # stages -> repeats
+REAL_REPEATS = 5
+COMPARED = (  # (way, over what, of whom)
+    ("lockstep none", "1f1b", "fourfold"),
+    ("lockstep lwpv+sc", "1f1b", "fourfold"),
+    ("lockstep none", "torch", "torch"),
+    ("lockstep none", "zb-h1", "fourfold"),
+)
 SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 Seconds = dict[str, float]
+Row = dict[str, Any]
 
 
 def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -105,20 +116,22 @@ def torch_step(stages: list[nn.Module], batch: tuple[Tensor, Tensor], count: int
 
 
 def slow_down(stages: list[nn.Module], example: Tensor) -> tuple[list[float], float]:
-    """Each stage's seconds a micro-batch alone, and by how much two stages at work at once slow each other down."""
+    """Each stage's seconds a micro-batch alone, and by how much stages at work at once slow each other down."""
     rank = dist.get_rank()
     leaf = example.detach()
     for before in stages[:rank]:
         leaf = before(leaf).detach()
     leaf.requires_grad_(rank > 0)
 
-    def work(repeats: int = 6) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
+    def work(seconds: float = 1.0) -> float:
+        """For a set time, so that both are at work to the end."""
+        start, repeats = time.perf_counter(), 0
+        while (passed := time.perf_counter() - start) < seconds:
             stages[rank](leaf).square().mean().backward()
-        return (time.perf_counter() - start) / repeats
+            repeats += 1
+        return passed / repeats
 
-    work(2)
+    work(0.2)
     alone = [0.0] * dist.get_world_size()
     for turn in range(dist.get_world_size()):
         dist.barrier()
@@ -161,8 +174,10 @@ def rank_main(rank: int, world: int, kind: str, repeats: int, unit_s: float, fol
             stages = make()
             with torch.no_grad():
                 batch = (example, torch.zeros_like(nn.Sequential(*stages)(example)))
-            extra = slow_down(stages, example)
-            seconds = per_micro_batch(make, batch, 8)
+            (before, first) = slow_down(stages, example)
+            seconds = per_micro_batch(make, batch, max(8, 8 * round(1.5 / max(before) / 8)))
+            (after, last) = slow_down(stages, example)
+            extra = [(a + b) / 2 for a, b in zip(before, after, strict=True)], (first + last) / 2
         if rank == 0:
             results.put((seconds, extra))
     dist.destroy_process_group()
@@ -191,79 +206,121 @@ def measure(kind: str, world: int, repeats: int, unit_s: float) -> list[tuple[Se
     return samples
 
 
-def table(kind: str, world: int, samples: list[tuple[Seconds, Any]]) -> list[dict[str, Any]]:
-    """Print the speed-ups of one workload and return its rows."""
-    rows: list[dict[str, Any]] = []
+def rows_of(kind: str, world: int, samples: list[tuple[Seconds, Any]]) -> list[Row]:
+    """What results.csv keeps of one workload."""
+    rows: list[Row] = []
 
-    def row(provider: str, case: str, metric: str, unit: str, values: list[float], how: str = "cpu") -> str:
-        case = f"workload={kind} stages={world} {case}"
+    def row(provider: str, case: str, metric: str, unit: str, values: list[float], how: str = "cpu") -> None:
         rows.append(
             measurement(
-                benchmark="pipelined_backprop", provider=provider, case=case, metric=metric, unit=unit,
-                samples=values, kind=how, world_size=world,
+                benchmark="pipelined_backprop", provider=provider, case=f"{workload(kind, world)} {case}",
+                metric=metric, unit=unit, samples=values, kind=how, world_size=world,
             )
         )  # fmt: skip
-        return (
-            f"{median(values):.3f}"
-            if len(values) == 1
-            else f"{median(values):.3f} ({min(values):.2f}-{max(values):.2f})"
-        )
 
-    print(f"\n{kind}, {world} stages, {len(samples)} repeats: median (lowest-highest)")
     for way in samples[0][0]:
         provider = "torch" if way.startswith("torch") else "fourfold"
-        shown = row(
-            provider, f"way={way.replace(' ', '/')}", "time", "ms/micro-batch", [1e3 * s[way] for s, _ in samples]
-        )
-        print(f"  {way:20} {shown} ms a micro-batch")
-    if samples[0][1] is not None:
-        shown = row("fourfold", "two stages at work", "slow_down", "ratio", [extra[1] for _, extra in samples])
-        print(f"  two stages at work at once take {shown} times as long")
-    print(
-        "| M | (M+S-1)/M | corrected | over 1F1B | with LWPv+SC | over torch 1F1B | over zero-bubble H1 | 1+(S-1)/3M |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+        row(provider, f"way={way.replace(' ', '/')}", "time", "ms/micro-batch", [1e3 * s[way] for s, _ in samples])
+    real = samples[0][1] is not None
+    if real:
+        row("fourfold", "two stages at work", "slow_down", "ratio", [extra[1] for _, extra in samples])
     for count in COUNTS:
-        cells = [row("theory", f"M={count}", "speedup over 1f1b", "ratio", [async_speedup(world, count)], "modelled")]
-        if samples[0][1] is not None:
-            values = [corrected(alone, factor, count) for _, (alone, factor) in samples]
-            cells.append(row("theory", f"M={count} corrected", "speedup over 1f1b", "ratio", values, "modelled"))
-        else:
-            cells.append("-")
-        for way, over, provider in (
-            ("lockstep none", "1f1b", "fourfold"),
-            ("lockstep lwpv+sc", "1f1b", "fourfold"),
-            ("lockstep none", "torch", "torch"),
-            ("lockstep none", "zb-h1", "fourfold"),
-        ):
+        row("theory", f"M={count}", "speedup over 1f1b", "ratio", [async_speedup(world, count)], "modelled")
+        slower = [corrected(alone, factor, count) for _, (alone, factor) in samples] if real else []
+        if real:
+            row("theory", f"M={count} corrected", "speedup over 1f1b", "ratio", slower, "modelled")
+        for way, over, provider in COMPARED:
             if f"{over} {count}" not in samples[0][0]:
-                cells.append("refused")
                 continue
             values = [s[f"{over} {count}"] / s[way] for s, _ in samples]
-            cells.append(
-                row(
-                    "fourfold", f"M={count} {way.replace(' ', '/')}", f"speedup over {provider} {over}", "ratio", values
-                )
-            )
-        # H1's bubble is that small only with as many micro-batches as stages.
-        cells.append(f"{1 + (world - 1) / (3 * count):.3f}" if count >= world else "-")
-        print(f"| {count} | " + " | ".join(cells) + " |", flush=True)
+            case = f"M={count} {way.replace(' ', '/')}"
+            row("fourfold", case, f"speedup over {provider} {'1f1b' if over == 'torch' else over}", "ratio", values)
+            if real and (way, over) == COMPARED[0][:2]:
+                shares = [value / theory for value, theory in zip(values, slower, strict=True)]
+                row("fourfold", case, "speedup over corrected theory", "ratio", shares)
     return rows
+
+
+def workload(kind: str, world: int) -> str:
+    return f"workload={kind} stages={world}"
+
+
+def print_table(kind: str, world: int, rows: list[Row]) -> None:
+    """The speed-ups of one workload as README.md shows them; nothing where it has not been run."""
+    title = workload(kind, world)
+    found = {(row["case"].removeprefix(title).strip(), row["metric"]): row for row in rows if _is_of(row, title)}
+    if not found:
+        return
+
+    def cell(case: str, metric: str, missing: str = "-") -> str:
+        row = found.get((case, metric))
+        if row is None:
+            return missing
+        shown = f"{float(row['median']):.3f}"
+        return shown if int(row["repeats"]) == 1 else f"{shown} ({float(row['low']):.2f}-{float(row['high']):.2f})"
+
+    measured = next(row for row in found.values() if row["kind"] != "modelled")
+    print(f"\n{kind}, {world} stages, {measured['repeats']} repeats: median (lowest-highest)\n")
+    slow = cell("two stages at work", "slow_down", "")
+    if slow:
+        print(f"Two stages at work at once take {slow} times as long as one alone.\n")
+    heads = ["M", "(M+S-1)/M", *(["so corrected"] if slow else []), "over 1F1B", *(["of corrected"] if slow else [])]
+    heads += ["with LWPv+SC", "over torch 1F1B", "over zero-bubble H1", "1+(S-1)/3M"]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for count in COUNTS:
+        plain, predicted = f"M={count} lockstep/none", f"M={count} lockstep/lwpv+sc"
+        cells = [str(count), cell(f"M={count}", "speedup over 1f1b")]
+        cells += [cell(f"M={count} corrected", "speedup over 1f1b")] if slow else []
+        cells += [cell(plain, "speedup over fourfold 1f1b")]
+        cells += [cell(plain, "speedup over corrected theory")] if slow else []
+        cells += [
+            cell(predicted, "speedup over fourfold 1f1b"),
+            cell(plain, "speedup over torch 1f1b", "refused"),
+            cell(plain, "speedup over fourfold zb-h1"),
+            # H1's bubble is that small only with as many micro-batches as stages.
+            f"{1 + (world - 1) / (3 * count):.3f}" if count >= world else "-",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def merge(table: Path, title: str, rows: list[Row]) -> None:
+    """Put `rows` in the place of the workload's earlier ones."""
+    write_rows(table, [row for row in read_rows(table) if not _is_of(row, title)] + rows)
+
+
+def _is_of(row: Row, title: str) -> bool:
+    return str(row["case"]).startswith(title + " ")
+
+
+def read_rows(table: Path) -> list[Row]:
+    if not table.exists():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="emulated, transformer or resnet")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--stages", type=int, nargs="*", default=[2, 4, 8], help="numbers of emulated stages")
+    parser.add_argument("--repeats", type=int, default=0, help="in place of each workload's own")
+    parser.add_argument("--stages", type=int, nargs="*", default=list(EMULATED), help="numbers of emulated stages")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
-    parser.add_argument("--unit-ms", type=float, default=20.0, help="sleep of a forward and of each half of a backward")
+    parser.add_argument("--unit-ms", type=float, default=30.0, help="sleep of a forward and of each half of a backward")
+    parser.add_argument("--report", action="store_true", help="print the tables of --out, run nothing")
     given = parser.parse_args()
-    rows = []
     for kind, world in [*(("emulated", world) for world in given.stages), ("transformer", 2), ("resnet", 2)]:
-        if given.only in kind:
-            rows += table(kind, world, measure(kind, world, given.repeats, given.unit_ms / 1e3))
-    write_rows(given.out, rows)
+        if given.only not in kind:
+            continue
+        if not given.report:
+            start = time.monotonic()
+            repeats = given.repeats or (EMULATED.get(world, 1) if kind == "emulated" else REAL_REPEATS)
+            merge(
+                given.out,
+                workload(kind, world),
+                rows_of(kind, world, measure(kind, world, repeats, given.unit_ms / 1e3)),
+            )
+            print(f"\n({kind}, {world} stages: {time.monotonic() - start:.0f} s)")
+        print_table(kind, world, read_rows(given.out))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A stage that is killed in mid-stream ends the others soon, with a message that names it."""
+"""A stage that is killed in mid-stream ends the others soon, its replicas' pipelines too, and all messages name it."""
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -17,10 +18,10 @@ from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop
 
-NUM_STAGES = 4
+NUM_RANKS = 4
 
 
-def train_until_killed(rank: int, victim: int, folder: str, pipe: Connection) -> None:
+def train_until_killed(rank: int, victim: int, num_replicas: int, folder: str, pipe: Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     # Ten minutes: what ends the ranks in time must not be this.
@@ -28,12 +29,16 @@ def train_until_killed(rank: int, victim: int, folder: str, pipe: Connection) ->
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=NUM_STAGES,
+        world_size=NUM_RANKS,
         timeout=timedelta(minutes=10),
     )
+    num_stages = NUM_RANKS // num_replicas
+    pipelines = [dist.new_group(list(range(start, start + num_stages))) for start in range(0, NUM_RANKS, num_stages)]
+    peers = [dist.new_group(list(range(stage, NUM_RANKS, num_stages))) for stage in range(num_stages)]
     trainer = PipelinedBackprop(
-        pipeline_models.stages(NUM_STAGES),
-        group=None,
+        pipeline_models.stages(num_stages),
+        group=pipelines[rank // num_stages],
+        dp_group=peers[rank % num_stages] if num_replicas > 1 else None,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
         loss_fn=F.cross_entropy,
         mitigation="none",
@@ -74,14 +79,23 @@ def test_a_silent_stage_is_given_up_in_time(ranks):
     assert time.monotonic() - start < 60  # the group's own timeout is 120 s
 
 
-@pytest.mark.parametrize("victim", [2])
-def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, victim):
+@pytest.mark.parametrize(
+    ("num_replicas", "victim", "named"),
+    [
+        (1, 2, r"stage 2 \(rank 2\)"),
+        # who only averages with it cannot know which of the replicas it was
+        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?"),
+    ],
+)
+def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
     processes, pipes = [], []
-    for rank in range(NUM_STAGES):
+    for rank in range(NUM_RANKS):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=train_until_killed, args=(rank, victim, str(tmp_path), theirs), daemon=True)
+        process = context.Process(
+            target=train_until_killed, args=(rank, victim, num_replicas, str(tmp_path), theirs), daemon=True
+        )
         process.start()
         theirs.close()
         processes.append(process)
@@ -91,10 +105,10 @@ def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, victim):
         for rank, pipe in enumerate(pipes):
             if rank == victim:
                 continue
-            assert pipe.poll(max(0.0, start + 60 - time.monotonic())), f"stage {rank} hangs"
+            assert pipe.poll(max(0.0, start + 60 - time.monotonic())), f"rank {rank} hangs"
             kind, message = pipe.recv()
             assert kind == "PipelineError"
-            assert f"stage {victim} (rank {victim})" in message, message
+            assert re.search(named, message), message
     finally:
         for process in processes:
             process.kill()

@@ -82,7 +82,9 @@ def test_heads_experts_and_stages_must_fit():
         Layout(dp=2, pp=2, tp=2, micro_batch=2, vp=2, sequence_parallel=True, zero_stage=1, global_batch=8, seq_len=64),
         Layout(dp=2, cp=4, cp_heads=2, checkpointing="stream", stream_chunks=8, global_batch=8, seq_len=64),
         Layout(dp=8, ep=4, checkpointing="full", checkpoint_every=2, offload=True, global_batch=8, seq_len=64),
-        Layout(dp=2, pp=4, asynchronous=True, checkpointing="selective", global_batch=8, seq_len=64),
+        Layout(dp=2, pp=4, schedule="lockstep", checkpointing="full", global_batch=8, seq_len=64),
+        Layout(pp=4, schedule="1f1b-async", mitigation="stash+sc", global_batch=8, seq_len=64),
+        Layout(pp=4, schedule="2bw", mitigation="none", global_batch=8, seq_len=64),
     ],
 )
 def test_a_printed_name_reads_back(layout):

@@ -122,13 +122,6 @@ def test_experts_are_cut():
     assert result.layouts[0].peak_bytes != whole.layouts[0].peak_bytes
 
 
-def test_the_async_pipeline_has_no_bubble():
-    fixed = {"pp": 4}
-    batch = {"global_batch": 32, "seq_len": 2048, "num_devices": 8, "fix": fixed}
-    assert all(p.bubble_s == 0 for p in plan(LLAMA, A100, asynchronous=True, **batch).layouts)
-    assert all(p.bubble_s > 0 for p in plan(LLAMA, A100, **batch).layouts)
-
-
 def test_no_torch_is_imported():
     script = (
         "import sys, fourfold.layouts.search, fourfold.layouts.report, fourfold.layouts.calibration, "

@@ -1,0 +1,261 @@
+"""The training loop of a pipeline that never drains: the same text, metrics and checkpoints as training.py's.
+
+A step is still `global_batch` sequences, so learning rates, logs and checkpoints mean the same; a schedule that updates
+at every micro-batch makes many updates in it, each with hyper-parameters scaled to its own batch. Between checkpoints
+the stream never stops, hence nobody waits for a step to end: the last stage, which knows the losses, reports them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fourfold.launch.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
+from fourfold.launch.memory_use import MemoryGauge
+from fourfold.launch.text import held_out_rows, training_rows
+from fourfold.launch.training import (
+    BETAS,
+    COUNTED_STEPS,
+    StepRecord,
+    TrainResult,
+    TrainSettings,
+    decay_groups,
+    learning_rate_at,
+    needed,
+)
+from fourfold.layouts.asynchronous import schedule_of
+from fourfold.layouts.layout import Layout
+from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
+from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.sequence_tensors import shard_labels
+
+
+def scaled_optimizer(layout: Layout, settings: TrainSettings) -> Callable[[list[nn.Parameter]], Optimizer]:
+    """training.make_optimizer's AdamW, with hyper-parameters for the batch of one update instead of the global one."""
+    update_batch = layout.global_batch // layout.updates_per_step
+    scaled = scale_adam_hyperparameters(
+        lr=settings.learning_rate,
+        betas=BETAS,
+        batch=layout.global_batch,
+        new_batch=update_batch,
+        weight_decay=settings.weight_decay,
+    )
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        groups = decay_groups(parameters, scaled.weight_decay)
+        return AdamW(groups, lr=scaled.lr, betas=scaled.betas, eps=scaled.eps, fused=True)
+
+    return make
+
+
+def rate_schedule(layout: Layout, settings: TrainSettings) -> Callable[[Optimizer], LambdaLR]:
+    """learning_rate_at's shape over updates instead of steps."""
+
+    def factor(update: int) -> float:
+        return learning_rate_at(update // layout.updates_per_step, settings) / settings.learning_rate
+
+    def make(optimizer: Optimizer) -> LambdaLR:
+        scheduler = LambdaLR(optimizer, factor)
+        for group in optimizer.param_groups:
+            del group["initial_lr"]  # the scheduler has its own copy; checkpoints are those of any other layout
+        return scheduler
+
+    return make
+
+
+class AsynchronousModel:
+    """This rank's stage of a decoder under an asynchronous layout; as ParallelModel, it has `stage` and `device`."""
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, mesh: DeviceMesh, settings: TrainSettings, *, dtype: torch.dtype | None
+    ) -> None:
+        self.layout, self.mesh, self.settings = layout, mesh, settings
+        self.pipeline = pipeline_decoder(
+            model,
+            mesh,
+            seq_len=layout.seq_len,
+            optimizer=scaled_optimizer(layout, settings),
+            schedule=schedule_of(layout),
+            mitigation=layout.mitigation,
+            scheduler=rate_schedule(layout, settings),
+            checkpointing=layout.checkpointing,
+            dtype=dtype,
+            seed=settings.seed,
+        )
+        self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
+        self.device = next(self.stage.parameters()).device
+        replica_rows = layout.global_batch // layout.dp
+        start = mesh.get_local_rank("dp") * replica_rows
+        self.rows = slice(start, start + replica_rows)
+
+    def micro_batches(self, ids: Callable[[], Tensor]) -> Iterator[tuple[Tensor, Any]]:
+        """This replica's micro-batches of a global batch, as far as this stage reads them.
+
+        Args:
+            ids: makes [rows, seq_len] int64; called where tokens are read, on the first and the last stage.
+        """
+        shape = self.layout.micro_batch, self.layout.seq_len
+        unread = torch.empty(shape, dtype=torch.int64, device="meta")
+        if not (self.pipeline.is_first or self.pipeline.is_last):
+            yield from [(unread, None)] * self.layout.num_micro_batches
+            return
+        for part in torch.split(ids().to(self.device), self.layout.micro_batch):
+            yield (part, None) if self.pipeline.is_first else (unread, shard_labels(part, (0, 1)))
+
+    def average_over_replicas(self, values: Tensor) -> Tensor:
+        """The mean of a tensor over dp, in place; every replica of this stage must call."""
+        if self.layout.dp > 1:
+            dist.all_reduce(values, group=self.mesh.get_group("dp"))
+            values /= self.layout.dp
+        return values
+
+    def save(self, folder: Path, *, step: int) -> None:
+        """Between two runs of the pipeline: nothing is in flight."""
+        stage = self.pipeline.stage
+        with stage.optimizer_parameters() as optimizer:
+            assert optimizer is not None  # every stage of a decoder has weights
+            save_checkpoint(
+                folder, self, optimizer, step=step, updates_per_step=self.layout.updates_per_step,
+                extra=stage.remembered(),
+            )  # fmt: skip
+
+    def load(self, folder: Path) -> int:
+        """The newest checkpoint of `folder`; returns its step. Raises ValueError as load_checkpoint does."""
+        stage, extra = self.pipeline.stage, self.pipeline.stage.remembered(blank=True)
+        with stage.optimizer_parameters() as optimizer:
+            assert optimizer is not None
+            step = load_checkpoint(
+                folder, self, optimizer, updates_per_step=self.layout.updates_per_step, extra=extra
+            )  # fmt: skip
+        updates = step * self.layout.updates_per_step
+        stage.go_on(num_updates=updates, num_forwards=step * self.layout.num_micro_batches, remembered=extra)
+        assert stage.scheduler is not None
+        stage.scheduler.last_epoch = updates - 1
+        stage.scheduler.step()  # sets the rates of the coming update
+        return step
+
+
+class _StepClock:
+    """On the last stage: gathers micro-batches into steps, and reports each as its last loss is known."""
+
+    def __init__(self, model: AsynchronousModel, first: int, on_step: Callable[[StepRecord], None]) -> None:
+        self._model, self._step, self._on_step = model, first, on_step
+        self._losses: list[Tensor] = []
+        self._since = time.perf_counter()
+        self.records: list[StepRecord] = []
+
+    def __call__(self, micro_batch: int, loss: Tensor) -> None:
+        self._losses.append(loss)
+        if len(self._losses) < self._model.layout.num_micro_batches:
+            return
+        mean = self._model.average_over_replicas(torch.stack(self._losses).double().mean()).item()
+        settings = self._model.settings
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"loss {mean} at step {self._step}: lower the learning rate {settings.learning_rate:.2g}"
+            )
+        now = time.perf_counter()
+        rate = learning_rate_at(self._step, settings)
+        # No rank sees all gradients of an update, so there is no norm over the model.
+        record = StepRecord(self._step, mean, math.nan, rate, now - self._since)
+        self.records.append(record)
+        self._on_step(record)
+        self._losses, self._since, self._step = [], now, self._step + 1
+
+
+def train_asynchronously(
+    model: AsynchronousModel,
+    text: tuple[Tensor, Tensor],
+    *,
+    gauge: MemoryGauge,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> TrainResult:
+    """training.train for an asynchronous pipeline; every rank calls.
+
+    The pipeline drains before a checkpoint, so that nothing is in flight, and at the end.
+
+    Args:
+        on_step: called on the ranks of the last stage.
+    Returns:
+        Losses on every rank; `step_s` as the last stage saw it, from one step's last loss to the next's.
+    Raises:
+        ValueError: as training.train; a checkpoint of a run with another number of updates a step.
+        FloatingPointError: the loss is no longer a finite number.
+        PipelineError: another stage, or a replica of this one, is gone.
+    """
+    layout, settings = model.layout, model.settings
+    first = 0
+    if resume:
+        first = model.load(needed(checkpoints))
+        if first >= settings.steps:
+            raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
+    elif settings.checkpoint_every:
+        refuse_overwriting(needed(checkpoints))
+    # Memory is counted until the optimizer's states are there and the pipeline has filled.
+    counted = first + max(COUNTED_STEPS, -(-4 * layout.pp // layout.num_micro_batches))
+    every = settings.checkpoint_every or settings.steps
+    result = TrainResult()
+    while first < settings.steps:
+        last = min(settings.steps, (first // every + 1) * every)
+        clock = _StepClock(model, first, on_step)
+        model.pipeline.run(_training_stream(model, text[0], range(first, last), gauge, counted), on_loss=clock)
+        result.records += _shared(model, clock.records, range(first, last))
+        if settings.checkpoint_every:
+            model.save(needed(checkpoints), step=last)
+        first = last
+    if settings.held_out_batches:
+        losses = model.pipeline.evaluate(_held_out_stream(model, text[1], settings.held_out_batches))
+        mean = torch.tensor(losses, dtype=torch.float64, device=model.device).mean()
+        result.held_out_loss = model.average_over_replicas(mean).item()
+    gauge.stop()
+    result.peak_bytes = gauge.peak_bytes
+    return result
+
+
+def _training_stream(
+    model: AsynchronousModel, text: Tensor, steps: range, gauge: MemoryGauge, counted: int
+) -> Iterator[tuple[Tensor, Any]]:
+    layout = model.layout
+    for step in steps:
+        if step == counted:
+            gauge.stop()
+        draw = partial(
+            training_rows, text, seq_len=layout.seq_len, global_batch=layout.global_batch, step=step,
+            seed=model.settings.seed, rows=model.rows,
+        )  # fmt: skip
+        yield from model.micro_batches(draw)
+
+
+def _held_out_stream(model: AsynchronousModel, text: Tensor, num_batches: int) -> Iterator[tuple[Tensor, Any]]:
+    layout = model.layout
+    for batch in range(num_batches):
+        shift = batch * layout.global_batch
+        draw = partial(
+            held_out_rows, text, seq_len=layout.seq_len, num_rows=num_batches * layout.global_batch,
+            rows=slice(shift + model.rows.start, shift + model.rows.stop),
+        )  # fmt: skip
+        yield from model.micro_batches(draw)
+
+
+def _shared(model: AsynchronousModel, records: list[StepRecord], steps: range) -> list[StepRecord]:
+    """The last stage's records, on every rank: one broadcast of 16 bytes a step."""
+    values = torch.tensor([[r.loss, r.step_s] for r in records], dtype=torch.float64, device=model.device)
+    if not model.pipeline.is_last:
+        values = torch.empty(len(steps), 2, dtype=torch.float64, device=model.device)
+    dist.broadcast(values, group=model.mesh.get_group("pp"), group_src=model.layout.pp - 1)
+    rates = [learning_rate_at(step, model.settings) for step in steps]
+    return [
+        StepRecord(step, loss, math.nan, rate, step_s)
+        for step, rate, (loss, step_s) in zip(steps, rates, values.tolist(), strict=True)
+    ]

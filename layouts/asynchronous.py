@@ -1,0 +1,112 @@
+"""What a pipeline that never drains costs besides, and what it changes for convergence.
+
+No bubble, but a stage holds more micro-batches and several versions of its weights, updates (and, with replicas,
+reduces gradients) at every micro-batch, and learns from gradients that are some updates old. Closed forms over columns;
+a test compares them with the schedules themselves, parallel.pipeline_schedule.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fourfold.layouts.candidates import DOUBLE_BUFFERED, FLUSHED, LOCKSTEP, Candidates, Column
+from fourfold.layouts.layout import Layout
+from fourfold.parallel.pipeline_schedule import PipelineSchedule
+from fourfold.parallel.weight_prediction import Mitigation, scale_adam_hyperparameters, scale_hyperparameters
+
+SPIKE_PASSES = 6.0
+"""fp32 values read or written a parameter and update by spike compensation: two moments, each from two tensors."""
+PREDICTION_PASSES = {"velocity": 8.0, "weight": 3.0, "none": 0.0}
+"""For predicted weights: from the weights, both moments of Adam and a temporary, or from weights now and before."""
+EXCHANGE_PASSES = 6.0
+"""Filling the module with predicted weights for a forward, and back; and with the new ones after an update."""
+
+
+def asynchronous_in_flight(c: Candidates, stage: Column, drained: Column) -> Column:
+    """Micro-batches whose activations a stage holds; `drained` where the pipeline drains. [stages, candidates]."""
+    behind = (c.pp - 1 - stage).astype(float)
+    return np.where(c.schedule == FLUSHED, drained, np.where(c.schedule == LOCKSTEP, 2 * behind, behind) + 1)
+
+
+def delays(c: Candidates, stage: Column) -> Column:
+    """D of each stage's gradients, in updates; [stages, candidates]."""
+    behind = c.pp - 1 - stage
+    late = np.where(c.schedule == LOCKSTEP, 2 * behind, np.where(c.schedule == DOUBLE_BUFFERED, 1, behind))
+    return np.where(c.schedule == FLUSHED, 0, late)
+
+
+def updates_per_step(c: Candidates) -> Column:
+    """Optimizer updates in a global batch."""
+    return np.where((c.schedule == FLUSHED) | (c.schedule == DOUBLE_BUFFERED), 1, c.num_micro_batches)
+
+
+def weight_copies(c: Candidates, stage: Column) -> Column:
+    """Copies of a stage's weights besides those and the optimizer's states: kept apart, predicted, stashed.
+
+    The moment that spike compensation sets aside during an update takes the place that predicted weights have then
+    left, or one of its own.
+    """
+    mitigation = Mitigation.named(c.mitigation)
+    late, buffered = np.broadcast_arrays(delays(c, stage), c.schedule == DOUBLE_BUFFERED)
+    copies = np.zeros(late.shape)
+    for delay in np.unique(late[late > 0]):
+        for double_buffered in (False, True):
+            held = mitigation.weight_copies(int(delay), double_buffered=double_buffered)
+            copies[(late == delay) & (buffered == double_buffered)] = held
+    spike = float(bool(mitigation.spike) and not mitigation.predicts)
+    return copies + spike * (late > 0)
+
+
+def mitigation_seconds(c: Candidates, params: Column, stage: Column, bandwidth_bytes_per_s: float) -> Column:
+    """Of one update: what the mitigation reads and writes besides the optimizer; [stages, candidates]."""
+    mitigation = Mitigation.named(c.mitigation)
+    apart = mitigation.predicts or mitigation.stash or mitigation.correction > 0
+    passes = SPIKE_PASSES * bool(mitigation.spike) + EXCHANGE_PASSES * apart
+    passes += PREDICTION_PASSES["velocity" if mitigation.spectrain else mitigation.predict]
+    return np.where(delays(c, stage) > 0, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
+
+
+def schedule_of(layout: Layout) -> PipelineSchedule:
+    """The schedule that runs an asynchronous layout."""
+    every = layout.num_micro_batches if layout.schedule == "2bw" else 1
+    return PipelineSchedule(name=layout.schedule, num_stages=layout.pp, update_every=every)
+
+
+def convergence(layout: Layout, *, betas: tuple[float, float] = (0.9, 0.95), momentum: float = 0.9) -> dict[str, Any]:
+    """What an asynchronous layout changes for learning.
+
+    Args:
+        betas, momentum: of AdamW and of SGD at this global batch.
+    Returns:
+        delays: D of each stage in updates; mitigation; update_batch: sequences an update; adamw and sgd: what the
+        hyper-parameters of the global batch become at that batch, rates as factors.
+    """
+    batch = layout.global_batch // layout.updates_per_step
+    adam = scale_adam_hyperparameters(lr=1.0, betas=betas, batch=layout.global_batch, new_batch=batch)
+    rate, scaled = scale_hyperparameters(lr=1.0, momentum=momentum, batch=layout.global_batch, new_batch=batch)
+    return {
+        "delays": schedule_of(layout).delays(),
+        "mitigation": layout.mitigation,
+        "update_batch": batch,
+        "adamw": {"lr_factor": adam.lr, "betas": list(adam.betas)},
+        "sgd": {"lr_factor": rate, "momentum": scaled},
+    }
+
+
+def convergence_text(layout: Layout) -> str:
+    """`convergence` in a sentence or two."""
+    facts = convergence(layout)
+    late = [f"{delay:g}" for delay in facts["delays"]]
+    shown = ", ".join(late if len(late) <= 8 else [*late[:3], "...", *late[-2:]])
+    beta1, beta2 = facts["adamw"]["betas"]
+    words = (
+        f"{layout}: gradients come {shown} updates late (first stage to last), mitigated by {layout.mitigation}; "
+        "gradients are not clipped, as no rank sees them all. "
+    )
+    if layout.updates_per_step == 1:
+        return words + "One update a step: hyper-parameters stay."
+    return words + (
+        f"{layout.updates_per_step} updates a step, of {facts['update_batch']} sequences each: AdamW's rate "
+        f"x {facts['adamw']['lr_factor']:.3g} and betas {beta1:.4g}, {beta2:.4g} (from 0.9, 0.95); SGD's rate "
+        f"x {facts['sgd']['lr_factor']:.3g} and momentum {facts['sgd']['momentum']:.4g} (from 0.9)."
+    )

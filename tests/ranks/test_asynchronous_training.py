@@ -1,0 +1,176 @@
+"""`fourfold.launch.train` with a pipeline that never drains: the emulator's weights to the bit, stopped or not."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import RankFailure
+from test_pipelined_backprop import digest
+
+from fourfold.launch.asynchronous_training import (
+    AsynchronousModel,
+    rate_schedule,
+    scaled_optimizer,
+    train_asynchronously,
+)
+from fourfold.launch.memory_use import MemoryGauge
+from fourfold.launch.text import held_out_rows, training_rows
+from fourfold.launch.training import TrainSettings
+from fourfold.layouts.asynchronous import schedule_of
+from fourfold.layouts.layout import Layout, write_layout_file
+from fourfold.layouts.model import load_model
+from fourfold.parallel import PipelinedBackpropEmulator, decoder_stages, init_mesh
+from fourfold.parallel.asynchronous_decoder import next_token_loss, pipeline_decoder
+from fourfold.parallel.sequence_tensors import shard_labels
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256, "tie_word_embeddings": False,
+}  # fmt: skip
+TEXT = torch.randint(256, (2, 3000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+SETTINGS = TrainSettings(steps=4, learning_rate=0.02, warmup_steps=2, held_out_batches=1, checkpoint_every=2)
+SEQ_LEN = 12
+
+
+def meta_model(**changes: Any) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**{**CONFIG, **changes}))
+
+
+def layout(**fields: Any) -> Layout:
+    return Layout(**{"pp": 2, "global_batch": 6, "seq_len": SEQ_LEN, "schedule": "lockstep", **fields})
+
+
+def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float | None, str, list[torch.Tensor]]:
+    """Losses, held-out loss, and this stage's state and weights after training on ranks."""
+    if resume and dist.get_rank() == 0:
+        shutil.rmtree(Path(folder) / "step_00000004")
+    dist.barrier()
+    mesh = init_mesh(dp=plan.dp, pp=plan.pp, device_type="cpu")
+    model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS, dtype=None)
+    gauge = MemoryGauge(torch.device("cpu"))
+    result = train_asynchronously(
+        model, (TEXT[0], TEXT[1]), gauge=gauge, checkpoints=Path(folder), resume=resume
+    )  # fmt: skip
+    assert result.peak_bytes > sum(4 * p.numel() for p in model.stage.parameters())
+    losses = [record.loss for record in result.records]
+    state = model.pipeline.state_dict()
+    kept = {name: state[name] for name in ("module", "num_forwards")}  # a scheduler also counts its own calls
+    kept |= {name: state["optimizer"][name] for name in ("num_updates", "before", "drift")}
+    kept["moments"] = list(state["optimizer"]["optimizer"]["state"].values())
+    return losses, result.held_out_loss, digest([], kept), [p.detach().clone() for p in model.stage.parameters()]
+
+
+def emulated(plan: Layout) -> tuple[list[float], float, list[list[torch.Tensor]]]:
+    """The same in one process; replicas' micro-batches of one update side by side."""
+    cut_model = decoder_stages(meta_model(), plan.pp, seq_len=SEQ_LEN, checkpointing=plan.checkpointing)
+    stages = [stage for stage in cut_model if stage is not None]
+    emulator = PipelinedBackpropEmulator(
+        stages, optimizer=scaled_optimizer(plan, SETTINGS), loss_fn=next_token_loss, schedule=schedule_of(plan),
+        mitigation=plan.mitigation, scheduler=rate_schedule(plan, SETTINGS),
+    )  # fmt: skip
+
+    def cut(ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        replicas = ids.view(plan.dp, plan.num_micro_batches, plan.micro_batch, SEQ_LEN)
+        return [(part, shard_labels(part, (0, 1))) for part in replicas.transpose(0, 1).flatten(1, 2)]
+
+    batch, rows = plan.global_batch, slice(0, plan.global_batch)
+    losses: list[float] = []
+    for start in range(0, SETTINGS.steps, SETTINGS.checkpoint_every):  # drained at each checkpoint
+        stream = []
+        for step in range(start, start + SETTINGS.checkpoint_every):
+            stream += cut(training_rows(TEXT[0], seq_len=SEQ_LEN, global_batch=batch, step=step, seed=0, rows=rows))
+        losses += torch.tensor(emulator.run(stream), dtype=torch.float64).view(-1, plan.num_micro_batches).mean(1)
+    held_out = emulator.evaluate(cut(held_out_rows(TEXT[1], seq_len=SEQ_LEN, num_rows=batch, rows=rows)))
+    mean = torch.tensor(held_out, dtype=torch.float64).mean().item()
+    return [float(loss) for loss in losses], mean, [[p.detach() for p in stage.parameters()] for stage in stages]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mitigation": "lwpw+sc", "schedule": "1f1b-async", "micro_batch": 2},
+        {"mitigation": "pipemare-dc", "checkpointing": "full"},
+        {"schedule": "2bw", "mitigation": "none"},
+    ],
+    ids=str,
+)
+def test_training_equals_the_emulator_and_resuming_equals_no_stop(ranks, tmp_path, fields):
+    plan, folder = layout(**fields), str(tmp_path / "checkpoints")
+    whole = ranks(2)(trained, plan, folder, False)
+    again = ranks(2)(trained, plan, folder, True)
+    losses, held_out, weights = emulated(plan)
+    for stage in range(2):
+        assert whole[stage][0] == losses
+        assert whole[stage][1] == held_out
+        assert all(map(torch.equal, whole[stage][3], weights[stage]))
+        assert again[stage][0] == losses[2:]
+        assert again[stage][1:3] == whole[stage][1:3]
+
+
+def test_replicas_train_as_one_pipeline_of_their_micro_batches(ranks, tmp_path):
+    plan = layout(dp=2)
+    results = ranks(4)(trained, plan, str(tmp_path), False)
+    losses, held_out, _ = emulated(plan)
+    assert results[0][0] == results[3][0] == pytest.approx(losses, rel=1e-5)  # fp32: a mean of two means
+    assert results[2][1] == pytest.approx(held_out, rel=1e-5)
+    assert results[0][2] == results[2][2]  # replicas hold the same weights, to the bit
+    assert results[1][2] == results[3][2]
+
+
+def refused() -> list[str]:
+    mesh = init_mesh(dp=1, pp=1, tp=2, device_type="cpu")
+    flat = init_mesh(dp=2, pp=1, device_type="cpu")
+    cut = init_mesh(dp=1, pp=2, device_type="cpu")
+    cases = ((meta_model(), mesh), (meta_model(), flat), (meta_model(tie_word_embeddings=True), cut))
+    messages = []
+    for model, on in cases:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            pipeline_decoder(model, on, seq_len=4, optimizer=torch.optim.SGD)
+        messages.append(str(error.value))
+    return messages
+
+
+def test_meshes_and_models_that_cannot_be_are_refused(ranks):
+    for messages in ranks(2)(refused):
+        for message, words in zip(messages, ("choose tp=1", "pp of at least 2", "untie them"), strict=True):
+            assert words in message
+
+
+def test_a_checkpoint_of_other_updates_a_step_is_refused(ranks, tmp_path):
+    folder = str(tmp_path / "checkpoints")
+    ranks(2)(trained, layout(), folder, False)
+    with pytest.raises(RankFailure, match="written with 6 updates a step, and this layout makes 3: keep its schedule"):
+        ranks(2)(trained, layout(micro_batch=2), folder, True)
+
+
+def test_the_command_trains_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64, **CONFIG}))
+    write_layout_file(tmp_path / "layout.toml", layout(), load_model(str(tmp_path / "model.json")))
+    words = ["launch", tmp_path / "layout.toml", "--out", out, "--steps", 3]
+    command = [sys.executable, "-m", "fourfold.launch.cli", *map(str, words)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=dict(os.environ))
+    assert run.returncode == 0, run.stderr
+    assert "tokens/s" in run.stdout
+    assert "held-out loss" in run.stdout
+    result = json.loads((out / "result.json").read_text())
+    with (out / "metrics.csv").open(newline="") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == result["losses"]
+    assert len(result["losses"]) == len(result["steps_s"]) == 3
+    assert min(result["steps_s"]) > 0
+    assert result["layout"]["schedule"] == "lockstep"

@@ -1,0 +1,137 @@
+"""Pipelines that never drain, priced next to those that do: against the schedules themselves, and only when asked."""
+
+import csv
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fourfold.launch.cli import app
+from fourfold.layouts import asynchronous
+from fourfold.layouts.candidates import Candidates
+from fourfold.layouts.cluster import load_cluster
+from fourfold.layouts.layout import SCHEDULES, Layout, read_layout_file, write_layout_file
+from fourfold.layouts.model import load_model
+from fourfold.layouts.price import price
+from fourfold.layouts.search import plan
+from fourfold.layouts.stages import stages_of
+from fourfold.parallel.weight_prediction import scale_adam_hyperparameters, scale_hyperparameters
+
+A100, LLAMA = load_cluster("A100-80GB"), load_model("llama-3.1-8b")
+BATCH = {"global_batch": 32, "seq_len": 2048}
+LATE = SCHEDULES[1:]
+
+
+def late(**fields: object) -> Layout:
+    return Layout(**{"pp": 4, "schedule": "lockstep", **BATCH, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", LATE)
+@pytest.mark.parametrize("pp", [2, 3, 4, 8])
+def test_closed_forms_are_those_of_the_schedule(schedule, pp):
+    layout = late(schedule=schedule, pp=pp)
+    candidates = Candidates.of([layout])
+    stages = stages_of(LLAMA, candidates)
+    true = asynchronous.schedule_of(layout)
+    index = stages.index[:, 0].tolist()
+    assert sorted(set(index)) == sorted({0, min(1, pp - 1), pp - 1})
+    assert stages.in_flight[:, 0].tolist() == [true.in_flight(stage) for stage in index]
+    assert asynchronous.delays(candidates, stages.index)[:, 0].tolist() == [true.delay(stage) for stage in index]
+    assert asynchronous.updates_per_step(candidates)[0] == layout.updates_per_step == (1 if schedule == "2bw" else 32)
+
+
+def test_a_plan_has_them_only_when_asked():
+    batch = {"num_devices": 8, **BATCH}
+    plain, both = plan(LLAMA, A100, **batch), plan(LLAMA, A100, asynchronous=True, **batch)
+    assert not any(priced.layout.asynchronous for priced in plain.layouts)
+    assert plain.synchronous is None
+    assert [p for p in both.layouts if not p.layout.asynchronous] == plain.layouts
+    assert both.synchronous == plain.layouts[0]
+    assert {priced.layout.schedule for priced in both.layouts} == set(SCHEDULES)
+    assert all(priced.bubble_s == 0 for priced in both.layouts if priced.layout.asynchronous)
+    fixed = plan(LLAMA, A100, fix={"schedule": "2bw", "mitigation": "sc"}, **batch)
+    assert {(priced.layout.schedule, priced.layout.mitigation) for priced in fixed.layouts} == {("2bw", "sc")}
+    again = price(LLAMA, A100, [fixed.layouts[0].layout], stack=fixed.stack)[0]
+    assert (again.step_s, again.peak_bytes) == (fixed.layouts[0].step_s, fixed.layouts[0].peak_bytes)
+
+
+def test_each_update_costs_and_each_copy_of_the_weights_counts():
+    def one(**fields: object) -> object:
+        return price(LLAMA, A100, [late(**fields)])[0]
+
+    drained = one(schedule="1f1b")
+    plain, stash, both = (one(mitigation=name) for name in ("none", "stash", "lwpv+sc"))
+    assert plain.memory_parts_bytes["weights"] == drained.memory_parts_bytes["weights"]
+    assert plain.memory_parts_bytes["activations"] == drained.memory_parts_bytes["activations"] / 4 * 7
+    # the first of 4 stages: its own copy, and predicted weights; or those of 6 versions in flight and the present one
+    assert both.memory_parts_bytes["weights"] == pytest.approx(3 * plain.memory_parts_bytes["weights"])
+    assert stash.memory_parts_bytes["weights"] == pytest.approx(9 * plain.memory_parts_bytes["weights"])
+    assert plain.optimizer_s == pytest.approx(32 * drained.optimizer_s, rel=0.1)  # another stage is the slowest
+    assert both.optimizer_s > plain.optimizer_s
+    assert one(schedule="2bw").optimizer_s < both.optimizer_s / 20
+    replicas = one(dp=2)
+    assert replicas.time_parts_s["dp_communication"] > 8 * one(dp=2, schedule="2bw").time_parts_s["dp_communication"]
+
+
+def test_what_changes_for_learning_follows_the_schedule():
+    layout = late(dp=2, micro_batch=2)
+    facts = asynchronous.convergence(layout)
+    assert facts["delays"] == [6, 4, 2, 0]
+    assert facts["update_batch"] == 4
+    adam = scale_adam_hyperparameters(lr=1.0, betas=(0.9, 0.95), batch=32, new_batch=4)
+    assert (facts["adamw"]["lr_factor"], tuple(facts["adamw"]["betas"])) == (adam.lr, adam.betas)
+    rate, momentum = scale_hyperparameters(lr=1.0, momentum=0.9, batch=32, new_batch=4)
+    assert facts["sgd"] == {"lr_factor": rate, "momentum": momentum}
+    assert "6, 4, 2, 0 updates late" in asynchronous.convergence_text(layout)
+    assert "hyper-parameters stay" in asynchronous.convergence_text(late(schedule="2bw"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "pb"}, "choose one of 1f1b, lockstep, 1f1b-async, 2bw"),
+        ({"mitigation": "hope"}, "'hope' is not among"),
+        ({"pp": 1}, "choose pp of at least 2, or '1f1b'"),
+        ({"tp": 2}, "choose tp=1, or schedule='1f1b'"),
+        ({"cp": 2}, "choose cp=1, or schedule='1f1b'"),
+        ({"dp": 2, "zero_stage": 3}, "choose zero_stage=0, or schedule='1f1b'"),
+        ({"checkpointing": "selective"}, "choose none or full"),
+        ({"schedule": "2bw", "micro_batch": 16}, "a larger global_batch or a smaller micro_batch"),
+    ],
+)
+def test_what_no_stage_can_do_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        late(**fields)
+
+
+def test_layout_files_carry_the_schedule(tmp_path):
+    layout = late(mitigation="stash")
+    write_layout_file(tmp_path / "layout.toml", layout, LLAMA)
+    assert read_layout_file(tmp_path / "layout.toml")[0] == layout
+    assert layout.runnable
+    assert "schedule" not in Layout(**BATCH).as_dict()
+
+
+def test_the_commands_say_what_changes(tmp_path):
+    words = ["--cluster", "A100-80GB", "--gpus", "8", "--global-batch", "32", "--seq-len", "2048"]
+    runner = CliRunner(env={"COLUMNS": "120"})
+    asked = runner.invoke(
+        app, ["plan", "llama-3.1-8b", *words, "--async", "--fix", "pp=8", "--top", "3", "--out", str(tmp_path)]
+    )
+    assert asked.exit_code == 0, asked.output
+    for said in ("2bw", "sync", "14, 12, 10, 8, 6, 4, 2, 0 updates late", "AdamW's rate"):
+        assert said in asked.output
+    with (tmp_path / "plan.csv").open() as file:
+        assert any(row["schedule"] == "lockstep" for row in csv.DictReader(file))
+    told = runner.invoke(app, ["explain", "llama-3.1-8b", *words, "--layout", "pp8 mb8 full lockstep"])
+    assert told.exit_code == 0, told.output
+    assert "stage 7 | F0  B0* F1  B1*" in told.output
+    assert "schedule 1f1b" in told.output
+
+
+def test_columns_and_single_layouts_agree():
+    layouts = [late(schedule=schedule, pp=pp) for schedule in SCHEDULES for pp in (2, 4)]
+    together = price(LLAMA, A100, layouts)
+    alone = [price(LLAMA, A100, [layout])[0] for layout in layouts]
+    np.testing.assert_allclose([p.step_s for p in together], [p.step_s for p in alone], rtol=1e-12)
+    np.testing.assert_allclose([p.peak_bytes for p in together], [p.peak_bytes for p in alone], rtol=1e-12)
