@@ -17,9 +17,16 @@ the optimizer is Nesterov's by itself (NAdam, nesterov=True) its step then looks
 The optimizer computes u* itself when it finds u' = a u + ((a w + b w c - w) / m) g in place of u, since
 m u' + w g = u*; afterwards the true u+ is put back.
 
-Weight prediction in velocity form subtracts T times the step of the present moment without a new gradient: lr u for
-SGD, lr u_hat / (sqrt(v_hat) + eps) for the Adams (as XPipe, arXiv 1911.04610), lr orthogonalised(u) for Muon, each
-without weight decay. The weight form w + T (w - w_before) needs no knowledge of the optimizer.
+Weight prediction in velocity form supposes that the next T steps are the present one without its gradient. SGD's paper
+rule is w - lr T v, T times the step of the moment u = v. For the others likewise, T step(u) with nothing new in u:
+
+    Adam, AdamW    u_hat = u / (1 - beta1^t) moves by a share of 1 - beta1 an update, v_hat by 1 - beta2: over T steps
+                   w - lr T u_hat / (sqrt(v_hat) + eps), as XPipe (arXiv 1911.04610)
+    NAdam          mixes g and u+; the best guess of a gradient not yet seen is u_hat, so the mix is u_hat: Adam's
+    Muon           w - lr T orthogonalised(u): steps of a set size, as long as the directions of u stay
+
+each without weight decay, which moves w by lr T times the decay at most. The weight form w + T (w - w_before) needs no
+knowledge of the optimizer.
 Whether any of it helps: benchmarks/pipelined_backprop/README.md.
 """
 
@@ -70,6 +77,7 @@ class DelayedOptimizer:
         if mitigation.shrink < 1 and delay and gradients:
             torch._foreach_mul_(gradients, mitigation.shrink**delay)
         remembers = delay > 0 and (mitigation.predict == "weight" or mitigation.correction > 0)
+        self._before = None  # made room for before its successor is
         before = [p.detach().clone() for p in self._parameters] if remembers else None
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
@@ -188,8 +196,8 @@ class DelayedOptimizer:
                         continue  # the first moment is all gradient: u* and u+ have the same direction and weight
                     state[key] = torch.zeros_like(p)
                 moment, gradient = state[key], _gradient(group, p, coupled=_decay_is_coupled(self.optimizer, group))
-                true.append((state, key, torch.add(momentum * moment, gradient, alpha=share)))
-                state[key] = torch.add(a * moment, gradient, alpha=slope)
+                true.append((state, key, moment.mul(momentum).add_(gradient, alpha=share)))
+                moment.mul_(a).add_(gradient, alpha=slope)
         return true
 
     def _ahead(self, horizon: float) -> list[Tensor]:
