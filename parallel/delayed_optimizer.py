@@ -13,7 +13,8 @@ Spike compensation. Each supported optimizer keeps one first moment u+ = m u + w
 For SGD the paper replaces u+ in the step by u* = a u+ + b g, at the same total weight of a gradient. In general
 u* = a u+ + b w c g, where c = 1 - beta1^t for the Adams makes the weights in the bias-corrected mean sum to one from
 the first update on (c = 1 for SGD and Muon); the second moment counts sizes, not directions, and is left alone. Where
-the optimizer is Nesterov's by itself (NAdam, nesterov=True) its step then looks D + 1 ahead, as SC_(D+1) does.
+the optimizer is Nesterov's by itself (NAdam, nesterov=True) its step then looks D + 1 ahead, as SC_(D+1) does
+(torch's NAdam only late: its momentum starts at half of beta1, hence half of a step is the newest gradient anyway).
 The optimizer computes u* itself when it finds u' = a u + ((a w + b w c - w) / m) g in place of u, since
 m u' + w g = u*; afterwards the true u+ is put back.
 
