@@ -11,7 +11,7 @@ the module's output (queries against all earlier keys), and from it, in smaller 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from fourfold.parallel.soft_cap_attention import SoftCapAttention
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
+from fourfold.parallel.stream_passing import PassingGradient
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
 TOKEN_DIMS = {"position_ids": 1, "position_embeddings": 1, "cache_position": 0}
@@ -39,6 +40,8 @@ class Pass:
         keep_attention: keep attention's output and lse, so that backward does not recompute them.
         backend: see LayerKeys.
         autocast: (device type, dtype) of an enabled autocast, which backward enters again.
+        passing: the hidden states' gradient on its way down. It is overwritten layer by layer: a hook that keeps it
+            must keep a clone.
     """
 
     masks: Sequence[RowMask]
@@ -47,6 +50,7 @@ class Pass:
     keep_attention: bool
     backend: AttentionBackend | str | None
     autocast: tuple[str, torch.dtype] | None
+    passing: PassingGradient = field(default_factory=PassingGradient)
 
 
 @dataclass(slots=True)
@@ -203,21 +207,25 @@ class _Layer(torch.autograd.Function):
                     task = Task(keys, start, keys_only=True)
                     with _random(ctx.random, ("attend", start), replay=True):
                         stream.attend(x[:, start:stop], arguments, task)
-            sums = ParameterSums(aliases)
-            grad_x, ctx.found_unread = torch.empty_like(x), False
+            sums = ParameterSums(aliases, ctx.parameters)
+            grad_x, ctx.found_unread = shared.passing.room_for(x, grad), False
             with summed_linears(stream.layer, sums):
                 for index in reversed(range(len(chunks))):
                     start, stop = chunks[index]
                     kept = None if ctx.kept is None else tuple(part[:, :, start:stop] for part in ctx.kept)
                     task = Task(keys, start, kept=kept, recompute=True)
                     _chunk_backward(ctx, x, grad, grad_x, task, stop, sums)
-        return grad_x if ctx.needs_input_grad[0] else None, None, None, None, *sums.values(ctx.parameters)
+        passed = shared.passing.hand_on(grad_x) if ctx.needs_input_grad[0] else None
+        return passed, None, None, None, *sums.values(ctx.parameters)
 
 
 def _chunk_backward(
     ctx: Any, x: Tensor, grad: Tensor, grad_x: Tensor, task: Task, stop: int, sums: ParameterSums
 ) -> None:
-    """Recompute tokens task.start:stop, fill their part of grad_x and add to the parameters' gradients."""
+    """Recompute tokens task.start:stop, fill their part of grad_x and add to the parameters' gradients.
+
+    grad_x may be grad: its part is read first.
+    """
     stream, arguments, shared, start = ctx.stream, ctx.arguments, ctx.shared, task.start
     chunk = x[:, start:stop].detach().requires_grad_()
     with torch.enable_grad(), _random(ctx.random, ("attend", start), replay=True):
@@ -232,9 +240,10 @@ def _chunk_backward(
         if not ctx.found_unread:
             sums.unread, ctx.found_unread = find_unread(out), True
         grad_piece, grad_attended_piece = sums.backward(out, [piece, piece_attended], grad[:, first:last])
-        grad_x[:, first:last] = grad_piece
+        # This one first: where attention is only added to the rest it is a view of grad, which grad_x may overwrite.
         grad_attended[:, here] = grad_attended_piece
-        del out
+        grad_x[:, first:last] = grad_piece
+        del out, grad_piece, grad_attended_piece
     (grad_chunk,) = sums.backward(attended, [chunk], grad_attended)
     grad_x[:, start:stop] += grad_chunk
 

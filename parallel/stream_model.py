@@ -28,7 +28,7 @@ from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
 from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
-from fourfold.parallel.stream_peak import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size
+from fourfold.parallel.stream_peak import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size, logits_tile
 
 ATTRIBUTE = "fourfold_stream"
 Auto = int | Literal["auto"]
@@ -255,16 +255,15 @@ class _Streaming:
         hidden = self._hidden(shared, input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         targets = _targets(labels, shift_labels, ignore_index).to(hidden.device)
         head = self._head(shared)
-        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if return_token_statistics:
             # FSDP2 hooks what a model returns, and warns of views.
-            statistics = [part.view(shape).clone() for part in head.statistics(flat, flat_targets)]
+            statistics = [part.clone() for part in head.statistics(hidden, targets)]
             return TokenStatistics(
                 logprobs=statistics[0], logsumexp=statistics[1], mean_logits=statistics[2], mask=targets >= 0
             )
         count = targets.ge(0).sum() if num_items_in_batch is None else num_items_in_batch
         weight = 1 / torch.as_tensor(count, device=hidden.device).to(torch.float64)
-        loss = head.loss(flat, flat_targets, weight)
+        loss = head.loss(hidden, targets, weight)
         return (loss,) if return_dict is False else CausalLMOutputWithPast(loss=loss)
 
     def _hidden(self, shared: Pass, **inputs: Any) -> Tensor:
@@ -305,7 +304,9 @@ class _Streaming:
             scale=1.0 if scaling is None else 1 / scaling,
             soft_cap=getattr(config, "final_logit_softcapping", None),
             chunk=logits_chunk_size(projection.out_features) if chunk == "auto" else chunk,
+            tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk),
             autocast=shared.autocast,
+            passing=shared.passing,
         )
 
     def _check_call(self, attention_mask: Tensor | None) -> None:

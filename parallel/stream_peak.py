@@ -1,8 +1,8 @@
 """What streaming keeps in memory, as a closed form without torch: for planners, and for "how long a sequence fits?".
 
-Two moments bound a step. At the head, every layer's input is there, the last hidden states and their gradient, and
-the projection's gradient whole. In the backward of the last layer, its keys, values and their gradients are there.
-Both grow linearly with the tokens; the chunks' own work does not grow.
+Two moments bound a step. At the head, every layer's input is there, and the last hidden states with their gradient.
+In the backward of the last layer, one gradient of hidden states, its keys, values and their gradients are there. Both
+grow linearly with the tokens; the chunks' own work does not grow.
 
 Rules of thumb count what the Llama family's modules make of a token in a chunk; they were set by measurement.
 """
@@ -15,6 +15,7 @@ DEFAULT_CHUNK = 512
 DEFAULT_MLP_CHUNK = 256
 LOGITS_BYTES = 16 << 20
 MIN_LOGITS_CHUNK = 32
+TILE_BYTES, TILE_TOKENS = 4 << 20, 1024
 # Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
 KEYS_A_CALL = 1024
 
@@ -22,6 +23,8 @@ KEYS_A_CALL = 1024
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamMemory:
     """Bytes of activations and passing gradients; weights, their gradients and optimizer states are not in it.
+
+    Gradients of fp32 weights are summed where they stay. Those of bf16 weights are first summed in fp32: that is in it.
 
     Attributes:
         checkpoints_bytes: layer inputs, and attention outputs where they are kept.
@@ -44,6 +47,12 @@ class StreamMemory:
 def logits_chunk_size(vocabulary: int) -> int:
     """Tokens whose logits take LOGITS_BYTES in fp32, at least MIN_LOGITS_CHUNK."""
     return max(MIN_LOGITS_CHUNK, LOGITS_BYTES // (4 * vocabulary))
+
+
+def logits_tile(vocabulary: int, tokens: int | None = None) -> tuple[int, int]:
+    """(tokens, rows of the vocabulary) of a tile of logits of at most TILE_BYTES in fp32, with `tokens` if given."""
+    chosen = TILE_TOKENS if tokens is None else tokens
+    return chosen, min(vocabulary, max(64, TILE_BYTES // (4 * chosen)))
 
 
 def stream_memory(
@@ -85,13 +94,18 @@ def stream_memory(
     a_token = layers * hidden * itemsize + kept
     rotary = 2 * shape.head_dim * itemsize / batch
     head_a_token = 2 * hidden * itemsize + rotary
-    layer_a_token = 2 * hidden * itemsize + 2 * keys * (itemsize + 4) + rotary
-    logits = logits_chunk or logits_chunk_size(shape.vocabulary)
+    layer_a_token = hidden * itemsize + 2 * keys * (itemsize + 4) + rotary
     tokens, chunk = batch * seq_len, batch * min(chunk_size, seq_len)
-    head = 4 * shape.vocabulary * (hidden + min(logits, tokens)) + min(logits, tokens) * 6 * hidden * 4
-    attention = chunk * itemsize * (4 * hidden + 10 * queries + 10 * keys) + 2 * batch * keys * itemsize * KEYS_A_CALL
+    sums = 0 if itemsize >= 4 else 4  # bytes a parameter of which a gradient is being summed
+    rows, (tile_tokens, tile_rows) = (
+        min(tokens, logits_chunk or logits_chunk_size(shape.vocabulary)),
+        logits_tile(shape.vocabulary, logits_chunk),
+    )
+    tile = min(tokens, tile_tokens) * 4 * (6 * hidden + 2 * tile_rows)
+    head = sums * shape.vocabulary * hidden + max(rows * 4 * (6 * hidden + shape.vocabulary), tile)
+    attention = chunk * itemsize * (2 * hidden + 4 * queries + 5 * keys) + 2 * batch * keys * itemsize * KEYS_A_CALL
     mlp = min(batch * mlp_chunk, chunk) * itemsize * (6 * hidden + 6 * shape.intermediate)
-    layer = shape.layer_parameters * 4 + attention + mlp
+    layer = shape.layer_parameters * sums + attention + mlp
     return StreamMemory(
         checkpoints_bytes=int(tokens * a_token),
         head_bytes=int(tokens * head_a_token + head),

@@ -115,6 +115,44 @@ def test_accumulation_scaling_and_hooks_as_usual():
         loss.backward()
 
 
+@pytest.mark.parametrize("family", ["qwen3", "llama, tied", "phi", "gemma2, soft caps"])
+def test_later_micro_batches_are_added_where_the_gradients_are(family):
+    model, ids = tiny(family), batch(2, 21)
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS)
+    model.zero_grad()
+    places = {}
+    for count in (1, 2, 3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found = {name: p.grad / count for name, p in model.named_parameters()}
+        assert worst_error(found, plain) <= TOLERANCE
+        assert places in ({}, {name: p.grad.data_ptr() for name, p in model.named_parameters()})
+        places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_gradients_asked_for_alone_leave_the_others_be():
+    model, ids = tiny("qwen3"), batch(2, 21)
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
+    assert worst_error(dict(zip(names, found, strict=True)), plain) <= TOLERANCE
+    model(input_ids=ids, labels=ids).loss.backward(inputs=parameters[:3])
+    asked = {name: parameter.grad for name, parameter in zip(names[:3], parameters[:3], strict=True)}
+    assert worst_error(asked, {name: plain[name] for name in asked}) <= TOLERANCE
+    assert not any(p.grad.any() for p in parameters[3:])
+    # A hook that waits for the gradient sees all of it.
+    seen = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.register_hook(lambda grad, name=name: seen.update({name: grad.clone()}))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert worst_error(seen, plain) <= TOLERANCE
+
+
 def test_frozen_parameters_and_lora():
     peft = pytest.importorskip("peft")
     model, ids = tiny("llama"), batch(2, 21)
