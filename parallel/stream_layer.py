@@ -23,6 +23,7 @@ from fourfold.parallel.soft_cap_attention import SoftCapAttention
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
+from fourfold.parallel.stream_offload import HostMemory
 from fourfold.parallel.stream_passing import PassingGradient
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
@@ -42,6 +43,7 @@ class Pass:
         autocast: (device type, dtype) of an enabled autocast, which backward enters again.
         passing: the hidden states' gradient on its way down. It is overwritten layer by layer: a hook that keeps it
             must keep a clone.
+        host: where what backward needs waits for it, None is on the device.
     """
 
     masks: Sequence[RowMask]
@@ -51,6 +53,7 @@ class Pass:
     backend: AttentionBackend | str | None
     autocast: tuple[str, torch.dtype] | None
     passing: PassingGradient = field(default_factory=PassingGradient)
+    host: HostMemory | None = None
 
 
 @dataclass(slots=True)
@@ -171,8 +174,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: Tensor, stream: LayerStream, arguments: Mapping[str, Any], shared: Pass, *parameters: Tensor
     ) -> Tensor:
         ctx.stream, ctx.arguments, ctx.shared, ctx.parameters = stream, arguments, shared, parameters
-        ctx.save_for_backward(x)
-        ctx.kept = None
+        kept = None
         ctx.random = _RandomStates(x.device) if stream.has_dropout() else None
         keys = LayerKeys(shared.masks, (x.shape[0], x.shape[1]), shared.backend)
         out = torch.empty_like(x)
@@ -182,18 +184,22 @@ class _Layer(torch.autograd.Function):
                 attended = stream.attend(x[:, start:stop], arguments, task)
             assert attended is not None
             if shared.keep_attention:
-                ctx.kept = _keep(ctx.kept, task, x.shape[1])
+                kept = _keep(kept, task, x.shape[1])
             for first, last in _chunks(start, stop, shared.mlp_chunk):
                 with _random(ctx.random, ("finish", first), replay=False):
                     part = stream.finish(x[:, first:last], attended[:, first - start : last - start], arguments, first)
                 out[:, first:last] = part
+        saved = (x, *(kept or ()))
+        ctx.place, saved = (None, saved) if shared.host is None else shared.host.put(*saved)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
         stream, arguments, shared = ctx.stream, ctx.arguments, ctx.shared
+        saved = ctx.saved_tensors
+        x, *kept = saved if shared.host is None else shared.host.get(ctx.place, saved)
         chunks = list(_chunks(0, x.shape[1], shared.chunk))
         config = stream.attention.config
         with (
@@ -212,8 +218,8 @@ class _Layer(torch.autograd.Function):
             with summed_linears(stream.layer, sums):
                 for index in reversed(range(len(chunks))):
                     start, stop = chunks[index]
-                    kept = None if ctx.kept is None else tuple(part[:, :, start:stop] for part in ctx.kept)
-                    task = Task(keys, start, kept=kept, recompute=True)
+                    here = (kept[0][:, :, start:stop], kept[1][:, :, start:stop]) if kept else None
+                    task = Task(keys, start, kept=here, recompute=True)
                     _chunk_backward(ctx, x, grad, grad_x, task, stop, sums)
         passed = shared.passing.hand_on(grad_x) if ctx.needs_input_grad[0] else None
         return passed, None, None, None, *sums.values(ctx.parameters)

@@ -28,6 +28,7 @@ from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
 from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
+from fourfold.parallel.stream_offload import HostMemory
 from fourfold.parallel.stream_peak import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size, logits_tile
 
 ATTRIBUTE = "fourfold_stream"
@@ -55,10 +56,13 @@ class StreamSettings:
     chunk_size: Auto = "auto"
     mlp_chunk: Auto = "auto"
     logits_chunk: Auto = "auto"
+    offload: Literal["host"] | None = None
     keep_attention: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        if self.offload not in (None, "host"):
+            raise ValueError(f"offload={self.offload!r}: give 'host', or None")
         for name in ("chunk_size", "mlp_chunk", "logits_chunk"):
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -86,6 +90,7 @@ def stream_backprop(
     model: nn.Module,
     chunk_size: Auto = "auto",
     logits_chunk: Auto = "auto",
+    offload: Literal["host"] | None = None,
     *,
     mlp_chunk: Auto = "auto",
     keep_attention: bool = False,
@@ -100,7 +105,10 @@ def stream_backprop(
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
         chunk_size: queries of attention a chunk. "auto": 512.
-        logits_chunk: tokens whose logits exist at a time. "auto": as many as fit 16 MiB of fp32, at least 32.
+        logits_chunk: tokens whose logits exist at a time. "auto": as many as fit 16 MiB of fp32, at least 32; where
+            the vocabulary is taken in slices too (see Head.loss), 1024.
+        offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory
+            and back, beside the computation. On CUDA; elsewhere they stay where they are.
         mlp_chunk: tokens a chunk of all that follows attention. "auto": 256, at most chunk_size.
         keep_attention: keep every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a layer,
             and never compute attention's forward twice.
@@ -114,8 +122,8 @@ def stream_backprop(
     Source: Luo et al. 2025 (arXiv 2506.03077); see the module.
     """
     settings = StreamSettings(
-        chunk_size=chunk_size, logits_chunk=logits_chunk, mlp_chunk=mlp_chunk, keep_attention=keep_attention,
-        backend=backend,
+        chunk_size=chunk_size, logits_chunk=logits_chunk, mlp_chunk=mlp_chunk, offload=offload,
+        keep_attention=keep_attention, backend=backend,
     )  # fmt: skip
     causal_lm = _causal_lm(model)
     if ATTRIBUTE in causal_lm.__dict__:
@@ -291,6 +299,7 @@ class _Streaming:
             keep_attention=self.settings.keep_attention,
             backend=self.settings.backend,
             autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+            host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,
         )
 
     def _head(self, shared: Pass) -> Head:
