@@ -16,11 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.parallel.attention import AttentionBackend
 from fourfold.parallel.soft_cap_attention import SoftCapAttention
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
+from fourfold.parallel.stream_embedding import Lookup
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
 from fourfold.parallel.stream_offload import HostMemory
@@ -43,6 +45,7 @@ class Pass:
         autocast: (device type, dtype) of an enabled autocast, which backward enters again.
         passing: the hidden states' gradient on its way down. It is overwritten layer by layer: a hook that keeps it
             must keep a clone.
+        lookup: the token embedding's, None is not ours.
         host: where what backward needs waits for it, None is on the device.
     """
 
@@ -53,6 +56,7 @@ class Pass:
     backend: AttentionBackend | str | None
     autocast: tuple[str, torch.dtype] | None
     passing: PassingGradient = field(default_factory=PassingGradient)
+    lookup: Lookup | None = None
     host: HostMemory | None = None
 
 
@@ -130,7 +134,8 @@ class LayerStream:
     def __call__(self, x: Tensor, arguments: Mapping[str, Any], shared: Pass) -> Tensor:
         """The layer's output for x [B, T, d]; `arguments` are the layer's other keyword arguments."""
         parameters = [p for p in dict.fromkeys(self.layer.parameters()) if p.requires_grad]
-        out: Tensor = _Layer.apply(x, self, arguments, shared, *parameters)  # type: ignore[no-untyped-call]
+        lookup = None if shared.lookup is None else shared.lookup.sources(x)
+        out: Tensor = _Layer.apply(x, self, arguments, shared, lookup, *parameters)  # type: ignore[no-untyped-call]
         return out
 
     def has_dropout(self) -> bool:
@@ -171,8 +176,9 @@ def _no_output(linear: nn.Linear, x: Tensor) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, stream: LayerStream, arguments: Mapping[str, Any], shared: Pass, *parameters: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, stream: LayerStream, arguments: Mapping[str, Any], shared: Pass,
+        lookup: tuple[Tensor, Tensor] | None, *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.stream, ctx.arguments, ctx.shared, ctx.parameters = stream, arguments, shared, parameters
         kept = None
         ctx.random = _RandomStates(x.device) if stream.has_dropout() else None
@@ -189,8 +195,10 @@ class _Layer(torch.autograd.Function):
                 with _random(ctx.random, ("finish", first), replay=False):
                     part = stream.finish(x[:, first:last], attended[:, first - start : last - start], arguments, first)
                 out[:, first:last] = part
-        saved = (x, *(kept or ()))
-        ctx.place, saved = (None, saved) if shared.host is None else shared.host.put(*saved)
+        saved = (*((x,) if lookup is None else lookup), *(kept or ()))
+        ctx.looked_up, ctx.place = lookup is not None, None
+        if shared.host is not None and lookup is None:
+            ctx.place, saved = shared.host.put(*saved)
         ctx.save_for_backward(*saved)
         return out
 
@@ -199,7 +207,11 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stream, arguments, shared = ctx.stream, ctx.arguments, ctx.shared
         saved = ctx.saved_tensors
-        x, *kept = saved if shared.host is None else shared.host.get(ctx.place, saved)
+        if ctx.looked_up:
+            x, kept = F.embedding(*saved[:2]), saved[2:]
+        else:
+            x, *kept = saved if ctx.place is None else shared.host.get(ctx.place, saved)
+        del saved
         chunks = list(_chunks(0, x.shape[1], shared.chunk))
         config = stream.attention.config
         with (
@@ -222,7 +234,7 @@ class _Layer(torch.autograd.Function):
                     task = Task(keys, start, kept=here, recompute=True)
                     _chunk_backward(ctx, x, grad, grad_x, task, stop, sums)
         passed = shared.passing.hand_on(grad_x) if ctx.needs_input_grad[0] else None
-        return passed, None, None, None, *sums.values(ctx.parameters)
+        return passed, None, None, None, None, *sums.values(ctx.parameters)
 
 
 def _chunk_backward(

@@ -11,7 +11,7 @@ chunk; chunks in reverse order, so each needs one backward; the model's own loss
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from fourfold.parallel.sequence_tensors import IGNORED_LABEL
 from fourfold.parallel.stream_attention import row_masks
+from fourfold.parallel.stream_embedding import Lookup, can_look_up_again
 from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
 from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
@@ -184,6 +185,7 @@ class _Streaming:
         self.base: nn.Module = model.base_model
         self.layers = list(cast(nn.ModuleList, self.base.layers))
         self.norm = _final_norm(self.base)
+        self.embedding = cast(nn.Embedding, model.get_input_embeddings())
         self.current: Pass | None = None
         self._forward: Callable[..., Any] = model.forward
 
@@ -280,7 +282,11 @@ class _Streaming:
         self.current = shared
         try:
             # The norm goes with the head, where it is done chunk by chunk.
-            with attention_function(config), replaced_forward(self.norm, lambda x: x):
+            with ExitStack() as stack:
+                stack.enter_context(attention_function(config))
+                stack.enter_context(replaced_forward(self.norm, lambda x: x))
+                if shared.lookup is not None:
+                    stack.enter_context(replaced_forward(self.embedding, shared.lookup))
                 return cast(Tensor, self.base(use_cache=False, **inputs).last_hidden_state)
         finally:
             self.current = None
@@ -299,6 +305,7 @@ class _Streaming:
             keep_attention=self.settings.keep_attention,
             backend=self.settings.backend,
             autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+            lookup=Lookup(self.embedding) if can_look_up_again(self.embedding, self.model) else None,
             host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,
         )
 

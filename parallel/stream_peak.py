@@ -27,7 +27,7 @@ class StreamMemory:
     Gradients of fp32 weights are summed where they stay. Those of bf16 weights are first summed in fp32: that is in it.
 
     Attributes:
-        checkpoints_bytes: layer inputs, and attention outputs where they are kept.
+        checkpoints_bytes: layer inputs but the first, and attention outputs where they are kept.
         head_bytes: at the head, beside the checkpoints.
         layer_bytes: in a layer's backward, beside the checkpoints.
         bytes_a_token: growth of the total with each further token.
@@ -91,7 +91,7 @@ def stream_memory(
         shape.layers,
     )
     kept = layers * (queries * itemsize + 4 * shape.heads) if keep_attention else 0
-    a_token = layers * hidden * itemsize + kept
+    a_token = (layers - 1) * hidden * itemsize + kept  # the first layer's input is looked up again
     rotary = 2 * shape.head_dim * itemsize / batch
     head_a_token = 2 * hidden * itemsize + rotary
     layer_a_token = hidden * itemsize + 2 * keys * (itemsize + 4) + rotary
