@@ -30,10 +30,9 @@ from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
 from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
 from fourfold.parallel.stream_offload import HostMemory
-from fourfold.parallel.stream_peak import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size, logits_tile
+from fourfold.parallel.stream_peak import Auto, auto_chunks, logits_chunk_size, logits_tile
 
 ATTRIBUTE = "fourfold_stream"
-Auto = int | Literal["auto"]
 
 # Model types that are tested against plain backpropagation; others are refused.
 SUPPORTED = frozenset({
@@ -105,12 +104,12 @@ def stream_backprop(
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
-        chunk_size: queries of attention a chunk. "auto": 512.
-        logits_chunk: tokens whose logits exist at a time. "auto": as many as fit 16 MiB of fp32, at least 32; where
-            the vocabulary is taken in slices too (see Head.loss), 1024.
+        chunk_size: queries of attention a chunk. "auto": by stream_peak.auto_chunks, 256 or 512 on a CPU, 1024 to
+            4096 elsewhere.
+        logits_chunk: tokens whose logits exist at a time. "auto": by stream_peak, as many as fit some MiB.
         offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory
             and back, beside the computation. On CUDA; elsewhere they stay where they are.
-        mlp_chunk: tokens a chunk of all that follows attention. "auto": 256, at most chunk_size.
+        mlp_chunk: tokens a chunk of all that follows attention. "auto": with chunk_size, at most that.
         keep_attention: keep every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a layer,
             and never compute attention's forward twice.
         backend: an attention backend's name, see attention.py; None chooses.
@@ -295,8 +294,14 @@ class _Streaming:
         self, attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int], device: torch.device
     ) -> Pass:
         settings = self.settings
-        chunk = DEFAULT_CHUNK if settings.chunk_size == "auto" else settings.chunk_size
-        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if settings.mlp_chunk == "auto" else settings.mlp_chunk
+        chunk, mlp_chunk = settings.chunk_size, settings.mlp_chunk
+        if chunk == "auto" or mlp_chunk == "auto":
+            found = auto_chunks(
+                self.model.config, shape[1], batch=shape[0], device_type=device.type, chunk_size=chunk,
+                keep_attention=settings.keep_attention, offload=settings.offload is not None and device.type == "cuda",
+                itemsize=self.model.dtype.itemsize,
+            )  # fmt: skip
+            chunk, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
         kind = device.type
         return Pass(
             masks=row_masks(attention_mask, position_ids, shape),
@@ -312,15 +317,15 @@ class _Streaming:
     def _head(self, shared: Pass) -> Head:
         config = self.model.config
         projection = cast(nn.Linear, self.model.get_output_embeddings())
-        chunk = self.settings.logits_chunk
+        chunk, kind = self.settings.logits_chunk, projection.weight.device.type
         scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
         return Head(
             norm=self.norm,
             projection=projection,
             scale=1.0 if scaling is None else 1 / scaling,
             soft_cap=getattr(config, "final_logit_softcapping", None),
-            chunk=logits_chunk_size(projection.out_features) if chunk == "auto" else chunk,
-            tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk),
+            chunk=logits_chunk_size(projection.out_features, kind) if chunk == "auto" else chunk,
+            tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk, kind),
             autocast=shared.autocast,
             passing=shared.passing,
         )

@@ -80,7 +80,8 @@ def streambp_step(model: nn.Module, chunk: int) -> Step:
 def provider(name: str, model: nn.Module) -> Step:
     """The step of a provider's name.
 
-    plain, checkpoint[+ce[+mlp]], ours[,chunk=..][,mlp=..][,logits=..][,keep], liger[+checkpoint], streambp[,chunk=..].
+    plain, checkpoint[+ce[+mlp]], liger[+checkpoint], streambp[,chunk=..], and
+    ours[,chunk=..][,mlp=..][,logits=..][,keep][,offload].
     """
     kind, *options = name.split(",")
     given = dict(option.partition("=")[::2] for option in options)
@@ -98,6 +99,7 @@ def provider(name: str, model: nn.Module) -> Step:
         stream_backprop(
             model,
             keep_attention="keep" in given,
+            offload="host" if "offload" in given else None,
             **{names[key]: int(value) for key, value in given.items() if key in names},
         )
         return plain_step(model)
