@@ -1,7 +1,8 @@
 """Gradients of parameters summed over chunks, without a second tensor of a weight's size a chunk.
 
 autograd makes a new gradient of each weight for each chunk and adds it: for small chunks, memory traffic that shows.
-`summed_linears` lets the weights' products accumulate in place instead.
+`summed_linears` lets the weights' products accumulate in place instead, and where a parameter has its .grad already
+(a later micro-batch), in that one: Megatron-LM's fused gradient accumulation does the same in a buffer of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +18,43 @@ from fourfold.parallel.attention import accumulation_dtype
 from fourfold.parallel.stream_module import replaced_forward
 
 
-class ParameterSums:
-    """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64)."""
+def gradient_in_place(parameter: Tensor) -> Tensor | None:
+    """The parameter's .grad, where this backward may add to it and then hand autograd zeros; None where it must not.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    Only while autograd runs: it must be about to accumulate there (not autograd.grad, nor backward's `inputs`), and
+    no hook may be waiting to see the gradient by itself. Hooks after accumulation, which DDP, FSDP and DeepSpeed use,
+    find the whole sum.
+    """
+    grad = parameter.grad
+    if grad is None or not parameter.is_leaf or parameter._backward_hooks or grad.requires_grad:
+        return None
+    if grad.layout != torch.strided or grad.dtype != accumulation_dtype(parameter.dtype):
+        return None
+    try:
+        runs = torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # inside autograd.grad
+        return None
+    return grad if runs else None
+
+
+class ParameterSums:
+    """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64).
+
+    Args:
+        parameters: what autograd differentiates in a chunk.
+        leaves: inside a backward, the model's parameters they stand for: those that gradient_in_place allows are
+            summed in their .grad.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> None:
         self._parameters = parameters
-        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._sums: list[Tensor | None] = [None] * max(len(parameters), len(leaves))
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
+        self._in_place: set[int] = set()
+        for index, leaf in enumerate(leaves):
+            self._sums[index] = gradient_in_place(leaf)
+            if self._sums[index] is not None:
+                self._in_place.add(index)
 
         # Linears whose output nothing reads: see find_unread.
         self.unread: set[nn.Linear] = set()
@@ -60,10 +91,22 @@ class ParameterSums:
         else:
             total.add_(a @ b)
 
+    def total(self, index: int, like: Tensor) -> Tensor:
+        """The sum so far, to be added to; zeros of like's shape at first."""
+        total = self._sums[index]
+        if total is None:
+            total = self._sums[index] = torch.zeros_like(like, dtype=accumulation_dtype(like.dtype))
+        return total
+
     def values(self, like: Sequence[Tensor]) -> list[Tensor | None]:
+        """What autograd is to accumulate, in the dtype of `like`; zeros without memory where it is done."""
         return [
-            None if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(self._sums, like, strict=True)
+            None
+            if total is None
+            else total.new_zeros(()).expand_as(total)
+            if index in self._in_place
+            else total.to(parameter.dtype)
+            for index, (total, parameter) in enumerate(zip(self._sums, like, strict=True))
         ]
 
 

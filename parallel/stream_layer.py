@@ -11,18 +11,22 @@ the module's output (queries against all earlier keys), and from it, in smaller 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.parallel.attention import AttentionBackend
 from fourfold.parallel.soft_cap_attention import SoftCapAttention
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
+from fourfold.parallel.stream_embedding import Lookup
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
 from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
+from fourfold.parallel.stream_offload import HostMemory
+from fourfold.parallel.stream_passing import PassingGradient
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
 TOKEN_DIMS = {"position_ids": 1, "position_embeddings": 1, "cache_position": 0}
@@ -39,6 +43,10 @@ class Pass:
         keep_attention: keep attention's output and lse, so that backward does not recompute them.
         backend: see LayerKeys.
         autocast: (device type, dtype) of an enabled autocast, which backward enters again.
+        passing: the hidden states' gradient on its way down. It is overwritten layer by layer: a hook that keeps it
+            must keep a clone.
+        lookup: the token embedding's, None is not ours.
+        host: where what backward needs waits for it, None is on the device.
     """
 
     masks: Sequence[RowMask]
@@ -47,6 +55,9 @@ class Pass:
     keep_attention: bool
     backend: AttentionBackend | str | None
     autocast: tuple[str, torch.dtype] | None
+    passing: PassingGradient = field(default_factory=PassingGradient)
+    lookup: Lookup | None = None
+    host: HostMemory | None = None
 
 
 @dataclass(slots=True)
@@ -123,7 +134,8 @@ class LayerStream:
     def __call__(self, x: Tensor, arguments: Mapping[str, Any], shared: Pass) -> Tensor:
         """The layer's output for x [B, T, d]; `arguments` are the layer's other keyword arguments."""
         parameters = [p for p in dict.fromkeys(self.layer.parameters()) if p.requires_grad]
-        out: Tensor = _Layer.apply(x, self, arguments, shared, *parameters)  # type: ignore[no-untyped-call]
+        lookup = None if shared.lookup is None else shared.lookup.sources(x)
+        out: Tensor = _Layer.apply(x, self, arguments, shared, lookup, *parameters)  # type: ignore[no-untyped-call]
         return out
 
     def has_dropout(self) -> bool:
@@ -164,11 +176,11 @@ def _no_output(linear: nn.Linear, x: Tensor) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, stream: LayerStream, arguments: Mapping[str, Any], shared: Pass, *parameters: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, stream: LayerStream, arguments: Mapping[str, Any], shared: Pass,
+        lookup: tuple[Tensor, Tensor] | None, *parameters: Tensor,
+    ) -> Tensor:  # fmt: skip
         ctx.stream, ctx.arguments, ctx.shared, ctx.parameters = stream, arguments, shared, parameters
-        ctx.save_for_backward(x)
-        ctx.kept = None
+        kept = None
         ctx.random = _RandomStates(x.device) if stream.has_dropout() else None
         keys = LayerKeys(shared.masks, (x.shape[0], x.shape[1]), shared.backend)
         out = torch.empty_like(x)
@@ -178,18 +190,28 @@ class _Layer(torch.autograd.Function):
                 attended = stream.attend(x[:, start:stop], arguments, task)
             assert attended is not None
             if shared.keep_attention:
-                ctx.kept = _keep(ctx.kept, task, x.shape[1])
+                kept = _keep(kept, task, x.shape[1])
             for first, last in _chunks(start, stop, shared.mlp_chunk):
                 with _random(ctx.random, ("finish", first), replay=False):
                     part = stream.finish(x[:, first:last], attended[:, first - start : last - start], arguments, first)
                 out[:, first:last] = part
+        saved = (*((x,) if lookup is None else lookup), *(kept or ()))
+        ctx.looked_up, ctx.place = lookup is not None, None
+        if shared.host is not None and lookup is None:
+            ctx.place, saved = shared.host.put(*saved)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
         stream, arguments, shared = ctx.stream, ctx.arguments, ctx.shared
+        saved = ctx.saved_tensors
+        if ctx.looked_up:
+            x, kept = F.embedding(*saved[:2]), saved[2:]
+        else:
+            x, *kept = saved if ctx.place is None else shared.host.get(ctx.place, saved)
+        del saved
         chunks = list(_chunks(0, x.shape[1], shared.chunk))
         config = stream.attention.config
         with (
@@ -203,21 +225,25 @@ class _Layer(torch.autograd.Function):
                     task = Task(keys, start, keys_only=True)
                     with _random(ctx.random, ("attend", start), replay=True):
                         stream.attend(x[:, start:stop], arguments, task)
-            sums = ParameterSums(aliases)
-            grad_x, ctx.found_unread = torch.empty_like(x), False
+            sums = ParameterSums(aliases, ctx.parameters)
+            grad_x, ctx.found_unread = shared.passing.room_for(x, grad), False
             with summed_linears(stream.layer, sums):
                 for index in reversed(range(len(chunks))):
                     start, stop = chunks[index]
-                    kept = None if ctx.kept is None else tuple(part[:, :, start:stop] for part in ctx.kept)
-                    task = Task(keys, start, kept=kept, recompute=True)
+                    here = (kept[0][:, :, start:stop], kept[1][:, :, start:stop]) if kept else None
+                    task = Task(keys, start, kept=here, recompute=True)
                     _chunk_backward(ctx, x, grad, grad_x, task, stop, sums)
-        return grad_x if ctx.needs_input_grad[0] else None, None, None, None, *sums.values(ctx.parameters)
+        passed = shared.passing.hand_on(grad_x) if ctx.needs_input_grad[0] else None
+        return passed, None, None, None, None, *sums.values(ctx.parameters)
 
 
 def _chunk_backward(
     ctx: Any, x: Tensor, grad: Tensor, grad_x: Tensor, task: Task, stop: int, sums: ParameterSums
 ) -> None:
-    """Recompute tokens task.start:stop, fill their part of grad_x and add to the parameters' gradients."""
+    """Recompute tokens task.start:stop, fill their part of grad_x and add to the parameters' gradients.
+
+    grad_x may be grad: its part is read first.
+    """
     stream, arguments, shared, start = ctx.stream, ctx.arguments, ctx.shared, task.start
     chunk = x[:, start:stop].detach().requires_grad_()
     with torch.enable_grad(), _random(ctx.random, ("attend", start), replay=True):
@@ -232,9 +258,10 @@ def _chunk_backward(
         if not ctx.found_unread:
             sums.unread, ctx.found_unread = find_unread(out), True
         grad_piece, grad_attended_piece = sums.backward(out, [piece, piece_attended], grad[:, first:last])
-        grad_x[:, first:last] = grad_piece
+        # This one first: where attention is only added to the rest it is a view of grad, which grad_x may overwrite.
         grad_attended[:, here] = grad_attended_piece
-        del out
+        grad_x[:, first:last] = grad_piece
+        del out, grad_piece, grad_attended_piece
     (grad_chunk,) = sums.backward(attended, [chunk], grad_attended)
     grad_x[:, start:stop] += grad_chunk
 

@@ -11,7 +11,7 @@ chunk; chunks in reverse order, so each needs one backward; the model's own loss
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
@@ -25,13 +25,14 @@ from transformers.utils import ModelOutput
 
 from fourfold.parallel.sequence_tensors import IGNORED_LABEL
 from fourfold.parallel.stream_attention import row_masks
+from fourfold.parallel.stream_embedding import Lookup, can_look_up_again
 from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
 from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
-from fourfold.parallel.stream_peak import DEFAULT_CHUNK, DEFAULT_MLP_CHUNK, logits_chunk_size
+from fourfold.parallel.stream_offload import HostMemory
+from fourfold.parallel.stream_peak import Auto, auto_chunks, logits_chunk_size, logits_tile
 
 ATTRIBUTE = "fourfold_stream"
-Auto = int | Literal["auto"]
 
 # Model types that are tested against plain backpropagation; others are refused.
 SUPPORTED = frozenset({
@@ -55,10 +56,13 @@ class StreamSettings:
     chunk_size: Auto = "auto"
     mlp_chunk: Auto = "auto"
     logits_chunk: Auto = "auto"
+    offload: Literal["host"] | None = None
     keep_attention: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
+        if self.offload not in (None, "host"):
+            raise ValueError(f"offload={self.offload!r}: give 'host', or None")
         for name in ("chunk_size", "mlp_chunk", "logits_chunk"):
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -86,6 +90,7 @@ def stream_backprop(
     model: nn.Module,
     chunk_size: Auto = "auto",
     logits_chunk: Auto = "auto",
+    offload: Literal["host"] | None = None,
     *,
     mlp_chunk: Auto = "auto",
     keep_attention: bool = False,
@@ -99,9 +104,12 @@ def stream_backprop(
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
-        chunk_size: queries of attention a chunk. "auto": 512.
-        logits_chunk: tokens whose logits exist at a time. "auto": as many as fit 16 MiB of fp32, at least 32.
-        mlp_chunk: tokens a chunk of all that follows attention. "auto": 256, at most chunk_size.
+        chunk_size: queries of attention a chunk. "auto": by stream_peak.auto_chunks, 256 or 512 on a CPU, 1024 to
+            4096 elsewhere.
+        logits_chunk: tokens whose logits exist at a time. "auto": by stream_peak, as many as fit some MiB.
+        offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory
+            and back, beside the computation. On CUDA; elsewhere they stay where they are.
+        mlp_chunk: tokens a chunk of all that follows attention. "auto": with chunk_size, at most that.
         keep_attention: keep every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a layer,
             and never compute attention's forward twice.
         backend: an attention backend's name, see attention.py; None chooses.
@@ -114,8 +122,8 @@ def stream_backprop(
     Source: Luo et al. 2025 (arXiv 2506.03077); see the module.
     """
     settings = StreamSettings(
-        chunk_size=chunk_size, logits_chunk=logits_chunk, mlp_chunk=mlp_chunk, keep_attention=keep_attention,
-        backend=backend,
+        chunk_size=chunk_size, logits_chunk=logits_chunk, mlp_chunk=mlp_chunk, offload=offload,
+        keep_attention=keep_attention, backend=backend,
     )  # fmt: skip
     causal_lm = _causal_lm(model)
     if ATTRIBUTE in causal_lm.__dict__:
@@ -176,6 +184,7 @@ class _Streaming:
         self.base: nn.Module = model.base_model
         self.layers = list(cast(nn.ModuleList, self.base.layers))
         self.norm = _final_norm(self.base)
+        self.embedding = cast(nn.Embedding, model.get_input_embeddings())
         self.current: Pass | None = None
         self._forward: Callable[..., Any] = model.forward
 
@@ -255,16 +264,15 @@ class _Streaming:
         hidden = self._hidden(shared, input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         targets = _targets(labels, shift_labels, ignore_index).to(hidden.device)
         head = self._head(shared)
-        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         if return_token_statistics:
             # FSDP2 hooks what a model returns, and warns of views.
-            statistics = [part.view(shape).clone() for part in head.statistics(flat, flat_targets)]
+            statistics = [part.clone() for part in head.statistics(hidden, targets)]
             return TokenStatistics(
                 logprobs=statistics[0], logsumexp=statistics[1], mean_logits=statistics[2], mask=targets >= 0
             )
         count = targets.ge(0).sum() if num_items_in_batch is None else num_items_in_batch
         weight = 1 / torch.as_tensor(count, device=hidden.device).to(torch.float64)
-        loss = head.loss(flat, flat_targets, weight)
+        loss = head.loss(hidden, targets, weight)
         return (loss,) if return_dict is False else CausalLMOutputWithPast(loss=loss)
 
     def _hidden(self, shared: Pass, **inputs: Any) -> Tensor:
@@ -273,7 +281,11 @@ class _Streaming:
         self.current = shared
         try:
             # The norm goes with the head, where it is done chunk by chunk.
-            with attention_function(config), replaced_forward(self.norm, lambda x: x):
+            with ExitStack() as stack:
+                stack.enter_context(attention_function(config))
+                stack.enter_context(replaced_forward(self.norm, lambda x: x))
+                if shared.lookup is not None:
+                    stack.enter_context(replaced_forward(self.embedding, shared.lookup))
                 return cast(Tensor, self.base(use_cache=False, **inputs).last_hidden_state)
         finally:
             self.current = None
@@ -282,8 +294,14 @@ class _Streaming:
         self, attention_mask: Tensor | None, position_ids: Tensor | None, shape: tuple[int, int], device: torch.device
     ) -> Pass:
         settings = self.settings
-        chunk = DEFAULT_CHUNK if settings.chunk_size == "auto" else settings.chunk_size
-        mlp_chunk = min(chunk, DEFAULT_MLP_CHUNK) if settings.mlp_chunk == "auto" else settings.mlp_chunk
+        chunk, mlp_chunk = settings.chunk_size, settings.mlp_chunk
+        if chunk == "auto" or mlp_chunk == "auto":
+            found = auto_chunks(
+                self.model.config, shape[1], batch=shape[0], device_type=device.type, chunk_size=chunk,
+                keep_attention=settings.keep_attention, offload=settings.offload is not None and device.type == "cuda",
+                itemsize=self.model.dtype.itemsize,
+            )  # fmt: skip
+            chunk, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
         kind = device.type
         return Pass(
             masks=row_masks(attention_mask, position_ids, shape),
@@ -292,20 +310,24 @@ class _Streaming:
             keep_attention=self.settings.keep_attention,
             backend=self.settings.backend,
             autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+            lookup=Lookup(self.embedding) if can_look_up_again(self.embedding, self.model) else None,
+            host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,
         )
 
     def _head(self, shared: Pass) -> Head:
         config = self.model.config
         projection = cast(nn.Linear, self.model.get_output_embeddings())
-        chunk = self.settings.logits_chunk
+        chunk, kind = self.settings.logits_chunk, projection.weight.device.type
         scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
         return Head(
             norm=self.norm,
             projection=projection,
             scale=1.0 if scaling is None else 1 / scaling,
             soft_cap=getattr(config, "final_logit_softcapping", None),
-            chunk=logits_chunk_size(projection.out_features) if chunk == "auto" else chunk,
+            chunk=logits_chunk_size(projection.out_features, kind) if chunk == "auto" else chunk,
+            tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk, kind),
             autocast=shared.autocast,
+            passing=shared.passing,
         )
 
     def _check_call(self, attention_mask: Tensor | None) -> None:

@@ -7,7 +7,9 @@ gradients allocated; cpu_s is CPU time of the step. A short step comes first, so
 import argparse
 import ctypes
 import json
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,6 @@ from benchmarks.stream_backprop.shapes import SHAPES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
-
-from fourfold.parallel.stream_model import stream_backprop
 
 Step = Callable[[Tensor], Tensor]
 
@@ -59,19 +59,51 @@ def tile_mlps(model: nn.Module, size: int = 512) -> None:
         )
 
 
+def streambp_step(model: nn.Module, chunk: int) -> Step:
+    """The released package: its backward runs inside its forward, so there is no loss to call backward on."""
+    package = types.ModuleType("streambp")  # whose own __init__ wants trl, which a step does not
+    package.__path__ = [str(Path(entry) / "streambp") for entry in sys.path]
+    sys.modules["streambp"] = package
+    from streambp.stream_model import StreamModel
+
+    streaming = StreamModel(model, 1, logits_chunk_size=chunk, checkpoint_chunk_size=chunk)
+    streaming.gradient_checkpointing_enable()
+    streaming.train()
+
+    def step(ids: Tensor) -> Tensor:
+        out: Tensor = streaming(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
+        return out
+
+    return step
+
+
 def provider(name: str, model: nn.Module) -> Step:
-    """The step of a provider's name: plain, checkpoint[+ce[+mlp]], or ours[,chunk=..][,mlp=..][,logits=..][,keep]."""
+    """The step of a provider's name.
+
+    plain, checkpoint[+ce[+mlp]], liger[+checkpoint], streambp[,chunk=..], and
+    ours[,chunk=..][,mlp=..][,logits=..][,keep][,offload].
+    """
     kind, *options = name.split(",")
+    given = dict(option.partition("=")[::2] for option in options)
+    if kind == "streambp":
+        return streambp_step(model, int(given.get("chunk", 512)))
+    if kind.startswith("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        apply_liger_kernel_to_qwen3(model=model)
     if kind == "ours":
-        given = dict(option.partition("=")[::2] for option in options)
+        # Here, because the peers' environments have another transformers.
+        from fourfold.parallel.stream_model import stream_backprop
+
         names = {"chunk": "chunk_size", "mlp": "mlp_chunk", "logits": "logits_chunk"}
         stream_backprop(
             model,
             keep_attention="keep" in given,
+            offload="host" if "offload" in given else None,
             **{names[key]: int(value) for key, value in given.items() if key in names},
         )
         return plain_step(model)
-    if kind.startswith("checkpoint"):
+    if "checkpoint" in kind:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind.endswith("+mlp"):
         tile_mlps(model)
@@ -90,12 +122,16 @@ def measure(name: str, seq_len: int, shape: str) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids = torch.randint(0, 1000, (1, seq_len), generator=torch.Generator().manual_seed(0))
-    step(ids[:, :128]).backward()
+    short = step(ids[:, :128])
+    if short.requires_grad:
+        short.backward()
+    del short
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before, start = resident_mib("VmRSS"), time.process_time()
     loss = step(ids)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     spent = time.process_time() - start
     return {"peak_mib": resident_mib("VmHWM") - before, "cpu_s": spent, "loss": loss.item()}
 

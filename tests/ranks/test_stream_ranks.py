@@ -86,3 +86,26 @@ def test_gradients_are_one_processes_and_collectives_do_not_count_chunks(ranks, 
             counts.append(calls)
     assert all(calls == counts[0] for calls in counts)
     assert counts[0]
+
+
+def micro_batches(kind: str) -> float:
+    """Worst relative error after two micro-batches, the first of them unreduced: the second adds to its gradients."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model, ids = make_model(), make_ids(world_size)
+    plain = copy.deepcopy(model)
+    plain(input_ids=ids, labels=ids).loss.backward()
+    streaming = wrapped(stream_backprop(model, chunk_size=5, mlp_chunk=3, logits_chunk=4), kind)
+    mine = ids[rank : rank + 1]
+    for last in (False, True):
+        if kind == "ddp":
+            streaming.require_backward_grad_sync = last
+        else:
+            streaming.set_requires_gradient_sync(last)
+        streaming(input_ids=mine, labels=mine).loss.backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    return max(float((full(p.grad) / 2 - exact.grad).norm() / exact.grad.norm()) for p, exact in pairs)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_micro_batches_accumulate_before_they_are_reduced(ranks, kind):
+    assert max(ranks(2)(micro_batches, kind)) <= TOLERANCE

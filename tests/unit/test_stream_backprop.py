@@ -52,6 +52,16 @@ def test_kept_attention_changes_nothing():
         check(tiny(family), {"input_ids": ids, "labels": ids}, keep_attention=True)
 
 
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_offloading_changes_nothing(keep_attention):
+    # Without CUDA it is only the order of putting and getting that is tested: see tests/gpu for the copies.
+    ids = batch(2, 21)
+    check(
+        tiny("qwen3", num_hidden_layers=4), {"input_ids": ids, "labels": ids},
+        offload="host", keep_attention=keep_attention,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
 def test_padding_and_masked_prompts(side):
     ids = batch(4, 23)
@@ -113,6 +123,45 @@ def test_accumulation_scaling_and_hooks_as_usual():
     assert worst_error(doubled, {name: 2 * grad for name, grad in plain.items()}) <= TOLERANCE
     with pytest.raises(RuntimeError):
         loss.backward()
+
+
+@pytest.mark.parametrize("family", ["llama, tied", "phi", "gemma2, soft caps"])
+def test_later_micro_batches_are_added_where_the_gradients_are(family):
+    model, ids = tiny(family), batch(2, 21)
+    ids[0, 4:6] = 0  # padding_idx, whose row of the embedding gets no gradient
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS)
+    model.zero_grad()
+    places = {}
+    for count in (1, 2, 3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found = {name: p.grad / count for name, p in model.named_parameters()}
+        assert worst_error(found, plain) <= TOLERANCE
+        assert places in ({}, {name: p.grad.data_ptr() for name, p in model.named_parameters()})
+        places = {name: p.grad.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_gradients_asked_for_alone_leave_the_others_be():
+    model, ids = tiny("qwen3"), batch(2, 21)
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
+    assert worst_error(dict(zip(names, found, strict=True)), plain) <= TOLERANCE
+    model(input_ids=ids, labels=ids).loss.backward(inputs=parameters[:3])
+    asked = {name: parameter.grad for name, parameter in zip(names[:3], parameters[:3], strict=True)}
+    assert worst_error(asked, {name: plain[name] for name in asked}) <= TOLERANCE
+    assert not any(p.grad.any() for p in parameters[3:])
+    # A hook that waits for the gradient sees all of it.
+    seen = {}
+    for name, parameter in zip(names, parameters, strict=True):
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.register_hook(lambda grad, name=name: seen.update({name: grad.clone()}))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert worst_error(seen, plain) <= TOLERANCE
 
 
 def test_frozen_parameters_and_lora():
@@ -188,6 +237,7 @@ def test_verify_passes_a_right_model_and_stops_a_wrong_one(monkeypatch):
         ({"chunk_size": 0}, "chunk_size=0"),
         ({"logits_chunk": "all"}, "logits_chunk='all'"),
         ({"backend": "nope"}, "nope"),
+        ({"offload": "disk"}, "offload='disk'"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fourfold.parallel.stream_model import stream_backprop
-from fourfold.parallel.stream_peak import max_seq_len, num_parameters, stream_memory
+from fourfold.parallel.stream_peak import auto_chunks, max_seq_len, num_parameters, stream_memory
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -84,6 +84,18 @@ def test_longest_sequence_is_where_memory_ends():
     assert max_seq_len(SHAPE, budget, batch=2) < longest
     with pytest.raises(ValueError, match="seq_len=0"):
         stream_memory(SHAPE, 0)
+
+
+def test_chunks_grow_with_the_room_there_is():
+    assert auto_chunks(SHAPE, 256) == (256, 128)
+    assert auto_chunks(SHAPE, 1 << 16) == (512, 256)
+    assert auto_chunks(SHAPE, 1 << 20, device_type="cuda") == (4096, 4096)
+    assert auto_chunks(SHAPE, 1 << 16, chunk_size=100) == (100, 100)
+    short, long = (stream_memory(SHAPE, 1 << 16, chunk_size=size).total_bytes for size in (256, 512))
+    assert short <= long <= 1.1 * short
+    assert stream_memory(SHAPE, 1 << 16, mlp_chunk=256).total_bytes == long
+    # Of the three layer inputs that are kept, two are on the device.
+    assert stream_memory(SHAPE, 1 << 16, offload=True).total_bytes == long - (1 << 16) * 64 * 4
 
 
 def test_parameters_are_counted():

@@ -1,0 +1,240 @@
+"""StreamBP on one CUDA device: the longest sequence that fits, and the time of a step, by provider.
+
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --shape 4B --longest
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --shape 8B --lengths 4096 8192 16384 32768
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --device cpu --shape tiny --lengths 256
+
+Qwen3's shapes with random weights in bf16, batch 1, gradients allocated, no optimizer, as the paper measures. Each
+measurement is a fresh process: the allocator's peak above weights and gradients, and seconds of forward and backward
+by the device's clock, the median of --steps after one that warms up. --memory-gib caps what the process may allocate,
+so that a larger device answers for one of 80 GB. Samples are appended to cuda_samples.csv; those there are not taken
+again. On a CPU the script can be tried out; peaks are 0 there.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from benchmarks.rows import commit, measurement, write_rows
+from benchmarks.stream_backprop.shapes import SHAPES
+from benchmarks.stream_backprop.step import Step, provider
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+HERE = Path(__file__).parent
+FIELDS = ("shape", "memory_gib", "provider", "seq_len", "peak_gib", "step_s", "loss", "error", "device", "commit")
+PROVIDERS = (
+    "plain", "checkpoint", "checkpoint+ce", "checkpoint+ce,offload", "liger+checkpoint", "ours", "ours,keep",
+    "ours,offload", "ours,keep,offload",
+)  # fmt: skip
+OUT_OF_MEMORY = "OutOfMemoryError"
+
+
+def build(shape: dict[str, Any], max_len: int, device: str) -> nn.Module:
+    """A Qwen3 decoder in bf16 with random weights, and its gradients, on the device."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**shape, max_position_embeddings=max_len, sliding_window=None, attn_implementation="sdpa")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = Qwen3ForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(before)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def offloading(step: Step) -> Step:
+    """The step with what autograd saves kept in pinned host memory: torch's own way, for checkpointing's inputs."""
+
+    def run(ids: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu(pin_memory=True):
+            return step(ids)
+
+    return run
+
+
+def one(name: str, seq_len: int, shape: str, steps: int, memory_gib: float, device: str) -> dict[str, Any]:
+    """One measurement, in this process."""
+    cuda = device == "cuda"
+    if cuda and memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib * 2**30 / total))
+    model = build(SHAPES[shape], max(seq_len, 1024), device)
+    kind, *options = name.split(",")
+    step = provider(name, model)
+    if "offload" in options and kind != "ours":
+        step = offloading(step)
+    ids = torch.randint(0, 1000, (1, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    seconds, losses = [], []
+
+    def work() -> None:
+        loss = step(ids)
+        loss.backward()
+        losses.append(loss.item())
+
+    for _ in range(steps + 1):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds.append(timed(work, cuda))
+    peak = torch.cuda.max_memory_allocated() - before if cuda else 0
+    name_of_device = torch.cuda.get_device_name(0) if cuda else "cpu"
+    return {
+        "peak_gib": peak / 2**30, "step_s": median(seconds[1:] or seconds), "loss": losses[-1],
+        "device": name_of_device,
+    }  # fmt: skip
+
+
+def timed(work: Callable[[], None], cuda: bool) -> float:
+    if not cuda:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+class Samples:
+    """cuda_samples.csv: measures what is not in it."""
+
+    def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
+        self.path, self.arguments = path, arguments
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def take(self, name: str, seq_len: int, steps: int) -> dict[str, Any]:
+        """The sample of this provider and length; its `error` is "" where it ran."""
+        given = self.arguments
+        key = {"shape": given.shape, "memory_gib": f"{given.memory_gib:g}", "provider": name, "seq_len": str(seq_len)}
+        for row in self.rows:
+            if all(row[field] == value for field, value in key.items()):
+                return row
+        command = [sys.executable, "-m", "benchmarks.stream_backprop.cuda", "--one", name, str(seq_len)]
+        command += ["--shape", given.shape, "--steps", str(steps), "--memory-gib", str(given.memory_gib)]
+        command += ["--device", given.device]
+        environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = environment["PYTORCH_ALLOC_CONF"]  # its name before torch 2.9
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            result = {"error": "", **json.loads(done.stdout.splitlines()[-1])}
+        elif OUT_OF_MEMORY in done.stderr:
+            result = {"error": OUT_OF_MEMORY}
+        else:
+            result = {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
+        row = {**key, **result, "commit": commit()}
+        print(row, flush=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append({**dict.fromkeys(FIELDS, ""), **row})
+        return self.rows[-1]
+
+    def longest(self, name: str, resolution: int, most: int) -> int:
+        """The longest length, a multiple of `resolution` up to `most`, that does not run out of memory; by bisection.
+
+        Raises:
+            RuntimeError: a step that fails for another reason.
+        """
+
+        def fits(length: int) -> bool:
+            error = self.take(name, length, steps=1)["error"]
+            if error and error != OUT_OF_MEMORY:
+                raise RuntimeError(f"{name} at {length} tokens: {error}")
+            return not error
+
+        low, high = 0, resolution
+        while high <= most and fits(high):
+            low, high = high, high * 2
+        high = min(high, most + resolution)
+        while high - low > resolution:
+            middle = (low + high) // 2 // resolution * resolution
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+
+def results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for cuda_results.csv: of each shape and provider, peaks and times by length, and the longest that ran."""
+    found = []
+    ran = [row for row in rows if not row["error"]]
+    for row in ran:
+        for metric, unit in (("peak_gib", "GiB"), ("step_s", "s")):
+            found.append(measurement(
+                benchmark="stream_backprop_cuda", provider=row["provider"], metric=metric, unit=unit,
+                case=f"shape={row['shape']} seq_len={row['seq_len']} memory_gib={row['memory_gib']}",
+                samples=[float(row[metric])], kind="gpu", device=row["device"],
+            ))  # fmt: skip
+    limits = {
+        (row["shape"], row["memory_gib"], row["provider"]) for row in rows if row["error"] == OUT_OF_MEMORY
+    }  # without one that failed, the longest that ran is not a limit
+    for shape, memory_gib, name in sorted(limits):
+        same = [row for row in ran if (row["shape"], row["memory_gib"], row["provider"]) == (shape, memory_gib, name)]
+        found.append(measurement(
+            benchmark="stream_backprop_cuda", provider=name, metric="longest", unit="tokens",
+            case=f"shape={shape} memory_gib={memory_gib}",
+            samples=[max((float(row["seq_len"]) for row in same), default=0.0)], kind="gpu",
+            device=same[0]["device"] if same else "",
+        ))  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="4B", choices=SHAPES)
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS))
+    parser.add_argument("--lengths", nargs="*", type=int, default=[])
+    parser.add_argument("--longest", action="store_true", help="bisect for the longest sequence")
+    parser.add_argument("--resolution", type=int, default=1024, help="tokens, of the bisection")
+    parser.add_argument("--most", type=int, default=1 << 19, help="tokens, where the bisection stops")
+    parser.add_argument("--memory-gib", type=float, default=0.0, help="cap of the device's memory, 0 is all of it")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--samples", type=Path, default=HERE / "cuda_samples.csv")
+    parser.add_argument("--out", type=Path, default=HERE / "cuda_results.csv")
+    parser.add_argument("--one", nargs=2, metavar=("PROVIDER", "LENGTH"), help="one measurement, in this process")
+    given = parser.parse_args()
+    if given.one:
+        print(
+            json.dumps(one(given.one[0], int(given.one[1]), given.shape, given.steps, given.memory_gib, given.device))
+        )
+        return
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here: --device cpu tries the script out")
+    samples = Samples(given.samples, given)
+    for length in given.lengths:
+        for name in given.providers:
+            samples.take(name, length, given.steps)
+    if given.longest:
+        for name in given.providers:
+            try:
+                print(
+                    f"{name}, {given.shape}: {samples.longest(name, given.resolution, given.most)} tokens", flush=True
+                )
+            except RuntimeError as error:
+                print(error, flush=True)
+    if given.device == "cuda":
+        write_rows(given.out, results(samples.rows))
+
+
+if __name__ == "__main__":
+    main()
