@@ -42,12 +42,14 @@ def test_spearman_by_hand():
 def test_rows_are_read_as_the_schema_says(tmp_path):
     path = write(
         tmp_path / "runs.csv", {}, {"activation_checkpointing": "every_layer"}, {"kernel": "flash_attention2"},
-        {"zero_stage": "3"}, {"sequence_parallel": "False"}, {"step_time_s": "", "mfu": "0.4"},
+        {"zero_stage": "3", "kernel": "flash/triton"}, {"sequence_parallel": "False"},
+        {"step_time_s": "", "mfu": "0.4"},
     )  # fmt: skip
     _, runs, refused = read_runs(path)
     assert not refused
     assert [run.layout.checkpointing for run in runs] == ["none", "full", "none", "none", "none", "none"]
     assert [run.stack.fused_norm for run in runs] == [True, True, False, True, True, True]
+    assert [run.stack.attention for run in runs] == ["flash2", "flash2", "flash2", "triton", "flash2", "flash2"]
     assert [run.layout.sequence_parallel for run in runs] == [True, True, False, False, False, True]
     assert runs[0].layout.dp == 4
     assert runs[5].step_s is not None
