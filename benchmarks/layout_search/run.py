@@ -10,6 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 from benchmarks.layout_search.findings import findings
 from benchmarks.rows import measurement, write_rows
 
@@ -55,6 +56,33 @@ def accuracy(folder: Path) -> list[dict[str, object]]:
     for name in sorted({run.sweep for run in runs if run.oom is not None and run.stack.name == STUDY.name}):
         pairs = [(r, p) for r, p in zip(runs, prices, strict=True) if r.sweep == name and r.stack.attention == "flash2"]
         rows += _rows(f"shipped constants: {name}, flash2", score(*map(list, zip(*pairs, strict=True))))
+    return rows + bubbles(runs)
+
+
+def bubbles(runs: list[Run]) -> list[dict[str, object]]:
+    """How many times the predicted bubble each sheet's step times ask for: 1 where a step holds the stated batch.
+
+    Least squares of measured / predicted on the shares of the bubble and of the rest, by the shipped constants.
+    """
+    prices = price_runs(runs, load_constants())
+    rows = []
+    for name in sorted({run.sweep for run in runs if run.stack.name == STUDY.name}):
+        for kernel in ("flash2", "flash1"):
+            pairs = [
+                (run.step_s / priced.step_s, priced.time_parts_s["bubble"] / priced.step_s)
+                for run, priced in zip(runs, prices, strict=True)
+                if run.sweep == name and run.stack.attention == kernel and run.step_s
+            ]
+            ratio, share = np.array(pairs).T
+            design = np.stack([share, 1 - share], axis=1)
+            (times, _), *_ = np.linalg.lstsq(design, ratio, rcond=None)
+            print(f"{name}, {kernel}: {times:.2f} times the predicted bubble")
+            rows.append(
+                measurement(
+                    benchmark="layout_search", provider="fourfold", case=f"{name}, {kernel} ({len(pairs)} runs)",
+                    metric="bubble asked for", unit="times the predicted", samples=[times], kind="modelled",
+                )
+            )  # fmt: skip
     return rows
 
 
