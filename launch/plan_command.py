@@ -44,12 +44,16 @@ def plan(
     html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
 ) -> None:
     """Rank the layouts of MODEL on CLUSTER by predicted step time; show what fits, and how surely."""
+    if not 0 <= tokens < float("inf"):
+        raise ValueError(f"--tokens {tokens:g}: give a number of at least 0")
     result = make_plan(
         load_model(config), load_cluster(cluster), gpus=gpus, global_batch=global_batch, seq_len=seq_len,
         gpus_per_node=gpus_per_node, top=top, space=space, fix=fix or [], asynchronous=asynchronous,
     )  # fmt: skip
     if not result.layouts and not as_json:  # before any file: a folder never holds half a plan
-        raise ValueError(advice(result, global_batch=global_batch, seq_len=seq_len, space=space))
+        raise ValueError(
+            advice(result, global_batch=global_batch, seq_len=seq_len, space=space, fix=parse_fix(fix or []))
+        )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "plan.csv", result.layouts)
@@ -94,6 +98,8 @@ def make_plan(
     """
     if gpus_per_node:
         cluster = cluster.with_devices_per_node(gpus_per_node)
+        if gpus > gpus_per_node and gpus % gpus_per_node:
+            raise ValueError(f"--gpus {gpus} does not fill nodes of {gpus_per_node}: give a multiple")
     if top is not None and top < 1:
         raise ValueError(f"--top {top}: give a whole number of at least 1")
     return rank(
@@ -124,6 +130,8 @@ def parse_fix(words: list[str]) -> dict[str, Any]:
         key = key.strip().replace("-", "_")
         if not equals or key not in kinds:
             raise ValueError(f"--fix {word}: write it as KEY=VALUE with KEY one of {', '.join(kinds)}")
+        if key in fixed:
+            raise ValueError(f"--fix {word}: {key} is already fixed at {fixed[key]}")
         if key in _WORDS:
             if value not in _WORDS[key]:
                 raise ValueError(f"--fix {word}: choose one of {', '.join(_WORDS[key])}")

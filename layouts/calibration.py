@@ -1,7 +1,8 @@
 """Fits the model's few physical constants to measured runs, and says how well the fit carries over.
 
-Step times: least squares on log ratios with Huber's weights (published sheets have outliers), each constant held near
-its prior by a Gaussian on its logarithm. Memory: the likelihood of the out-of-memory flags, by coordinate search.
+Step times: least squares on log ratios with the weights of Student's t (published sheets have outliers), each constant
+held near its prior by a Gaussian on its logarithm. Memory: the likelihood of the out-of-memory flags, by coordinate
+search.
 Cross-validation leaves out whole sweeps, because rows of one sweep share what is not stated about it.
 """
 
@@ -23,15 +24,26 @@ from fourfold.layouts.validation import price_runs
 
 NOISE = 0.04
 """Relative scatter that counts as agreement: repeated runs differ by under 1%, unstated settings by more."""
+VAGUE_NOISE = 0.12
+"""The same of runs whose micro-batch, interleaving or kernel is not told."""
+FREEDOM = 2.0
+"""Of Student's t: how soon a residual counts as an outlier of the sheet."""
 
 PRIOR_SPREAD = {
     "matmul_peaks.A100": 0.05, "matmul_peaks.H100": 0.02, "matmul_peaks.V100": 0.05, "matmul_half": 0.7,
-    "attention_forward": 0.15, "attention_backward": 0.15, "flash1": 0.2, "attention_half": 0.5,
+    "attention_forward": 0.15, "attention_backward": 0.15, "flash1": 0.2, "triton": 0.2, "attention_half": 0.5,
     "memory_efficiency": 0.05, "kernel_gap_s": 0.7, "sync_s": 1.0, "norm_bytes": 0.3, "inner_link": 0.1,
-    "outer_link": 0.05, "study_link": 1.0, "step_overhead_s": 0.7, "straggler": 0.7,
+    "outer_link": 0.05, "study_link": 1.0, "study_reduce": 1.0,
+    "checkpoint_stall_s": 1.5, "step_overhead_s": 0.7, "straggler": 0.7,
 }  # fmt: skip
 """Standard deviation of each constant's logarithm about its prior."""
-MEMORY_SPREAD = {"fragmentation": 0.7, "reserve_bytes": 0.4, "memory_spread": 0.5, "memory_spread_bytes": 0.7}
+MEMORY_SPREAD = {
+    "fragmentation": 0.7,
+    "reserve_bytes": 0.4,
+    "flash1_bytes": 0.4,
+    "memory_spread": 0.5,
+    "memory_spread_bytes": 0.7,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,15 +86,15 @@ def calibrate(runs: Sequence[Run], prior: Constants, *, report: Callable[[str], 
     timed = [run for run in runs if run.step_s and run.stack.attention not in ("eager", "fused")]
     fitted = _fit_time(timed, prior) if timed else prior
     tell(f"fitted time on {len(timed)} runs")
-    # Other kernels' own work space is not modelled: their flags would bend what is.
-    flagged = [run for run in runs if run.oom is not None and run.stack.attention == "flash2"]
+    # The work space of kernels that store scores is not modelled: their flags would bend what is.
+    flagged = [run for run in runs if run.oom is not None and run.stack.attention in ("flash2", "flash1")]
     if any(run.oom for run in flagged):
         fitted = _fit_memory(flagged, fitted)
         tell(f"fitted memory on {len(flagged)} runs, {sum(bool(run.oom) for run in flagged)} out of memory")
     return fitted
 
 
-def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 4) -> Constants:
+def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Constants:
     names = list(PRIOR_SPREAD)
     start = np.array([get_constant(prior, name) for name in names])
     spread = np.array([PRIOR_SPREAD[name] for name in names])
@@ -98,13 +110,14 @@ def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 4) -> Cons
             steps[rows] = time_of(first.model, candidates, first.cluster, first.stack, constants).total
         return np.log(steps) - measured
 
+    noise = np.array([VAGUE_NOISE if run.vague else NOISE for run in runs])
     offsets = np.zeros(len(names))
     for _ in range(rounds):
         here = residual(offsets)
         step = 0.02
         columns = [(residual(offsets + step * unit) - here) / step for unit in np.eye(len(names))]
         jacobian = np.stack(columns, axis=1)
-        weights = 1.0 / np.maximum(1.0, np.abs(here) / (1.5 * NOISE)) / NOISE**2
+        weights = 1.0 / (1.0 + (here / noise) ** 2 / FREEDOM) / noise**2
         normal = (jacobian * weights[:, None]).T @ jacobian + np.diag(1 / spread**2)
         slope = (jacobian * weights[:, None]).T @ here + offsets / spread**2
         offsets = offsets - np.clip(np.linalg.solve(normal, slope), -0.5, 0.5)

@@ -20,7 +20,9 @@ class Constants:
     """Share of a large matmul's rate that the attention kernel's forward reaches at head dim 128."""
     attention_backward: float
     flash1: float
-    """FlashAttention 1 and the Triton kernels of its time, relative to FlashAttention 2."""
+    """FlashAttention 1, relative to FlashAttention 2."""
+    triton: float
+    """The Triton kernels of its time, likewise (llm-foundry)."""
     attention_half: float
     """Keys at which attention's rate is half of its best."""
     memory_efficiency: float
@@ -37,12 +39,18 @@ class Constants:
     """Share of the outer links' bandwidth, one port a device, that collectives reach."""
     study_link: float
     """The same in the cluster of Hagemann et al. 2023, whose network is not stated: near one port a node of eight."""
+    study_reduce: float
+    """Share of it that the same cluster's gradient reduction and weight gathering reached, conversions included."""
+    checkpoint_stall_s: float
+    """What each micro-batch waits on a stage of the study's pipelines where tp ranks recompute every layer."""
     step_overhead_s: float
     """A micro-batch on a stage, besides all that is counted."""
     straggler: float
     """Relative growth of a step with each doubling of the number of nodes."""
     reserve_bytes: float
     """Device memory outside the allocator: the context, communicators, libraries' work spaces."""
+    flash1_bytes: float
+    """What runs with FlashAttention 1 hold besides: its work spaces, and the older software around it."""
     fragmentation: float
     """Allocator waste, as a share of what changes during a step (activations and work spaces)."""
     memory_spread: float

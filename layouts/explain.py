@@ -44,6 +44,10 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in ("none", "selective", "full"):
         if kind != layout.checkpointing:
             yield f"checkpointing {kind}", {"checkpointing": kind, "checkpoint_every": 1, "stream_chunks": 1}
+    if layout.checkpointing == "stream":
+        yield "chunks x2", {"stream_chunks": layout.stream_chunks * 2}
+        if layout.stream_chunks % 2 == 0:
+            yield "chunks /2", {"stream_chunks": layout.stream_chunks // 2}
     for stage in (0, 1, 3):
         if stage != layout.zero_stage:
             yield f"ZeRO {stage}", {"zero_stage": stage}

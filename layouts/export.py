@@ -54,7 +54,7 @@ def megatron_arguments(layout: Layout, model: ModelConfig) -> list[str]:
         flags.append("group-query-attention")
         words["num-query-groups"] = model.num_kv_heads
     if layout.sequence_parallel:
-        flags.append("sequence-parallel")
+        flags += ["sequence-parallel", "tp-comm-overlap"]  # as priced
     if layout.zero_stage == 1:
         flags += ["use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"]
     if layout.vp > 1:
@@ -83,7 +83,8 @@ def megatron_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
         or model.expert_ffn_size, "gated_linear_unit": model.gated_mlp, "add_bias_linear": model.mlp_bias,
         "normalization": "RMSNorm" if model.norm_params == 1 else "LayerNorm",
         "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
-        "context_parallel_size": layout.cp, "sequence_parallel": layout.sequence_parallel, "bf16": True,
+        "context_parallel_size": layout.cp, "sequence_parallel": layout.sequence_parallel,
+        "tp_comm_overlap": layout.sequence_parallel, "bf16": True,
     }  # fmt: skip
     if layout.pp > 1:
         fields["pipeline_dtype"] = "bfloat16"

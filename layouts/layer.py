@@ -4,7 +4,7 @@ Matmuls are priced shape by shape, attention by its scores, everything else by t
 Without sequence parallelism every tp rank repeats the norms and residuals; with it they are cut by tp.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,7 +63,7 @@ def attention_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: 
         c.micro_batch, model.num_heads // c.tp, c.seq_len / c.cp, keys, block, model.head_dim
     )
     # Kernels that store the scores compute the masked half too, as plain batched matmuls.
-    slower = {"flash1": k.flash1, "fused": 0.5, "eager": 0.5}.get(stack.attention, 1.0)
+    slower = {"flash1": k.flash1, "triton": k.triton, "fused": 0.5, "eager": 0.5}.get(stack.attention, 1.0)
     return Times(forward / slower, backward / slower)
 
 
@@ -114,7 +114,7 @@ def _memory_bound(model: ModelConfig, c: Candidates, kernels: Kernels, stack: St
     if stack.fused_norm:
         norm = (2.0 * b, 4.0 * b, 1.0, 2.0)
     elif stack.launched:
-        norm = (k.norm_bytes / 3, k.norm_bytes * 2 / 3, 6.0, 12.0)
+        norm = (k.norm_bytes / 4, k.norm_bytes * 3 / 4, 6.0, 12.0)
     else:  # fp32, one operator after the other: square, mean, add, rsqrt, scale, weight
         norm = (7.0 * b, 15.0 * b, 6.0, 10.0)
     rope = ((2.0, 2.0, 1.0, 1.0) if stack.fused_ops else (9.0, 9.0, 7.0, 7.0)) if model.rotary else (0.0,) * 4
@@ -159,6 +159,22 @@ def recomputed(model: ModelConfig, c: Candidates, forward: Column, attention_for
         0.0,
     )
     return again / c.checkpoint_every
+
+
+def streaming(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Column:
+    """Seconds that StreamBP's pieces cost a layer besides: its recomputed forward and its backward, chunk by chunk.
+
+    Each piece launches every operator again, on matmuls that are shorter by the number of chunks.
+    """
+    extra = np.zeros(len(c))
+    rows = np.flatnonzero((c.checkpointing == STREAM) & (c.stream_chunks > 1))
+    if len(rows):
+        some = c.take(rows)
+        whole = layer_times(model, some, kernels, stack, k)
+        piece = layer_times(model, replace(some, micro_batch=some.micro_batch / some.stream_chunks), kernels, stack, k)
+        pieces = some.stream_chunks * (piece.forward + piece.backward)
+        extra[rows] = np.maximum(pieces - whole.forward - whole.backward, 0.0)
+    return extra
 
 
 def saved_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> tuple[Column, Column]:

@@ -160,6 +160,8 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
     workspace = workspace + gathered + casts + stack.allocator_waste * k.fragmentation * changing
     spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes if stack.launched else 0.02 * weights)
     reserve = k.reserve_bytes if stack.launched else 0.0
+    if stack.attention == "flash1":
+        reserve += k.flash1_bytes
     return Memory(
         weights,
         gradients,

@@ -45,6 +45,11 @@ class Run:
     oom: bool | None
     memory_gib: float | None
 
+    @property
+    def vague(self) -> bool:
+        """Whether the row leaves open what a price depends on: micro-batch, interleaving, or the attention kernel."""
+        return len(self.alternatives) > 1 or "not stated" in self.row.get("kernel", "").lower()
+
 
 def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[int, str]]:
     """Read a CSV of runs.
@@ -171,12 +176,11 @@ def _stack(row: Mapping[str, str], zero: int) -> Stack:
     if kernel in _STUDY_KERNELS:
         attention, fused_norm = _STUDY_KERNELS[kernel]
         return replace(STUDY, attention=attention, fused_norm=fused_norm)
-    if zero == 3:
-        return FSDP
     attention = (
-        "eager" if kernel in ("eager", "math") else "flash1" if kernel.startswith("flash_attentionv1") else "flash2"
-    )
-    return replace(MEGATRON, attention=attention)
+        "eager" if kernel in ("eager", "math") else "triton" if "triton" in kernel
+        else "flash1" if kernel.startswith("flash_attentionv1") else "flash2"
+    )  # fmt: skip
+    return replace(FSDP if zero == 3 else MEGATRON, attention=attention)
 
 
 def _whole(row: Mapping[str, str], key: str, *, default: int | None = None, least: int = 1) -> int:

@@ -173,7 +173,9 @@ def _check_fixed_axes(fix: Mapping[str, Any], num_devices: int) -> None:
         )
 
 
-def advice(result: Plan, *, global_batch: int, seq_len: int, space: str = "runtime") -> str:
+def advice(
+    result: Plan, *, global_batch: int, seq_len: int, space: str = "runtime", fix: Mapping[str, Any] | None = None
+) -> str:
     """One line on a plan without any fitting layout: how much is missing, and what would fit.
 
     Cost: a few further searches, of twice as many devices each, and of half the length.
@@ -183,22 +185,26 @@ def advice(result: Plan, *, global_batch: int, seq_len: int, space: str = "runti
     short = -nearest.margin_bytes / GIB
     room = (nearest.capacity_bytes - nearest.reserve_bytes) / GIB
 
-    def fits(num_devices: int, length: int) -> bool:
+    def fits(num_devices: int, length: int, held: Mapping[str, Any]) -> bool:
         try:
             return bool(
                 plan(
                     result.model, result.cluster, num_devices=num_devices, global_batch=global_batch, seq_len=length,
-                    space=space, top=1, stack=result.stack,
+                    space=space, fix=held, top=1, stack=result.stack,
                 ).layouts
             )  # fmt: skip
         except ValueError:
             return False
 
+    held = dict(fix or {})
     mends = []
-    more = next((n for n in (result.num_devices << k for k in range(1, 9)) if fits(n, seq_len)), None)
+    for name, value in held.items():
+        if fits(result.num_devices, seq_len, {key: held[key] for key in held if key != name}):
+            mends.append(f"another {name} than {value}")
+    more = next((n for n in (result.num_devices << k for k in range(1, 9)) if fits(n, seq_len, held)), None)
     if more:
         mends.append(f"{more} devices")
-    less = next((n for n in (seq_len >> k for k in range(1, 6)) if n and fits(result.num_devices, n)), None)
+    less = next((n for n in (seq_len >> k for k in range(1, 6)) if n and fits(result.num_devices, n, held)), None)
     if less:
         mends.append(f"a sequence of {less}")
     if space == "runtime" and result.cluster.device.type == "cuda":

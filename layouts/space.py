@@ -15,6 +15,7 @@ from fourfold.parallel.grid import AXES
 
 SPACES = ("runtime", "full")
 MICRO_BATCHES = tuple(range(1, 65))
+STREAM_CHUNKS = (4, 8, 16, 32)
 
 _Columns = dict[str, Column]
 _Rule = tuple[str, Callable[[_Columns], Column]]
@@ -53,7 +54,7 @@ def _runtime_rules(model: ModelConfig) -> list[_Rule]:
 
 def _option_rules(model: ModelConfig) -> dict[str, list[_Rule]]:
     """What the options of the full space need of each other; each rule under the last of its options."""
-    heads = model.num_heads
+    heads, moe = model.num_heads, model.num_experts > 0
     return {
         "sequence_parallel": [
             ("sequence parallelism needs tp of at least 2", lambda c: ~c["sequence_parallel"] | (c["tp"] > 1)),
@@ -87,6 +88,7 @@ def _option_rules(model: ModelConfig) -> dict[str, list[_Rule]]:
             ("tp x cp_heads does not divide the attention heads", lambda c: heads % (c["tp"] * c["cp_heads"]) == 0),
         ],
         "ep": [
+            ("ep does not divide the experts", lambda c: (c["ep"] == 1) | (model.num_experts % c["ep"] == 0) & moe),
             ("experts are shared by ranks of dp x cp", lambda c: c["dp"] * c["cp"] % c["ep"] == 0),
         ],
     }
@@ -110,6 +112,8 @@ def enumerate_space(
         ValueError: a fixed value that the space has not.
     """
     full = space == "full"
+    if not full:
+        _check_runnable(fix)
     axes = [
         (num_devices // (tp * cp * pp), pp, cp, tp)
         for tp in divisors(num_devices)
@@ -149,18 +153,13 @@ def enumerate_space(
     optional: dict[str, list[Any]] = {
         "sequence_parallel": [False, True], "vp": [1, 2, 4], "checkpoint_every": [1, 2, 4], "offload": [False, True],
         "cp_heads": [1, 2, 4, 8], "ep": divisors(model.num_experts) if model.num_experts else [1],
-        "stream_chunks": [1],
     }  # fmt: skip
     if full:
         rules = _option_rules(model)
         for name, values in optional.items():
             expand(name, values)
             restrict(rules.get(name, []))
-        columns["stream_chunks"] = np.where(columns["checkpointing"] == STREAM, fix.get("stream_chunks", 8), 1)
-    else:
-        for name in optional:
-            if name in fix:
-                expand(name, [fix[name]])
+        _expand_chunks(columns, reasons, seq_len, fix)
     if asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
         columns = _with_asynchronous(columns, reasons, fix.get("schedule"))
     columns.pop("batch")
@@ -189,3 +188,35 @@ def _with_asynchronous(columns: _Columns, reasons: dict[str, int], only: str | N
     for part in parts:
         part.setdefault("schedule", np.zeros(len(part["dp"]), dtype=np.int8))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _expand_chunks(columns: _Columns, reasons: dict[str, int], seq_len: int, fix: Mapping[str, Any]) -> None:
+    """Give the layouts that stream each number of chunks, the others one; in place."""
+    asked = [fix["stream_chunks"]] if "stream_chunks" in fix else STREAM_CHUNKS
+    chunks = [count for count in asked if seq_len % count == 0]
+    streamed = columns["checkpointing"] == STREAM
+    only_streamed = fix.get("stream_chunks", 1) > 1
+    if only_streamed and not streamed.all():
+        reasons["only StreamBP has chunks"] = int((~streamed).sum())
+    if not chunks and streamed.any():
+        reasons["StreamBP's chunks do not divide the sequence"] = int(streamed.sum())
+    counts = np.where(streamed, len(chunks), 0 if only_streamed else 1)
+    for key in columns:
+        columns[key] = np.repeat(columns[key], counts)
+    streamed = np.repeat(streamed, counts)
+    columns["stream_chunks"] = np.ones(len(streamed), dtype=int)
+    columns["stream_chunks"][streamed] = np.tile(
+        np.array(chunks, dtype=int), int(streamed.sum()) // max(len(chunks), 1)
+    )
+
+
+def _check_runnable(fix: Mapping[str, Any]) -> None:
+    """Refuse a fixed value that no layout of fourfold's own runtime has."""
+    allowed: dict[str, tuple[Any, ...]] = {"checkpointing": ("none", "full"), "zero_stage": (0, 3)}
+    allowed |= dict.fromkeys(("sequence_parallel", "offload"), (False,))
+    allowed |= dict.fromkeys(("vp", "ep", "cp_heads", "checkpoint_every", "stream_chunks"), (1,))
+    for name, values in allowed.items():
+        if name in fix and fix[name] not in values:
+            raise ValueError(
+                f"{name}={str(fix[name]).lower()}: fourfold's runtime has no such layouts: add --space full"
+            )

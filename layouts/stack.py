@@ -41,7 +41,7 @@ class Stack:
     fused_ops: bool = True
     """Rotary embedding, activation and residuals as fused kernels."""
     attention: str = "flash2"
-    """flash2, flash1 (also Triton's of its time), fused (softmax kernel, scores stored) or eager (several copies)."""
+    """flash2, flash1, triton, fused (softmax kernel, scores stored) or eager (several copies)."""
     logits_sharded: bool = True
     """Vocabulary-parallel loss; else each tp rank holds all logits."""
     logits_bytes: float = 10.0
@@ -50,6 +50,7 @@ class Stack:
     """Whether tp cuts the output projection."""
     logits_passes: float = 4.0
     """fp32 values read or written a token and a vocabulary entry by the loss, forward and backward."""
+    tp_overlap: float = 0.0
     dp_overlap: float = 1.0
     zero3_overlap: float = 1.0
     pp_outermost: bool = True
@@ -62,6 +63,10 @@ class Stack:
     """fp32 values read or written a parameter a step, gradient clipping included."""
     link: str = "outer_link"
     """Which constant tells the share of the outer links that its runs reached."""
+    reduce_link: str = ""
+    """The same of gradient reduction and weight gathering, where it differs."""
+    checkpoint_stall: bool = False
+    """Whether recomputing every layer stalls a pipeline with tp, each micro-batch anew (measured, not explained)."""
     launched: bool = True
     """Operators run behind the host (CUDA); else the host itself computes."""
 
@@ -83,18 +88,18 @@ RUNTIME_CUDA = Stack(
 
 MEGATRON = Stack(
     name="3D parallel (bf16 weights, fp32 gradients and states)", compute_bytes=2, weight_bytes=2, grad_bytes=4,
-    state_bytes=12, reduce_bytes=4, gather_bytes=2, dp_overlap=0.8, zero3_overlap=0.8, pp_scatter=True,
+    state_bytes=12, reduce_bytes=4, gather_bytes=2, tp_overlap=0.8, dp_overlap=0.8, zero3_overlap=0.8, pp_scatter=True,
     accumulation_passes=1.5,
 )  # fmt: skip
 
 FSDP = Stack(
     name="FSDP (bf16 compute, fp32 shards, fused cross-entropy)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
-    state_bytes=8, reduce_bytes=2, gather_bytes=2, attention="flash1", fused_ops=False, logits_bytes=6.0,
-    dp_overlap=0.8, zero3_overlap=0.8,
+    state_bytes=8, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_bytes=6.0, dp_overlap=0.8, zero3_overlap=0.8,
 )  # fmt: skip
 
 STUDY = Stack(
     name="3D parallel of Hagemann et al. 2023 (bf16 weights and gradients, ZeRO 1)", compute_bytes=2, weight_bytes=2,
     grad_bytes=2, state_bytes=12, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_sharded=False,
-    logits_bytes=16.0, dp_overlap=0.0, link="study_link",
+    logits_bytes=16.0, dp_overlap=0.0, link="study_link", reduce_link="study_reduce", checkpoint_stall=True,
+    accumulation_passes=1.5,
 )  # fmt: skip

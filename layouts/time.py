@@ -15,7 +15,16 @@ from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
 from fourfold.layouts.kernels import kernels_of
-from fourfold.layouts.layer import Times, attention_times, embedding_times, head_times, layer_times, recomputed
+from fourfold.layouts.layer import (
+    Times,
+    attention_times,
+    embedding_times,
+    head_times,
+    layer_times,
+    recomputed,
+    saved_bytes,
+    streaming,
+)
 from fourfold.layouts.measured_layers import beyond, corrected, optimizer_rate, rows_for
 from fourfold.layouts.memory import stage_params
 from fourfold.layouts.model import ModelConfig
@@ -24,6 +33,8 @@ from fourfold.layouts.stages import stages_of
 
 LAYER = ("forward_s", "backward_s")
 EMBEDDING, HEAD = ("embedding_forward_s", "embedding_backward_s"), ("head_forward_s", "head_backward_s")
+HOST_BYTES_PER_S = 20e9
+"""Between a device and pinned host memory, one way: of the 31.5 GB/s of PCIe 4.0 x16, what copies commonly reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +89,8 @@ class Strides:
 def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> StepTime:
     """The step time of every candidate."""
     kernels = kernels_of(cluster, k)
-    network = Network(
-        cluster=cluster, efficiency=(1.0, 1.0) if cluster.measured else (k.inner_link, getattr(k, stack.link))
-    )
+    network = _network(cluster, k, stack.link)
+    reducing = _network(cluster, k, stack.reduce_link or stack.link)
     strides = Strides.of(c, stack)
     stages = stages_of(model, c)
     m = c.num_micro_batches
@@ -97,14 +107,15 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
         return corrected(ends, HEAD, lambda at: head_times(model, at, kernels, stack), at)
 
     layer, embedding, head = layer_at(c), embedding_at(c), head_at(c)
-    again = recomputed(model, c, layer.forward, attention.forward)
+    again = recomputed(model, c, layer.forward, attention.forward) + streaming(model, c, kernels, stack, k)
 
-    def tp_at(at: Candidates) -> Column:
-        return _tp_seconds(model, at, network, Strides.of(at, stack), stack, 0.0 if cluster.measured else k.sync_s)
+    def tp_at(at: Candidates, behind: Times | None = None) -> Column:
+        sync_s = 0.0 if cluster.measured else k.sync_s
+        return _tp_seconds(model, at, network, Strides.of(at, stack), stack, sync_s, behind)
 
     tp_rows, cp_rows = rows_for(model, cluster, "tp_layer", stack), rows_for(model, cluster, "cp_layer", stack)
     tp_ends = rows_for(model, cluster, "tp_ends", stack)
-    tp_layer = beyond(tp_rows, "tp", LAYER, layer_at, tp_at, c) if tp_rows else tp_at(c)
+    tp_layer = beyond(tp_rows, "tp", LAYER, layer_at, tp_at, c) if tp_rows else tp_at(c, layer)
     cp_layer = _exchange_seconds(model, c, network, strides, stack)
     if cp_rows:
         hops = partial(_ring_seconds, model, network=network, stack=stack)
@@ -124,14 +135,18 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
     accumulate = _accumulation_seconds(model, c, cluster, stack, k)
     overhead = accumulate + (k.step_overhead_s if stack.launched else 0.0)
+    overhead = overhead + stages.layers * _offload_seconds(model, c, stack, layer)
+    if stack.checkpoint_stall:
+        stalls = (c.checkpointing == FULL) & (c.pp > 1) & (c.tp > 1)
+        overhead = overhead + np.where(stalls, k.checkpoint_stall_s, 0.0)
     slot = work + recompute + tp_comm + cp_comm + ep_comm + pp_comm + overhead
-    dp_comm = _dp_seconds(model, c, network, strides, stack, work / 3 * 2)
+    dp_comm = _dp_seconds(model, c, reducing, strides, stack, work / 3 * 2)
     optimizer = _optimizer_seconds(model, c, cluster, stack, k)
     longest = slot
     if c.any_asynchronous:
         # Every update reduces gradients and applies the mitigation, and nothing hides either.
         late, updates = c.schedule != FLUSHED, updates_per_step(c)
-        reduce_s = _dp_seconds(model, c, network, strides, stack, np.zeros_like(work))
+        reduce_s = _dp_seconds(model, c, reducing, strides, stack, np.zeros_like(work))
         dp_comm = np.where(late, updates * reduce_s, dp_comm)
         shared, experts = stage_params(model, c, stages)
         mitigate = mitigation_seconds(c, shared + experts, stages.index, _bandwidth(cluster, k))
@@ -161,6 +176,11 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     )
 
 
+def _network(cluster: Cluster, k: Constants, outer: str) -> Network:
+    """The cluster's links, with the shares of a preset's bandwidths that constants tell."""
+    return Network(cluster=cluster, efficiency=(1.0, 1.0) if cluster.measured else (k.inner_link, getattr(k, outer)))
+
+
 def _over_stages(slot: Column, c: Candidates) -> Column:
     """Sum over all pp stages of one micro-batch's forward and backward: what fill and drain wait for."""
     return np.where(c.pp == 1, slot[0], slot[0] + slot[2] + np.maximum(c.pp - 2, 0) * slot[1])
@@ -173,7 +193,13 @@ def _straggling(c: Candidates, cluster: Cluster, k: Constants) -> Column:
 
 
 def _tp_seconds(
-    model: ModelConfig, c: Candidates, network: Network, strides: Strides, stack: Stack, sync_s: float
+    model: ModelConfig,
+    c: Candidates,
+    network: Network,
+    strides: Strides,
+    stack: Stack,
+    sync_s: float,
+    behind: Times | None,
 ) -> Column:
     """Two all-reduces of [tokens, hidden] forward and two backward a layer (Shoeybi et al. 2019).
 
@@ -186,7 +212,13 @@ def _tp_seconds(
     scatter_s = network.collective_s("reduce_scatter", size, c.tp, strides.tp)
     again = np.where((c.checkpointing == FULL) | (c.checkpointing == STREAM), 1.0 / c.checkpoint_every, 0.0)
     wait = sync_s * np.log2(c.tp)
-    return (4 + 2 * again) * (np.where(c.sequence_parallel, gather_s + scatter_s, reduce_s) + wait)
+    each = np.where(c.sequence_parallel, gather_s + scatter_s, reduce_s) + wait
+    whole = (4 + 2 * again) * each
+    if not stack.tp_overlap or behind is None:
+        return whole
+    # Split into pieces, a collective hides behind the matmul that makes or takes its tensor.
+    hidden = np.where(c.sequence_parallel, stack.tp_overlap, 0.0)
+    return np.maximum(whole - hidden * (behind.forward * (1 + again) + behind.backward), (1 - 0.9 * hidden) * whole)
 
 
 def _ring_seconds(
@@ -277,11 +309,20 @@ def _dp_seconds(
 def _accumulation_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
     """Adding a micro-batch's weight gradients to those before, by bytes; [3, candidates].
 
-    The first micro-batch of a step has nothing to add to.
+    The first micro-batch of a step has nothing to add to; StreamBP adds each chunk's.
     """
     shared, experts = stage_params(model, c, stages_of(model, c))
-    later = 1.0 - 1.0 / c.num_micro_batches
+    later = np.where(c.checkpointing == STREAM, c.stream_chunks, 1) - 1.0 / c.num_micro_batches
     return (shared + experts) * later * stack.accumulation_passes * stack.grad_bytes / _bandwidth(cluster, k)
+
+
+def _offload_seconds(model: ModelConfig, c: Candidates, stack: Stack, layer: Times) -> Column:
+    """A layer's input to host memory and back, where forward and backward do not hide it."""
+    if not c.offload.any():
+        return np.zeros(len(c))
+    one = saved_bytes(model, c, stack)[1] / HOST_BYTES_PER_S
+    visible = np.maximum(one - layer.forward, 0.0) + np.maximum(one - layer.forward - layer.backward, 0.0)
+    return np.where(c.offload, visible, 0.0)
 
 
 def _bandwidth(cluster: Cluster, k: Constants) -> float:

@@ -39,7 +39,7 @@ def test_megatron_arguments_by_hand():
     assert pairs["--tensor-model-parallel-size"] == "8"
     assert pairs["--num-layers-per-virtual-pipeline-stage"] == "10"
     assert pairs["--num-query-groups"] == "8"
-    assert {"--sequence-parallel", "--use-distributed-optimizer", "--swiglu"} <= set(arguments)
+    assert {"--sequence-parallel", "--tp-comm-overlap", "--use-distributed-optimizer", "--swiglu"} <= set(arguments)
 
 
 def test_deepspeed_accepts_its_config():

@@ -78,6 +78,10 @@ def test_fixed_fields_are_held():
         ({"space": "all"}, "space='all': choose one of runtime, full"),
         ({"fix": {"tp": 3}}, "tp=3 makes 3, which does not divide 8 devices"),
         ({"fix": {"tp": 2, "pp": 2, "dp": 1, "cp": 1}}, "makes 4 ranks, but there are 8 devices"),
+        ({"fix": {"vp": 2}}, "vp=2: fourfold's runtime has no such layouts: add --space full"),
+        ({"fix": {"checkpointing": "stream"}}, "checkpointing=stream: fourfold's runtime has no such layouts"),
+        ({"fix": {"ep": 2}, "space": "full"}, "ep does not divide the experts"),
+        ({"fix": {"checkpointing": "stream", "stream_chunks": 3}, "space": "full"}, "do not divide the sequence"),
         ({"fix": {"micro_batch": 3}}, "no layout of 8 devices can cut this model and batch"),
     ],
 )
@@ -93,6 +97,25 @@ def test_where_nothing_fits_the_nearest_is_told():
     told = advice(result, global_batch=8, seq_len=8192)
     assert "what may: 128 devices or --space full" in told
     assert plan(load_model("llama-3.1-405b"), A100, num_devices=128, global_batch=8, seq_len=8192).layouts
+
+
+def test_streambp_comes_in_chunks_that_divide_the_sequence():
+    batch = {"num_devices": 8, "global_batch": 8, "seq_len": 1000, "space": "full"}
+    held = {"cp": 1, "tp": 1, "pp": 1, "zero_stage": 3, "checkpointing": "stream"}
+    chunks = {p.layout.stream_chunks for p in plan(LLAMA, A100, fix=held, **batch).layouts}
+    assert chunks == {4, 8}
+    asked = plan(LLAMA, A100, fix={"cp": 1, "tp": 1, "pp": 1, "stream_chunks": 5}, **batch)
+    assert {(p.layout.checkpointing, p.layout.stream_chunks) for p in asked.layouts} == {("stream", 5)}
+    assert asked.infeasible["only StreamBP has chunks"]
+
+
+def test_advice_names_the_fixed_field_that_is_in_the_way():
+    held = {"tp": 1, "pp": 1, "cp": 1, "zero_stage": 0}
+    result = plan(LLAMA, A100, num_devices=8, global_batch=8, seq_len=2048, fix=held)
+    assert not result.layouts
+    told = advice(result, global_batch=8, seq_len=2048, fix=held)
+    assert "another zero_stage than 0" in told
+    assert "devices or" not in told  # more replicas hold no less each
 
 
 def test_the_safe_pick_is_safe_and_no_faster_than_the_fastest():

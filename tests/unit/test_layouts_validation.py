@@ -42,12 +42,14 @@ def test_spearman_by_hand():
 def test_rows_are_read_as_the_schema_says(tmp_path):
     path = write(
         tmp_path / "runs.csv", {}, {"activation_checkpointing": "every_layer"}, {"kernel": "flash_attention2"},
-        {"zero_stage": "3"}, {"sequence_parallel": "False"}, {"step_time_s": "", "mfu": "0.4"},
+        {"zero_stage": "3", "kernel": "flash/triton"}, {"sequence_parallel": "False"},
+        {"step_time_s": "", "mfu": "0.4"},
     )  # fmt: skip
     _, runs, refused = read_runs(path)
     assert not refused
     assert [run.layout.checkpointing for run in runs] == ["none", "full", "none", "none", "none", "none"]
     assert [run.stack.fused_norm for run in runs] == [True, True, False, True, True, True]
+    assert [run.stack.attention for run in runs] == ["flash2", "flash2", "flash2", "triton", "flash2", "flash2"]
     assert [run.layout.sequence_parallel for run in runs] == [True, True, False, False, False, True]
     assert runs[0].layout.dp == 4
     assert runs[5].step_s is not None
@@ -116,10 +118,14 @@ def test_accuracy_on_the_published_sweeps(sweeps):
     assert scores.oom_accuracy is not None
     assert scores.oom_accuracy >= 0.97
     assert scores.num_oom_picks == 0
-    assert scores.top1 is not None
-    assert scores.top1 >= 0.99
     assert scores.mape is not None
-    assert scores.mape <= 0.07
+    assert scores.mape <= 0.05
+    for sweep in {run.sweep for run in flash}:
+        rows = [run for run in flash if run.sweep == sweep]
+        one = score(rows, price_runs(rows, load_constants()))
+        assert one.top1 is not None
+        # The 13B sheet at 2k: see benchmarks/layout_search/README.md on its pipelines.
+        assert one.top1 >= (0.8 if rows[0].layout.global_batch == 2048 and "13B" in sweep else 0.99)
 
 
 def test_what_a_run_does_not_tell_is_chosen_as_the_planner_would(tmp_path):
@@ -130,6 +136,11 @@ def test_what_a_run_does_not_tell_is_chosen_as_the_planner_would(tmp_path):
     open_run, *fixed = price_runs(runs, load_constants())
     assert len(runs[0].alternatives) > 1
     assert open_run.step_s == min(priced.step_s for priced in fixed if priced.fits)
+
+
+def test_rows_that_leave_settings_open_count_less(tmp_path):
+    path = write(tmp_path / "runs.csv", {}, {"micro_batch": ""}, {"kernel": "flash (not stated per row)"})
+    assert [run.vague for run in read_runs(path)[1]] == [False, True, True]
 
 
 def test_calibration_finds_a_constant_that_was_changed(sweeps):
