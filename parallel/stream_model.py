@@ -73,7 +73,11 @@ def stream_backprop(
     """Make `model(input_ids, labels=labels).loss.backward()` stream; call it before DDP, FSDP2, DeepSpeed or Trainer.
 
     The model is changed in place: calls with labels, and token_logprobs, stream, and return no logits; calls without
-    labels (generation) run as before. A loss's backward can run once.
+    labels (generation) run as before. A loss's backward can run once. A mixture of experts called with
+    output_router_logits=True adds its load-balancing loss over all tokens, and returns no router logits.
+
+    With cp, call use_ring_attention(model, group) too: each rank then streams its shard against the ring, with
+    shard_batch's arguments. Every rank of the group calls, and losses and gradients are summed over it.
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
@@ -91,7 +95,9 @@ def stream_backprop(
         The same model.
     Raises:
         ValueError: a model that is not understood, or settings out of range; with verify, gradients that differ.
-    Cost: per layer beside checkpointing's, keys and values once more.
+    Cost: per layer beside checkpointing's, keys and values once more. With cp, q, k, v and attention's output of a
+        layer's whole shard, with their gradients, are there at a time, and without keep_attention the ring's forward
+        messages travel once more.
     Source: Luo et al. 2025 (arXiv 2506.03077); see the module.
     """
     settings = StreamSettings(
