@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.stream_peak import StreamMemory as StreamMemory
     from fourfold.parallel.stream_peak import max_seq_len as max_seq_len
     from fourfold.parallel.stream_peak import stream_memory as stream_memory
+    from fourfold.parallel.stream_settings import StreamSettings as StreamSettings
     from fourfold.parallel.token_losses import dpo_loss as dpo_loss
     from fourfold.parallel.token_losses import grpo_loss as grpo_loss
     from fourfold.parallel.token_losses import kto_loss as kto_loss
@@ -63,6 +64,7 @@ _HOME = {
     "PipelinedBackpropEmulator": "pipeline_emulator",
     "Program": "pipeline_program",
     "StreamMemory": "stream_peak",
+    "StreamSettings": "stream_settings",
     "TokenStatistics": "stream_model",
     "attended_pairs": "sequence_sharding",
     "balanced_ranges": "stage_partition",

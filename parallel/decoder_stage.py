@@ -12,9 +12,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+
+from fourfold.parallel.stream_layer import stream_attention_forward
+from fourfold.parallel.stream_module import NAME
+from fourfold.parallel.stream_settings import StreamSettings
+from fourfold.parallel.stream_stage import stage_pass, stream_layers, stream_loss
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "full", "stream")
 
 _POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -57,7 +63,9 @@ class DecoderStage(nn.Module):
     Args:
         model: a causal language model that passed `check_decoder`. Its modules are shared, not copied.
         layers: the decoder layers of this stage.
-        checkpointing: "none", or "full" to keep only each layer's input and recompute the layer in the backward pass.
+        checkpointing: "none", "full" to keep only each layer's input and recompute the layer in the backward pass, or
+            "stream" to do that in chunks of the sequence (StreamBP).
+        stream: the chunks' sizes; None is stream_backprop's defaults.
         autocast_dtype: the dtype matrix products run in, or None for the parameters' own.
 
     `position_ids` ([1, S_local] int64) must be set before a forward pass: the caller knows which tokens these are.
@@ -65,12 +73,22 @@ class DecoderStage(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, layers: range, *, checkpointing: str = "none", autocast_dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        layers: range,
+        *,
+        checkpointing: str = "none",
+        stream: StreamSettings | None = None,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
+        if checkpointing == "stream":
+            AttentionInterface.register(NAME, stream_attention_forward)
+        self._stream = stream or StreamSettings()
         whole = cast(Any, model)
+        self.config = whole.config
         self.num_layers = len(whole.model.layers)
         """Of the whole model."""
         self.is_first, self.is_last = layers.start == 0, layers.stop == self.num_layers
@@ -108,34 +126,46 @@ class DecoderStage(nn.Module):
             yield f"model.layers.{index}", layer
         yield from self.ends()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Run the stage.
 
         Args:
             x: [B, S_local] int64 token ids on the first stage, else [B, S_local, hidden].
+            targets: [B, S_local] int64, shifted, negative for none; only where the stage streams, and read by the last.
         Returns:
             [B, S_local, vocab] logits on the last stage (this rank's part of the vocabulary under tensor
-            parallelism), else [B, S_local, hidden].
+            parallelism), with targets the sum of their cross-entropies instead; else [B, S_local, hidden].
         """
         assert self.position_ids is not None
         assert self.position_ids.shape[-1] == x.shape[1]
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             hidden = self.model.embed_tokens(x) if self.is_first else x  # type: ignore[operator]
             rotary = self.model.rotary_emb(hidden, position_ids=self.position_ids)  # type: ignore[operator]
+            arguments: dict[str, Any] = {
+                "attention_mask": None,
+                "position_ids": self.position_ids,
+                "position_embeddings": rotary,
+                "use_cache": False,
+                **self.attention_arguments,
+            }
+            if self.checkpointing == "stream":
+                return self._streamed(hidden, arguments, targets)
             for layer in self.layers.values():
-                hidden = self._run(layer, hidden, rotary)
-            if self.is_last:
-                hidden = self.lm_head(self.model.norm(hidden))  # type: ignore[operator]
-        return hidden
+                hidden = self._run(layer, hidden, arguments)
+            return self.lm_head(self.model.norm(hidden)) if self.is_last else hidden  # type: ignore[operator]
 
-    def _run(self, layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        arguments: dict[str, Any] = {
-            "attention_mask": None,
-            "position_ids": self.position_ids,
-            "position_embeddings": rotary,
-            "use_cache": False,
-            **self.attention_arguments,
-        }
+    def _streamed(self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None) -> Tensor:
+        layers = list(self.layers.values())
+        shared = stage_pass(self._stream, self.config, layers[0], hidden, self.attention_arguments.get("ring_seq_len"))
+        hidden = stream_layers(layers, hidden, arguments, shared)
+        if not self.is_last:
+            return hidden
+        norm, head = cast(nn.Module, self.model.norm), self.lm_head
+        if targets is None:
+            return cast(Tensor, head(norm(hidden)))
+        return stream_loss(self._stream, shared, self.config, norm, head, hidden, targets)
+
+    def _run(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self.checkpointing == "full" and torch.is_grad_enabled():
             # No randomness in a supported layer, so no generator state to keep.
             return cast(Tensor, checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **arguments))

@@ -27,7 +27,7 @@ class Pipeline:
         module: what runs: `stage`, or DDP around it.
         stage: the decoder stage inside.
         mesh: (dp, pp, cp, tp).
-        loss: (logits, targets) -> the scalar that the last stage differentiates, already scaled.
+        loss: (what the last stage returns, targets) -> the scalar that it differentiates, already scaled.
         hidden_dtype, logits_dtype: of the stage's outputs.
     """
 
@@ -61,6 +61,8 @@ class Pipeline:
         losses: list[Tensor] = []
         arguments = (inputs,) if self._stage.is_first else ()
         keywords: dict[str, Any] = {"target": targets, "losses": losses} if self._stage.is_last else {}
+        if self._stage.is_last and self._stage.checkpointing == "stream":
+            keywords["targets"] = targets  # of the stage's forward: logits would be whole
         run = schedule.step if train else schedule.eval
         run(*arguments, return_outputs=False, **keywords)
         if not train:  # nothing goes backward, so nothing would let go of the outputs
@@ -86,12 +88,17 @@ class Pipeline:
 
         stage = self._stage
         hidden = activations(stage.hidden_size, self._hidden_dtype)
+        if stage.checkpointing == "stream":
+            dtype = torch.promote_types(torch.float32, self._hidden_dtype)
+            last = torch.empty((), dtype=dtype, device="meta", requires_grad=train)
+        else:
+            last = activations(self._local_vocab_size, self._logits_dtype)
         return PipelineStage(
             self._module,
             self._index,
             self._num_stages,
             device=tokens.device,
             input_args=torch.empty_like(tokens, device="meta") if stage.is_first else hidden,
-            output_args=activations(self._local_vocab_size, self._logits_dtype) if stage.is_last else hidden,
+            output_args=last if stage.is_last else hidden,
             group=self._group,
         )

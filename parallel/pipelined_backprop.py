@@ -43,7 +43,8 @@ class PipelinedBackprop:
         seed: if given, dropout draws from (seed, stage, micro-batch), the same as in the emulator.
         timeout_s: how long to wait for a stage that is alive but silent; None: the group's timeout.
     Raises:
-        ValueError: the number of stages is not the size of the group; unknown names; a program that does not validate.
+        ValueError: the number of stages is not the size of the group; unknown names; a program that does not validate,
+            or splits the backward passes of a stage that streams.
     Cost: a micro-batch sends one activation and one gradient a link. Extra weights: Mitigation.weight_copies.
     Source: Kosson et al. 2021 (arXiv 2003.11666).
     """
@@ -72,6 +73,8 @@ class PipelinedBackprop:
         if module is None:
             raise ValueError(f"this rank runs stage {index}, but stages[{index}] is None")
         self.schedule = resolve_schedule(schedule, self.num_stages)
+        if getattr(module, "checkpointing", "none") == "stream":
+            _check_whole_backwards(self.schedule, index)
         self.mitigation = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
         delays = self.schedule.delays()
         self.stage = PipelineStage(
@@ -242,6 +245,17 @@ class PipelinedBackprop:
             self._links.leave_note(self.stage.index, f"raised {type(error).__name__}: {error}")
             raise
         return losses
+
+
+def _check_whole_backwards(schedule: PipelineSchedule | Program, stage: int) -> None:
+    """A streamed layer makes both gradients at once and overwrites its output's: it cannot go back a second time."""
+    num_micro_batches = schedule.num_micro_batches if isinstance(schedule, Program) else 1
+    if any(action.kind == "I" for action in schedule.actions(stage, iter(range(num_micro_batches)))):
+        name = "a Program" if isinstance(schedule, Program) else repr(schedule.name)
+        raise ValueError(
+            f"schedule: {name} splits backward passes, and stage {stage} streams (checkpointing='stream'): choose a "
+            "schedule of whole backward passes, or checkpointing='full'"
+        )
 
 
 class _Stream(Iterator[int]):

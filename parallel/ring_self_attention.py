@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fourfold.parallel.attention import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
 from fourfold.parallel.attention_blocks import Block, Hop, Span, plan_hops
-from fourfold.parallel.communication import Exchange, Place, exchange, gather_lengths, place_in
+from fourfold.parallel.communication import Exchange, Place, exchange, place_in
 from fourfold.parallel.head_exchange import HeadExchange, check_heads
-from fourfold.parallel.sequence_sharding import mask_reach, shard_length, shard_ranges
+from fourfold.parallel.ring_arguments import check_tensors, sequence_length
+from fourfold.parallel.sequence_sharding import mask_reach, shard_ranges
 from fourfold.parallel.sequence_tensors import document_ends
 
 
@@ -74,16 +75,76 @@ def ring_attention(
         (arXiv 2310.01889); heads x ring: Fang and Zhao 2024 (arXiv 2405.07719). Differs: keys go straight to the
         ranks that need them, so nothing masked is forwarded.
     """
+    ring = plan_ring(
+        q, k, v, group, causal=causal, scale=scale, sharding=sharding, window=window, cu_seqlens=cu_seqlens,
+        heads_degree=heads_degree, backend=backend, seq_len=seq_len,
+    )  # fmt: skip
+    out: Tensor = _call(q, k, v, ring)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """One call of ring_attention, planned; made by `plan_ring`.
+
+    Its forward and backward are for callers that are an autograd.Function themselves (StreamBP) and decide what to
+    keep in between. Every rank of the group must call each of them, in the same order.
+    """
+
+    place: Place
+    hops: tuple[Hop, ...]
+    heads: HeadExchange
+    backend: AttentionBackend
+    scale: float
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out in q.dtype, lse) to keep for `backward`: [B, H/h, h*S_local, D] and [B, H/h, h*S_local]."""
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = self.heads.to_heads(q, k, v)
+            out, lse = _forward(q, k, v, self)
+            return out.to(q.dtype), lse
+
+    def to_tokens(self, out: Tensor) -> Tensor:
+        """Attention's output for this rank's tokens, [B, H, S_local, D], from what `forward` gave."""
+        return self.heads.to_tokens(out)
+
+    def backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        """(dq, dk, dv) in their tensors' dtypes, from the gradient [B, H, S_local, D] of `to_tokens(out)`."""
+        dtypes = q.dtype, k.dtype, v.dtype
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = self.heads.to_heads(q, k, v)
+            (grad_out,) = self.heads.to_heads(grad_out)
+            gradients = self.heads.gradients_to_tokens(*_backward(grad_out, q, k, v, out, lse, self))
+            dq, dk, dv = (gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True))
+            return dq, dk, dv
+
+
+def plan_ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sharding: str = "zigzag",
+    window: tuple[int, int] | None = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    heads_degree: int = 1,
+    backend: str | None = None,
+    seq_len: int | None = None,
+) -> Ring:
+    """Check the arguments of ring_attention, which see, and plan its blocks and hops. Plans are remembered."""
     place = place_in(group)
-    _check_tensors(q, k, v)
+    check_tensors(q, k, v)
     ends = document_ends(cu_seqlens)
     if ends is not None and q.shape[0] != 1:
         raise ValueError(f"cu_seqlens with a batch of {q.shape[0]}: pack the documents into one row (B=1)")
     mask_reach(causal, window)
     check_heads(q.shape[1], k.shape[1], heads_degree, place.size)
     chosen = select_backend(backend, q, k)
-    seq_len = _sequence_length(q, place, sharding, ends, seq_len)
-    task = _Task(
+    seq_len = sequence_length(q, place, sharding, ends, seq_len)
+    return Ring(
         place=place,
         hops=plan_hops(
             place.rank // heads_degree,
@@ -102,21 +163,10 @@ def ring_attention(
         backend=chosen,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
-    out: Tensor = _call(q, k, v, task)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    place: Place
-    hops: tuple[Hop, ...]
-    heads: HeadExchange
-    backend: AttentionBackend
-    scale: float
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _call(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> Tensor:
+def _call(q: Tensor, k: Tensor, v: Tensor, task: Ring) -> Tensor:
     """Outside of compiled graphs: the ring's messages are no operators a compiler could reorder safely."""
     out: Tensor = _RingAttention.apply(q, k, v, task)  # type: ignore[no-untyped-call]
     return out
@@ -124,7 +174,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> Tensor:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: _Task) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: Ring) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = task.heads.to_heads(q, k, v)
             out, lse = _forward(q, k, v, task)
@@ -136,7 +186,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        task: _Task = ctx.task
+        task: Ring = ctx.task
         q, k, v, out, lse = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
             (grad_out,) = task.heads.to_heads(grad_out)
@@ -145,7 +195,7 @@ class _RingAttention(torch.autograd.Function):
             return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, task: Ring) -> tuple[Tensor, Tensor]:
     """Merged output and lse of this rank's queries, both in the accumulation dtype."""
     out = _zeros_like(q)
     lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf).transpose(1, 2)
@@ -159,7 +209,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, task: _Task) -> tuple[Tensor, Tens
     return out, lse
 
 
-def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, task: _Task) -> Gradients:
+def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, task: Ring) -> Gradients:
     """(dq, dk, dv) in the accumulation dtype. Gradients of keys go back to their rank while the next hop computes."""
     dq, dk, dv = _Sum(q), _Sum(k), _Sum(v)
     returning: _Return | None = None
@@ -182,7 +232,7 @@ def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
     return dq.value(), dk.value(), dv.value()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, task: _Task) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, task: Ring) -> tuple[Tensor, Tensor]:
     q, k, v = _flat(q, block.q, block), _flat(k, block.k, block), _flat(v, block.k, block)
     if block.shape != "anticausal":
         return task.backend.forward(q, k, v, causal=block.shape == "causal", scale=task.scale)
@@ -191,7 +241,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, task: _Task) -> tuple
 
 
 def _attend_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, task: _Task
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, task: Ring
 ) -> Gradients:
     grad_out, q, out, lse = (_flat(x, block.q, block) for x in (grad_out, q, out, lse))
     k, v = _flat(k, block.k, block), _flat(v, block.k, block)
@@ -226,7 +276,7 @@ def _unflat(x: Tensor, block: Block) -> Tensor:
 class _Arrival:
     """The keys and values of a hop on their way here, and this rank's own on theirs."""
 
-    def __init__(self, k: Tensor, v: Tensor, task: _Task, step: int) -> None:
+    def __init__(self, k: Tensor, v: Tensor, task: Ring, step: int) -> None:
         self._tensors, self._flight = (k, v), None
         if step >= len(task.hops):
             return
@@ -252,7 +302,7 @@ class _Arrival:
 class _Return:
     """Gradients of another rank's keys on their way home, and those of this rank's keys coming in."""
 
-    def __init__(self, keys: "_Sum", values: "_Sum", dk: "_Sum", dv: "_Sum", hop: Hop, task: _Task) -> None:
+    def __init__(self, keys: "_Sum", values: "_Sum", dk: "_Sum", dv: "_Sum", hop: Hop, task: Ring) -> None:
         degree, inner = task.heads.degree, task.heads.inner
         num_expected = sum(stop - start for start, stop in hop.send)
         self._totals, self._spans = (dk, dv), hop.send
@@ -324,39 +374,3 @@ def _pack(x: Tensor, spans: Sequence[Span]) -> Tensor:
     if not spans:
         return tokens[:, :0]
     return torch.cat([tokens[:, slice(*span)] for span in spans], dim=1)
-
-
-def _sequence_length(q: Tensor, place: Place, sharding: str, ends: tuple[int, ...] | None, seq_len: int | None) -> int:
-    """The global length, with every rank's shard checked against it as far as this rank can know."""
-    if seq_len is None:
-        lengths = gather_lengths(place, q.shape[2], q)
-        seq_len = sum(lengths)
-        expected = [shard_length(shard) for shard in shard_ranges(seq_len, place.size, sharding, ends)]
-        if lengths != expected:
-            raise ValueError(
-                f"the ranks hold {lengths} tokens, but {sharding} shards of {seq_len} are {expected}: "
-                "shard with shard_sequence, with the same sharding and cu_seqlens"
-            )
-        return seq_len
-    expected_here = shard_length(shard_ranges(seq_len, place.size, sharding, ends)[place.rank])
-    if q.shape[2] != expected_here:
-        raise ValueError(
-            f"rank {place.rank} holds {q.shape[2]} tokens, but its {sharding} shard of seq_len={seq_len} has "
-            f"{expected_here}: shard with shard_sequence, with the same sharding and cu_seqlens"
-        )
-    return seq_len
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
-        raise ValueError(f"{shapes}: q is [B, H, S_local, D], k and v are both [B, H_kv, S_local, D]")
-    if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
-        raise ValueError(f"{shapes}: batch, tokens and head size must be the same")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads over {k.shape[1]} key heads: the latter must divide the former")
-    if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
-        raise ValueError(
-            f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}, v {v.dtype} on {v.device}: "
-            "cast and move them to one dtype and device"
-        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fourfold.parallel.decoder_stage import DecoderStage, check_decoder
 from fourfold.parallel.stage_partition import balanced_ranges
+from fourfold.parallel.stream_settings import StreamSettings
 
 
 def cut_into_stages(
@@ -33,7 +34,13 @@ def cut_into_stages(
 
 
 def cut_decoder_into_stages(
-    model: nn.Module, num_stages: int, input_ids: Tensor, *, checkpointing: str = "none", repeats: int = 5
+    model: nn.Module,
+    num_stages: int,
+    input_ids: Tensor,
+    *,
+    checkpointing: str = "none",
+    stream: StreamSettings | None = None,
+    repeats: int = 5,
 ) -> list[DecoderStage]:
     """Cut a Hugging Face decoder into stages for PipelinedBackprop, balanced by profiled time.
 
@@ -42,7 +49,9 @@ def cut_decoder_into_stages(
     Args:
         model: a causal language model of the families in decoder_stage.py; its modules are shared, not copied.
         input_ids: one micro-batch [B, S] int64. The stages are for sequences of this S.
-        checkpointing: "none", or "full" to recompute each layer in the backward pass.
+        checkpointing: "none", "full" to recompute each layer in the backward pass, or "stream" to do so in chunks of
+            the sequence; logits are whole on the last stage all the same.
+        stream: the chunks' sizes; None is stream_backprop's defaults.
     Returns:
         Stages from token ids to logits [B, S, vocab].
     Raises:
@@ -55,7 +64,7 @@ def cut_decoder_into_stages(
         raise ValueError("the head shares the embedding's weight: set tie_word_embeddings=False to cut the model")
 
     def stage(layers: range) -> DecoderStage:
-        made = DecoderStage(model, layers, checkpointing=checkpointing)
+        made = DecoderStage(model, layers, checkpointing=checkpointing, stream=stream)
         made.position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         return made
 

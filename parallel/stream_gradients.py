@@ -63,9 +63,9 @@ class ParameterSums:
         """The parameter's place, or None where it needs no gradient."""
         return self._index.get(id(parameter))
 
-    def backward(self, out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-        """The inputs' gradients; the parameters' are added."""
-        gradients = torch.autograd.grad(out, [*inputs, *self._parameters], grad, allow_unused=True)
+    def backward(self, outs: Sequence[Tensor], inputs: list[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs' gradients, from those of `outs`; the parameters' are added."""
+        gradients = torch.autograd.grad(outs, [*inputs, *self._parameters], grads, allow_unused=True)
         for index, part in enumerate(gradients[len(inputs) :]):
             if part is not None:
                 self.add(index, part)

@@ -8,7 +8,7 @@ the cross-entropy alone. That one, whose gradient is known before backward begin
 over whole rows, which needs room for the projection's gradient from the forward on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ class Head:
 
     Attributes:
         norm: the norm after the last layer, [tokens, d] to [tokens, d].
+        normalise: its forward, which is called without its hooks: they would run for every chunk.
         projection: d to V.
         scale: logits are multiplied by it.
         soft_cap: then they become soft_cap * tanh(logits / soft_cap); None is no cap.
@@ -38,6 +39,7 @@ class Head:
     """
 
     norm: nn.Module
+    normalise: Callable[[Tensor], Tensor]
     projection: nn.Linear
     scale: float
     soft_cap: float | None
@@ -84,7 +86,7 @@ class _Chunk:
         self._head, self._targets = head, targets.unsqueeze(-1)
         self._leaf = hidden.detach().requires_grad_()
         with torch.enable_grad(), entered_autocast(head.autocast):
-            self._normed = head.norm(self._leaf)
+            self._normed = head.normalise(self._leaf)
         self._dtype = head.projection.weight.dtype if head.autocast is None else head.autocast[1]
         self._input = self._normed.detach().to(self._dtype)
         self._grad_input: Tensor | None = None
@@ -138,7 +140,7 @@ class _Chunk:
     def finish(self, sums: "_Sums") -> Tensor:
         """The hidden states' gradient, once all rows of the vocabulary are in."""
         assert self._grad_input is not None
-        return sums.backward(self._normed, [self._leaf], self._grad_input.to(self._normed.dtype))[0]
+        return sums.backward([self._normed], [self._leaf], [self._grad_input.to(self._normed.dtype)])[0]
 
     def _weight(self, rows: slice) -> Tensor:
         return self._head.projection.weight.detach()[rows].to(self._dtype)

@@ -34,6 +34,7 @@ from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline import Pipeline
 from fourfold.parallel.sequence_tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
+from fourfold.parallel.stream_settings import StreamSettings
 from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
 from fourfold.parallel.weights import materialise
 
@@ -50,6 +51,7 @@ def parallelize(
     *,
     micro_batch: int | None = None,
     checkpointing: str = "none",
+    stream: StreamSettings | None = None,
     zero_stage: int = 0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -65,7 +67,9 @@ def parallelize(
         mesh: from `init_mesh`. tp cuts matrices (DTensor), cp the sequence (ring attention), pp the layers
             (torch.distributed.pipelining, 1F1B), dp the batch.
         micro_batch: sequences a forward pass; None means one with pp > 1, the whole local batch without.
-        checkpointing: "none" or "full" (keep each layer's input, recompute the layer).
+        checkpointing: "none", "full" (keep each layer's input, recompute the layer) or "stream" (the same in chunks of
+            the sequence, head and loss too: see stream_backprop). "stream" needs tp=1.
+        stream: the chunks' sizes; None is stream_backprop's defaults.
         zero_stage: 0 keeps weights on every dp x cp rank (DDP), 3 shards them there (FSDP2).
         dtype: what matrix products run in (torch.bfloat16, say); weights and gradient sums stay as they are.
         seed: of the weights of a model on the meta device; the weights of any other are kept.
@@ -73,7 +77,7 @@ def parallelize(
         A ParallelModel that holds this rank's part.
     Raises:
         ValueError: what cannot be exact: another model family, heads that tp does not divide, fewer layers than
-            stages, tied embeddings with pp > 1.
+            stages, tied embeddings with pp > 1, streaming with tp > 1.
     Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others.
     """
     check_decoder(model)
@@ -88,6 +92,13 @@ def parallelize(
     config = cast(Any, model).config
     pp, cp, tp = (mesh[axis].size() for axis in ("pp", "cp", "tp"))
     check_tensor_parallel(config, tp)
+    if checkpointing == "stream" and tp > 1:
+        raise ValueError(
+            f"checkpointing='stream' with tp={tp}: chunks of cut matrices are not supported; use tp=1 and more cp or "
+            "zero_stage=3, or checkpointing='full'"
+        )
+    if stream is not None and checkpointing != "stream":
+        raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     if pp > 1 and config.tie_word_embeddings:
         raise ValueError(
             f"tie_word_embeddings=true with pp={pp}: the first and the last stage would each hold a copy; "
@@ -95,12 +106,15 @@ def parallelize(
         )
     layers = layer_ranges(config.num_hidden_layers, pp)[mesh.get_local_rank("pp")]
     # Without a mask torch's kernel sees the whole sequence; the ring's blocks know windows, also on one rank.
-    ring = mesh.get_group("cp") if cp > 1 or has_sliding_window(model) else None
+    windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
+    ring = mesh.get_group("cp") if cp > 1 or windows else None
     if ring is not None:
         use_ring_attention(model, ring)
     else:
         cast(Any, model).set_attn_implementation("sdpa")
-    stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype if zero_stage == 0 else None)
+    stage = DecoderStage(
+        model, layers, checkpointing=checkpointing, stream=stream, autocast_dtype=dtype if zero_stage == 0 else None
+    )
     replicas = _replica_mesh(mesh)
     _place(stage, model, mesh, replicas, zero_stage=zero_stage, dtype=dtype, seed=seed)
     return ParallelModel(stage, mesh, replicas, micro_batch=micro_batch, zero_stage=zero_stage, dtype=dtype, ring=ring)
@@ -191,7 +205,7 @@ class ParallelModel:
                 losses = self._pipeline.evaluate(inputs, targets, self._micro_batch or 1)
             else:
                 pairs = zip(self._cut(inputs), self._cut(targets), strict=True)
-                losses = [self._loss(self._module(part), target) for part, target in pairs]
+                losses = [self._loss(self._run(part, target), target) for part, target in pairs]
         return self._mean_loss(losses, num_targets)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -261,7 +275,7 @@ class ParallelModel:
         pairs = list(zip(self._cut(inputs), self._cut(targets), strict=True))
         for index, (part, target) in enumerate(pairs):
             with self._gradient_sync(index == len(pairs) - 1):
-                loss = self._loss(self._module(part), target)
+                loss = self._loss(self._run(part, target), target)
                 loss.backward()  # type: ignore[no-untyped-call]
             yield loss.detach()
 
@@ -278,8 +292,15 @@ class ParallelModel:
     def _loss_context(self) -> AbstractContextManager[None]:
         return loss_parallel() if self._tp > 1 else nullcontext()
 
+    def _run(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Logits, or where the stage streams the sum of the targets' cross-entropies."""
+        given = (inputs, targets) if self.stage.checkpointing == "stream" else (inputs,)
+        return cast(Tensor, self._module(*given))
+
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss that is differentiated: a sum over [B, S_local] targets, times the step's scale."""
+        if self.stage.checkpointing == "stream":  # what came is the sum already
+            return logits * self._loss_scale
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self._tp > 1:

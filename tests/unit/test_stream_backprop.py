@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from stream_models import FAMILIES, batch, gradients, tiny, worst_error
+from benchmarks.stream_backprop.tiny_models import FAMILIES, batch, gradients, tiny, worst_error
 from torch import Tensor, nn
 
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears

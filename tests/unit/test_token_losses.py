@@ -3,59 +3,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from stream_models import batch, gradients, tiny, worst_error
-from torch import Tensor, nn
+from benchmarks.stream_backprop.families import CHUNKS, every_loss, masked_batch, whole_statistics
+from benchmarks.stream_backprop.tiny_models import batch, tiny, worst_error
 
 from fourfold.parallel.stream_model import TokenStatistics, stream_backprop, token_logprobs, token_statistics
-from fourfold.parallel.token_losses import dpo_loss, grpo_loss, kto_loss, sequence_logprobs, sft_loss
+from fourfold.parallel.token_losses import dpo_loss, grpo_loss, kto_loss, sft_loss
 
 TOLERANCE = 2e-6  # fp32 against fp32, see test_stream_backprop.py
-CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
-
-
-def whole(model: nn.Module, ids: Tensor, labels: Tensor) -> TokenStatistics:
-    """token_statistics from whole logits."""
-    logits = model(input_ids=ids).logits.float()
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    mask = targets != -100
-    logprobs = logits.log_softmax(-1).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return TokenStatistics(
-        logprobs=logprobs * mask, logsumexp=logits.logsumexp(-1) * mask, mean_logits=logits.mean(-1) * mask, mask=mask
-    )
-
-
-def objectives(statistics: TokenStatistics, fixed: Tensor) -> dict[str, Tensor]:
-    """Each objective of the same four rows; `fixed` [4, T] stands for log-probabilities of other models."""
-    logprobs, mask = statistics.logprobs, statistics.mask
-    rows, others = sequence_logprobs(logprobs, mask), sequence_logprobs(fixed, mask)
-    gains = torch.tensor([1.0, -0.5, 0.3, -1.2])
-    return {
-        "smoothed": sft_loss(statistics, weights=fixed.abs(), label_smoothing=0.1, z_loss=1e-2),
-        "dpo": dpo_loss(rows[:2], rows[2:], others[:2], others[2:], beta=0.1, label_smoothing=0.1),
-        "grpo": grpo_loss(logprobs, fixed, gains, mask, reference_logprobs=fixed, beta=0.04),
-        "ppo": grpo_loss(logprobs, fixed, gains.unsqueeze(-1).expand_as(fixed), mask, per_sequence=False),
-        "kto": kto_loss(rows, others, gains > 0, torch.tensor(0.3), undesirable_weight=1.5),
-    }
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3, windows", "phi"])
 def test_every_objective_has_plain_gradients(family):
-    model, ids = tiny(family), batch(4, 19)
-    labels = ids.clone()
-    labels[:, :5] = labels[2, 11:] = -100
-    plain = whole(model, ids, labels)
-    fixed = plain.logprobs.detach() + 0.1 * torch.randn_like(plain.logprobs)
-    expected = {name: (loss.detach(), gradients(model, loss)) for name, loss in _each(model, ids, labels, fixed, whole)}
-    stream_backprop(model, **CHUNKS)
-    for name, loss in _each(model, ids, labels, fixed, token_statistics):
-        plain_loss, plain_gradients = expected[name]
-        torch.testing.assert_close(loss.detach(), plain_loss, rtol=2e-6, atol=1e-6)
-        assert worst_error(gradients(model, loss), plain_gradients) <= TOLERANCE, name
-
-
-def _each(model, ids, labels, fixed, statistics):
-    for name in objectives(statistics(model, ids, labels), fixed):
-        yield name, objectives(statistics(model, ids, labels), fixed)[name]
+    model, (ids, labels) = tiny(family), masked_batch()
+    logprobs = whole_statistics(model, ids, labels).logprobs.detach()
+    fixed = logprobs + 0.1 * torch.randn_like(logprobs)
+    plain = every_loss(model, fixed, whole_statistics)
+    streamed = every_loss(stream_backprop(model, **CHUNKS), fixed, token_statistics)
+    for name, (loss, found) in streamed.items():
+        torch.testing.assert_close(loss, plain[name][0], rtol=2e-6, atol=1e-6)
+        assert worst_error(found, plain[name][1]) <= TOLERANCE, name
 
 
 def test_token_logprobs_are_the_losses_own():

@@ -1,0 +1,92 @@
+"""A mixture of experts' load-balancing loss, exact over a sequence that goes through its layers in chunks.
+
+The loss is num_experts * sum_e f_e * P_e: f_e is the part of all tokens, over all layers, that chose expert e, P_e the
+mean probability that the routers gave it. f_e has no gradient, so the loss is linear in the probabilities: each layer
+gives their sum and the counts over its chunks, the loss is made of these few numbers once all are known, and its
+gradient, one number an expert, goes back to every chunk beside the layer's own. The mean is over all tokens, never of
+means over chunks. transformers keeps every layer's router logits over the whole sequence for the same.
+
+Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, as transformers' load_balancing_loss_func has them.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fourfold.parallel.communication import Place
+from fourfold.parallel.stream_module import replaced_forward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """What one pass over a batch gathers of a model's routers.
+
+    Attributes:
+        router: class of the modules that choose experts, and `index`: the place of the logits in what they return.
+        num_experts, top_k: of a layer.
+        coefficient: of the loss in the model's.
+        mask: [B, T], 0 at tokens that do not count; None counts all.
+        layers: for each layer that went forward, (sum of probabilities, tokens that chose), [num_experts] each.
+    """
+
+    router: type[nn.Module]
+    index: int
+    num_experts: int
+    top_k: int
+    coefficient: float
+    mask: Tensor | None
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def zeros(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(sum of probabilities, tokens that chose) of no tokens."""
+        return torch.zeros(self.num_experts, device=device), torch.zeros(self.num_experts, device=device)
+
+    @contextmanager
+    def recorded(self, layer: nn.Module) -> Iterator[list[Tensor]]:
+        """The logits that the layer's routers compute meanwhile."""
+        logits: list[Tensor] = []
+        with ExitStack() as stack:
+            for module in layer.modules():
+                if isinstance(module, self.router):
+                    forward = partial(self._record, module.forward, logits)
+                    stack.enter_context(replaced_forward(module, forward))
+            yield logits
+
+    def _record(self, forward: Any, logits: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        logits.append(out[self.index])
+        return out
+
+    def statistics(self, logits: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """(sum of probabilities, tokens that chose) of the chunk at token `start`; logits [B*length, num_experts]."""
+        probabilities = logits.softmax(-1)
+        chosen = probabilities.detach().topk(self.top_k, dim=-1).indices.flatten()
+        probabilities = probabilities.float()
+        weights = torch.ones(len(logits), device=logits.device)
+        if self.mask is not None:
+            weights = self.mask[:, start : start + length].reshape(-1).to(weights)
+            probabilities = probabilities * weights.unsqueeze(-1)
+        counts = torch.zeros(self.num_experts, device=logits.device)
+        counts.scatter_add_(0, chosen, weights.repeat_interleave(self.top_k))
+        return probabilities.sum(0), counts
+
+    def loss(self, place: Place | None = None) -> Tensor:
+        """The load-balancing loss of all layers, a fp32 scalar.
+
+        Args:
+            place: in the cp group, over whose tokens the means are: this rank's loss is then its part, to be summed
+                over the group. None: this rank's tokens are all.
+        Cost: with a group, one all-reduce of num_experts numbers.
+        """
+        probabilities = torch.stack([part for part, _ in self.layers]).sum(0)
+        counts = torch.stack([part for _, part in self.layers]).sum(0)
+        if place is not None and place.size > 1:
+            dist.all_reduce(counts, group=place.group)
+        rows = (counts.sum() / self.top_k).clamp_min(1)
+        return self.num_experts * (counts / rows * probabilities / rows).sum()

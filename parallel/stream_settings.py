@@ -1,0 +1,94 @@
+"""How a model streams, and what follows from it for one pass over a batch and for the head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.parallel.stream_attention import RowMask
+from fourfold.parallel.stream_head import Head
+from fourfold.parallel.stream_layer import Pass
+from fourfold.parallel.stream_offload import HostMemory
+from fourfold.parallel.stream_peak import Auto, auto_chunks, logits_chunk_size, logits_tile
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamSettings:
+    """How a model streams; the fields are stream_backprop's arguments."""
+
+    chunk_size: Auto = "auto"
+    mlp_chunk: Auto = "auto"
+    logits_chunk: Auto = "auto"
+    offload: Literal["host"] | None = None
+    keep_attention: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.offload not in (None, "host"):
+            raise ValueError(f"offload={self.offload!r}: give 'host', or None")
+        for name in ("chunk_size", "mlp_chunk", "logits_chunk"):
+            value = getattr(self, name)
+            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r}: give a number of tokens, at least 1, or 'auto'")
+
+
+def new_pass(
+    settings: StreamSettings, config: Any, masks: Sequence[RowMask], shape: tuple[int, int], device: torch.device,
+    dtype: torch.dtype,
+) -> Pass:  # fmt: skip
+    """What the layers of one pass over a batch share; autocast is as it is now.
+
+    Args:
+        config: the model's.
+        masks: row_masks of the batch, of `shape` (B, T) on this rank.
+        dtype: of the hidden states.
+    """
+    kind = device.type
+    chunk, mlp_chunk = settings.chunk_size, settings.mlp_chunk
+    if chunk == "auto" or mlp_chunk == "auto":
+        found = auto_chunks(
+            config, shape[1], batch=shape[0], device_type=kind, chunk_size=chunk,
+            keep_attention=settings.keep_attention, offload=settings.offload is not None and kind == "cuda",
+            itemsize=dtype.itemsize,
+        )  # fmt: skip
+        chunk, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
+    return Pass(
+        masks=masks,
+        chunk=chunk,
+        mlp_chunk=mlp_chunk,
+        keep_attention=settings.keep_attention,
+        backend=settings.backend,
+        autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+        host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,
+    )
+
+
+def new_head(
+    settings: StreamSettings,
+    shared: Pass,
+    config: Any,
+    norm: nn.Module,
+    normalise: Callable[[Tensor], Tensor],
+    projection: nn.Linear,
+) -> Head:
+    """The end of the model for the same pass.
+
+    Args:
+        config: the model's, which may scale or cap logits.
+        norm, normalise, projection: see Head.
+    """
+    chunk, kind = settings.logits_chunk, projection.weight.device.type
+    scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
+    return Head(
+        norm=norm,
+        normalise=normalise,
+        projection=projection,
+        scale=1.0 if scaling is None else 1 / scaling,
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+        chunk=logits_chunk_size(projection.out_features, kind) if chunk == "auto" else chunk,
+        tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk, kind),
+        autocast=shared.autocast,
+        passing=shared.passing,
+    )

@@ -1,0 +1,54 @@
+"""The layers and the head of a pipeline stage, streamed: what stream_backprop does to a whole model, for a part of it.
+
+Nothing in the modules changes between calls, so a stage shares them with whoever has them too.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.parallel.attention_interface import RingSettings
+from fourfold.parallel.stream_attention import row_masks
+from fourfold.parallel.stream_layer import LayerStream, Pass
+from fourfold.parallel.stream_module import attention_function, replaced_forward
+from fourfold.parallel.stream_ring import RingLayerStream, RingPass, around_ring
+from fourfold.parallel.stream_settings import StreamSettings, new_head, new_pass
+
+
+def stage_pass(settings: StreamSettings, config: Any, layer: nn.Module, hidden: Tensor, seq_len: int | None) -> Pass:
+    """What a stage's layers share in one pass over hidden [B, S_local, d], around the ring where there is one.
+
+    Args:
+        config: the model's.
+        layer: any of the stage's.
+        seq_len: tokens of the whole sequence, for a ring.
+    """
+    shape = (hidden.shape[0], hidden.shape[1])
+    shared = new_pass(settings, config, row_masks(None, None, shape), shape, hidden.device, hidden.dtype)
+    ring: RingSettings | None = getattr(layer.self_attn, "ring_settings", None)
+    return shared if ring is None else around_ring(shared, ring, seq_len, None)
+
+
+def stream_layers(layers: Iterable[nn.Module], hidden: Tensor, arguments: Mapping[str, Any], shared: Pass) -> Tensor:
+    """hidden [B, S_local, d] after the layers; each is called, hooks and all, once."""
+    kind = RingLayerStream if isinstance(shared, RingPass) else LayerStream
+    for layer in layers:
+        stream = kind(layer, layer.forward)
+
+        def forward(x: Tensor, *, stream: LayerStream = stream, **given: Any) -> Tensor:
+            return stream(x, given, shared)
+
+        with attention_function(stream.attention.config), replaced_forward(layer, forward):
+            hidden = layer(hidden, **arguments)
+    return hidden
+
+
+def stream_loss(
+    settings: StreamSettings, shared: Pass, config: Any, norm: nn.Module, projection: nn.Linear, hidden: Tensor,
+    targets: Tensor,
+) -> Tensor:  # fmt: skip
+    """The cross-entropy of hidden [B, S_local, d] after the last layer, summed over targets [B, S_local] from 0 on."""
+    head = new_head(settings, shared, config, norm, norm.forward, projection)
+    return head.loss(hidden, targets, torch.ones((), dtype=torch.float64, device=hidden.device))

@@ -1,0 +1,114 @@
+"""Stages that stream their layers: the same loss and gradients as the untouched model, and as the emulator's stages."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_one_loss_any_layout import assert_one_loss, tiny_model
+
+from fourfold.parallel import (
+    PipelinedBackprop,
+    PipelinedBackpropEmulator,
+    StreamSettings,
+    init_mesh,
+    parallelize,
+)
+from fourfold.parallel.decoder_stage import DecoderStage
+
+CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5)
+STREAM = {"checkpointing": "stream", "stream": CHUNKS}
+LAYOUTS = [
+    ({"pp": 2}, {"micro_batch": 1}),
+    ({"pp": 2}, {"zero_stage": 3}),
+    ({"cp": 2}, {"micro_batch": 2}),
+    ({"cp": 2}, {"zero_stage": 3}),
+    ({"dp": 2}, {}),
+]
+
+
+@pytest.mark.parametrize(("mesh_shape", "options"), LAYOUTS, ids=str)
+def test_two_ranks(ranks, mesh_shape, options):
+    assert_one_loss(ranks(2), mesh_shape, masked=True, **STREAM, **options)
+
+
+def test_windows_and_fp64_on_a_pipeline_of_shards(ranks):
+    model = {"family": "mistral", "sliding_window": 9, "double": True}
+    assert_one_loss(ranks(4), {"pp": 2, "cp": 2}, masked=True, model=model, tolerance=1e-6, **STREAM)
+
+
+def test_bf16_products(ranks):
+    """As in test_one_loss_any_layout: bf16 keeps 8 bits at each of some thirty roundings."""
+    for zero_stage in (0, 3):
+        assert_one_loss(ranks(2), {"pp": 2}, tolerance=6e-2, dtype=torch.bfloat16, zero_stage=zero_stage, **STREAM)
+
+
+def stages(checkpointing: str) -> list[torch.nn.Module]:
+    model = tiny_model()
+    cuts = [
+        DecoderStage(model, layers, checkpointing=checkpointing, stream=CHUNKS) for layers in (range(2), range(2, 4))
+    ]
+    for stage in cuts:
+        stage.position_ids = torch.arange(15).unsqueeze(0)
+    return list(cuts)
+
+
+def mean_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def trained(kind: Any, schedule: str, checkpointing: str, **options: Any) -> list[torch.Tensor]:
+    """The weights of all stages this process has after a few micro-batches."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = [torch.randint(0, 64, (2, 16), generator=generator) for _ in range(6)]
+    runtime = kind(
+        stages(checkpointing), optimizer=lambda p: torch.optim.SGD(p, lr=0.3), loss_fn=mean_loss, schedule=schedule,
+        mitigation="none", **options,
+    )  # fmt: skip
+    runtime.run([(ids[:, :-1], ids[:, 1:]) for ids in tokens])
+    found = runtime.stages[dist.get_rank()] if kind is PipelinedBackpropEmulator else runtime.stage
+    return [p.detach().clone() for p in found.module.parameters()]
+
+
+def asynchronous(schedule: str) -> tuple[bool, float]:
+    """(bit for bit the emulator's, largest relative difference from stages that recompute layers whole)."""
+    mine = trained(PipelinedBackprop, schedule, "stream", group=None)
+    emulated = trained(PipelinedBackpropEmulator, schedule, "stream")
+    whole = trained(PipelinedBackprop, schedule, "full", group=None)
+    same = all(torch.equal(a, b) for a, b in zip(mine, emulated, strict=True))
+    return same, max(float((a - b).norm() / b.norm()) for a, b in zip(mine, whole, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "2bw:2"])
+def test_pipelined_backpropagation(ranks, schedule):
+    for same, difference in ranks(2)(asynchronous, schedule):
+        assert same
+        assert difference < 1e-5  # six steps of fp32
+
+
+def refusals() -> list[str]:
+    answers = []
+    mesh = init_mesh(tp=2, device_type="cpu")
+    for attempt in (
+        lambda: parallelize(tiny_model(), mesh, checkpointing="stream"),
+        lambda: parallelize(tiny_model(), mesh, stream=CHUNKS),
+        lambda: trained(PipelinedBackprop, "zb-h1:2", "stream", group=None),
+    ):
+        try:
+            attempt()
+            answers.append("accepted")
+        except ValueError as error:
+            answers.append(str(error))
+    return answers
+
+
+def test_what_stages_cannot_stream_is_refused(ranks):
+    messages = [
+        "checkpointing='stream' with tp=2",
+        "they go with checkpointing='stream'",
+        "'zb-h1' splits backward passes, and stage",
+    ]
+    for answers in ranks(2)(refusals):
+        for answer, message in zip(answers, messages, strict=True):
+            assert message in answer
