@@ -41,7 +41,7 @@ from fourfold.launch.training import (
 )
 from fourfold.layouts.layout import Layout, read_layout_file
 from fourfold.layouts.model import ModelConfig
-from fourfold.parallel import ParallelModel, init_mesh, parallelize
+from fourfold.parallel import ParallelModel, StreamSettings, init_mesh, parallelize
 from fourfold.profiling.refusal import refuse
 
 
@@ -90,10 +90,18 @@ def _parallel_model(
         mesh,
         micro_batch=layout.micro_batch,
         checkpointing=layout.checkpointing,
+        stream=_chunks(layout),
         zero_stage=layout.zero_stage,
         dtype=dtype,
         seed=settings.seed,
     )
+
+
+def _chunks(layout: Layout) -> StreamSettings | None:
+    """A layout that streams names its chunks of a rank's sequence; with one, they are chosen by their closed form."""
+    if layout.stream_chunks == 1:
+        return None
+    return StreamSettings(chunk_size=-(-layout.seq_len // (layout.cp * layout.stream_chunks)))
 
 
 def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:

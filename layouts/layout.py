@@ -138,7 +138,9 @@ class Layout:
             "vp": self.vp > 1, "ep": self.ep > 1, "cp_heads": self.cp_heads > 1,
             "sequence_parallel": self.sequence_parallel, "checkpoint_every": self.checkpoint_every > 1,
             "offload": self.offload,
-            f"checkpointing={self.checkpointing}": self.checkpointing not in ("none", "full"),
+            "checkpointing=selective": self.checkpointing == "selective",
+            "checkpointing=stream with tp": self.checkpointing == "stream" and self.tp > 1,
+            f"checkpointing=stream with schedule={self.schedule}": self.checkpointing == "stream" and self.asynchronous,
             f"zero_stage={self.zero_stage}": self.zero_stage in (1, 2),
         }  # fmt: skip
         return ", ".join(name for name, present in extras.items() if present)

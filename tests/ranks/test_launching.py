@@ -80,7 +80,8 @@ def test_torchrun_and_mpi_train_alike(tmp_path):
 
 def test_a_run_goes_on_and_keeps_its_history(tmp_path):
     layout, out = tmp_path / "layout.toml", tmp_path / "out"
-    write_layout_file(layout, Layout(global_batch=2, seq_len=32), load_model(CONFIG))
+    streamed = Layout(global_batch=2, seq_len=32, checkpointing="stream", stream_chunks=4)
+    write_layout_file(layout, streamed, load_model(CONFIG))
     words = ["-m", "fourfold.launch.cli", "launch", layout, "--out", out, "--checkpoint-every", 2, "--quiet"]
     first = python(*words, "--steps", 2)
     assert first.returncode == 0, first.stderr

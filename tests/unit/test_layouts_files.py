@@ -1,5 +1,7 @@
 """layout.toml goes there and back; junk in it, and in cluster.toml, is named in one line."""
 
+from dataclasses import replace
+
 import pytest
 import tomli_w
 
@@ -97,6 +99,9 @@ def test_what_the_runtime_has_not_is_named():
     assert layout.unrunnable_reason() == "vp, sequence_parallel, zero_stage=1"
     assert not layout.runnable
     assert Layout(dp=2, zero_stage=3, checkpointing="full", global_batch=8, seq_len=64).runnable
+    streamed = Layout(cp=2, checkpointing="stream", stream_chunks=4, global_batch=8, seq_len=64)
+    assert streamed.runnable
+    assert replace(streamed, tp=2).unrunnable_reason() == "checkpointing=stream with tp"
 
 
 def test_presets_state_their_source():
