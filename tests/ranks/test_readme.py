@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ COMMANDS = [
     for line in block.splitlines()
     if re.match(r"(layout-advisor|torchrun|mpiexec|make|python) ", line)
 ]
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def tiny_llama() -> Any:
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}))
 
 
 def test_the_readme_has_commands():
@@ -52,10 +60,10 @@ def test_command(command, tmp_path):
 def readme_example() -> tuple[float, float]:
     """The README's lines in a world of one, and transformers alone, on the same batch."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}))
+    model = tiny_llama()
     batch = torch.arange(64).view(2, 32)
     truth = model(batch, labels=batch).loss.item()
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0].replace("dp=2, tp=2", "")
+    code = EXAMPLES[0].replace("dp=2, tp=2", "")
     names = {"model": model, "loader": [batch], "optimizer": torch.optim.SGD(model.parameters())}
     exec(code, names)
     return names["loss"].item(), truth
@@ -64,3 +72,18 @@ def readme_example() -> tuple[float, float]:
 def test_the_example_gives_the_same_loss(ranks):
     loss, truth = ranks(1)(readme_example)[0]
     assert loss == pytest.approx(truth, rel=1e-6)
+
+
+def test_the_streaming_example_gives_the_same_loss_and_gradients():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    batch = torch.arange(64).view(2, 32)
+    truth = model(batch, labels=batch).loss
+    truth.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    names = {"model": model, "input_ids": batch, "labels": batch}
+    exec(EXAMPLES[1], names)
+    assert names["loss"].item() == pytest.approx(truth.item(), rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
