@@ -68,13 +68,14 @@ def row_masks(attention_mask: Tensor | None, position_ids: Tensor | None, shape:
 
 @lru_cache(maxsize=8192)
 def chunk_blocks(
-    keys: tuple[Span, ...], documents: tuple[Span, ...], start: int, stop: int, window: int | None
+    keys: tuple[Span, ...], documents: tuple[Span, ...], start: int, stop: int, window: int | None, leaf: int
 ) -> tuple[Block, ...]:
     """The unmasked work of queries start:stop. A block's q counts from `start`, its k from the sequence's first token.
 
     Args:
         keys, documents: RowMask's.
         window: keys a query sees, itself included; None is all before it.
+        leaf: the backend's: triangles down to this size are cut.
     """
     reach = (None if window is None else window - 1, 0)
     oldest = 0 if window is None else max(0, start - window + 1)
@@ -85,7 +86,7 @@ def chunk_blocks(
         if begin < end:
             pairs = pair_blocks((range(start, stop),), (range(begin, end),), ranges, reach)
             blocks += [Block(block.q, (block.k[0] + begin, block.k[1] + begin), block.shape) for block in pairs]
-    return tuple(piece for block in tidy(blocks) for piece in _cut(block))
+    return tuple(piece for block in tidy(blocks, leaf) for piece in _cut(block))
 
 
 class LayerKeys:
@@ -148,7 +149,7 @@ class LayerKeys:
     ) -> tuple[Tensor, Tensor]:
         rows = slice(*mask.rows)
         q = q[rows]
-        blocks = chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window)
+        blocks = chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window, self._backend.leaf)
         # A block of all queries starts the sum by itself; else rows that see nothing stay zero.
         whole = next((block for block in blocks if block.q == (0, q.shape[2])), None)
         if whole:
@@ -179,7 +180,7 @@ class LayerKeys:
         assert self._k is not None
         assert self._grads is not None
         rows = slice(*mask.rows)
-        for block in chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window):
+        for block in chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window, self._backend.leaf):
             queries, keys = (rows, slice(None), slice(*block.q)), (rows, slice(None), slice(*block.k))
             tensors = [grad_out[queries], q[queries], self._k[keys], self._v[keys], out[queries], lse[queries]]
             turned = block.shape == "anticausal"
