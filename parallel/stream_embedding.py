@@ -27,15 +27,17 @@ class Lookup:
 
     _made: "weakref.ref[Tensor] | None" = None
     _tokens: Tensor
+    _version: int
 
     def __call__(self, tokens: Tensor) -> Tensor:
         out: Tensor = _Lookup.apply(tokens, self._weight, self._padding)  # type: ignore[no-untyped-call]
-        self._made, self._tokens = weakref.ref(out), tokens
+        self._made, self._tokens, self._version = weakref.ref(out), tokens, out._version
         return out
 
     def sources(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """(tokens, table) if x is what was looked up, unchanged."""
-        return (self._tokens, self._weight) if self._made is not None and self._made() is x else None
+        mine = self._made is not None and self._made() is x and x._version == self._version
+        return (self._tokens, self._weight) if mine else None
 
 
 def can_look_up_again(module: nn.Module, model: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fourfold.parallel.attention import accumulation_dtype
 from fourfold.parallel.stream_gradients import ParameterSums
-from fourfold.parallel.stream_module import aliased, entered_autocast
+from fourfold.parallel.stream_module import aliased, entered_autocast, once
 from fourfold.parallel.stream_passing import PassingGradient
 
 
@@ -67,11 +67,14 @@ class Head:
         """-weight * the sum of the targets' log-probabilities, a fp32 scalar; `weight` is one too, on hidden's device.
 
         Cost: logits once, and with a gradient two more products of their size; the gradient waits for backward. Where
-            the projection has a .grad already, logits once more, and the gradient is added there.
+            the projection has a .grad already, logits once more, and the gradient is added there; so in fp16, whose
+            gradients want the loss's scale first.
         """
         grad = torch.is_grad_enabled()
         matrix = self.projection.weight
-        if grad and matrix.requires_grad and matrix.grad is not None:
+        # fp16's gradients vanish before the loss is scaled, so they wait for the scale.
+        half = (matrix.dtype if self.autocast is None else self.autocast[1]) == torch.float16
+        if grad and matrix.requires_grad and (matrix.grad is not None or half):
             return -(self.statistics(hidden, targets, mean=False)[0].sum() * weight).to(
                 accumulation_dtype(hidden.dtype)
             )
@@ -168,7 +171,7 @@ class HeadStatistics(torch.autograd.Function):
         return tuple(results[:3])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, targets, rows, highest, total = (x.flatten(0, 1) if x.dim() > 1 else x for x in ctx.saved_tensors)
         logprob, lse, mean = (grad.reshape(-1, 1) for grad in grads)
@@ -218,7 +221,7 @@ class HeadLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grad_hidden is None:
             raise RuntimeError("the gradient of this loss is computed with it, and was used up: compute the loss again")

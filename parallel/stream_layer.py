@@ -247,7 +247,8 @@ class _Layer(torch.autograd.Function):
                 kept = _keep(kept, task, x.shape[1])
             finish_forward(ctx, x, attended, out, start, stop)
         save(ctx, x, lookup, kept or ())
-        return out, *ctx.statistics
+        statistics, ctx.statistics = ctx.statistics, ()  # kept on ctx, its own outputs would never be freed
+        return out, *statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -314,7 +315,7 @@ def save(ctx: Any, x: Tensor, lookup: tuple[Tensor, Tensor] | None, kept: Sequen
     host: HostMemory | None = ctx.shared.host
     tensors = (*((x,) if lookup is None else lookup), *kept)
     ctx.looked_up, ctx.place = lookup is not None, None
-    if host is not None and lookup is None:
+    if host is not None and lookup is None and any(ctx.needs_input_grad):  # else nobody would fetch them
         ctx.place, tensors = host.put(*tensors)
     ctx.save_for_backward(*tensors)
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from types import MethodType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -167,8 +167,16 @@ class _Streaming:
         self.current: Pass | None = None
         self._forward: Callable[..., Any] = model.forward
         self._normalise: Callable[[Tensor], Tensor] = self.norm.forward
+        self._before: dict[nn.Module, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise ValueError(
+            "a copy of a streaming model would run the original's layers: call stream_backprop_disable before copying, "
+            "and stream_backprop on both"
+        )
 
     def enable(self) -> None:
+        self._before = {module: module.__dict__.get("forward") for module in (self.model, *self.layers)}
         for layer in self.layers:
             layer.forward = self._layer_forward(layer, layer.forward)  # type: ignore[method-assign]
             # DeepSpeed's ZeRO-3 then gathers the layer whole, once for all its chunks, and not each of its modules.
@@ -184,9 +192,21 @@ class _Streaming:
         self.model.forward = MethodType(forward, self.model)
 
     def disable(self) -> None:
-        for module in (self.model, *self.layers):
+        for module, forward in self._before.items():
             module.__dict__.pop("forward", None)
+            if forward is not None:  # somebody's own, from before
+                module.__dict__["forward"] = forward
             module.__dict__.pop("_z3_leaf", None)
+
+    def _check_unchanged(self) -> None:
+        """Refuse modules put in place of those that were understood: their work would be left out."""
+        head: Any = self.model.get_output_embeddings()
+        plain = isinstance(head, nn.Linear) and "weight" in head._parameters
+        if final_norm(self.base) is not self.norm or not (plain or hasattr(head, "modules_to_save")):
+            raise ValueError(
+                f"the final norm or the head ({type(head).__name__}) is not the plain module that stream_backprop "
+                "found: call stream_backprop after peft and whatever else replaces modules, and leave both whole"
+            )
 
     @contextmanager
     def small_chunks(self) -> Iterator[None]:
@@ -233,6 +253,7 @@ class _Streaming:
     ) -> Any:
         """The model's forward with labels: transformers' arguments, and its loss."""
         check_call(self.model, self.layers, {"attention_mask": attention_mask, **kwargs})
+        self._check_unchanged()
         if not isinstance(logits_to_keep, int) or logits_to_keep:
             raise ValueError("logits_to_keep with labels: mask labels with -100 instead")
         tokens = input_ids if input_ids is not None else inputs_embeds

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -61,3 +62,18 @@ def entered_autocast(settings: tuple[str, torch.dtype] | None) -> Iterator[None]
     else:
         with torch.autocast(settings[0], dtype=settings[1]):
             yield
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward that refuses create_graph: torch's once_differentiable would return constants for it."""
+    without_graph = torch.autograd.function.once_differentiable(backward)  # type: ignore[no-untyped-call]
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: a streamed backward cannot be differentiated; stream_backprop_disable first"
+            )
+        return without_graph(ctx, *grads)
+
+    return checked

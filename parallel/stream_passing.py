@@ -1,7 +1,8 @@
 """The hidden states' gradient on its way down the layers, overwritten in place as it goes.
 
 A layer's backward needs a chunk of its output's gradient, and then room for the same chunk of its input's. autograd
-would hold two tensors of the whole sequence; a tensor that streaming made itself, and alone has, serves as both.
+would hold two tensors of the whole sequence; a tensor that streaming made itself, and that nothing but this backward
+holds, serves as both.
 """
 
 import weakref
@@ -22,5 +23,6 @@ class PassingGradient:
 
     def room_for(self, x: Tensor, grad: Tensor) -> Tensor:
         """Where to put the gradient of a layer's input x, chunk by chunk, given that of its output."""
-        mine = self._made is not None and self._made() is grad
+        # One use is this call's own; a hook's or autograd.grad's tensor has more, and keeps its values.
+        mine = self._made is not None and self._made() is grad and grad._use_count() == 1  # type: ignore[attr-defined]
         return grad if mine and grad.dtype == x.dtype and grad.shape == x.shape else torch.empty_like(x)

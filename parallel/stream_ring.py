@@ -129,7 +129,8 @@ class _RingLayer(torch.autograd.Function):
                 attended = stream.attend(x[:, start:stop], arguments, _Resume(start, attention[:, :, start:stop]))
             assert attended is not None
             finish_forward(ctx, x, attended, out, start, stop)
-        return out, *ctx.statistics
+        statistics, ctx.statistics = ctx.statistics, ()  # kept on ctx, its own outputs would never be freed
+        return out, *statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

@@ -88,5 +88,6 @@ class Routing:
         counts = torch.stack([part for _, part in self.layers]).sum(0)
         if place is not None and place.size > 1:
             dist.all_reduce(counts, group=place.group)
+        self.layers.clear()  # they refer to the layers' graph, which refers to this
         rows = (counts.sum() / self.top_k).clamp_min(1)
         return self.num_experts * (counts / rows * probabilities / rows).sum()

@@ -77,6 +77,7 @@ def every_loss(
     """Value and gradients of the model's own loss and of each objective."""
     ids, labels = masked_batch()
     extra = {"output_router_logits": True} if hasattr(model, "router_aux_loss_coef") else {}
+    model.zero_grad()  # as in a first micro-batch
     own = model(input_ids=ids, labels=labels, **extra).loss
     found = {"cross-entropy": (own.detach(), gradients(model, own))}
     for name in objectives(statistics(model, ids, labels), fixed):

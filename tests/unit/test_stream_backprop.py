@@ -22,6 +22,7 @@ def check(model: nn.Module, inputs: dict[str, object], **settings: object) -> No
     plain_loss = model(**inputs).loss
     plain = gradients(model, plain_loss)
     stream_backprop(model, **{**CHUNKS, **settings})
+    model.zero_grad()  # as in a first micro-batch: where gradients exist, they are added to
     loss = model(**inputs).loss
     assert abs(loss - plain_loss) <= LOSS_TOLERANCE * abs(plain_loss)
     assert worst_error(gradients(model, loss), plain) <= TOLERANCE
@@ -285,3 +286,67 @@ def test_only_products_that_nothing_reads_are_left_out(family, unread):
     with summed_linears(layer.mlp, sums), replaced_forward(layer.self_attn, lambda *a, **k: (x, None)):
         found = find_unread(layer(x, position_embeddings=None))
     assert found == set(projections[-1:] if unread else [])
+
+
+def streaming_llama() -> nn.Module:
+    return stream_backprop(tiny("llama"), **CHUNKS)
+
+
+def test_a_copy_is_refused():
+    model = streaming_llama()
+    with pytest.raises(ValueError, match="stream_backprop_disable before copying"):
+        copy.deepcopy(model)
+    copy.deepcopy(stream_backprop_disable(model))
+
+
+def test_gradients_that_others_hold_are_not_overwritten():
+    model, ids, held = tiny("llama", num_hidden_layers=3), batch(2, 21), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, out: held.append(out))
+    plain = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, held)
+    held.clear()
+    stream_backprop(model, **CHUNKS)
+    streamed = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, held)
+    for mine, theirs in zip(streamed, plain, strict=True):
+        assert (mine - theirs).norm() <= TOLERANCE * theirs.norm()
+
+
+@pytest.mark.parametrize("hook", ["skip", "in place"])
+def test_hooks_that_change_hidden_states(hook):
+    model, ids = tiny("llama", num_hidden_layers=3), batch(2, 21)
+    if hook == "skip":
+        model.model.layers[1].register_forward_hook(lambda module, args, out: out + args[0])
+    else:
+        model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.mul_(3.0))
+    check(model, {"input_ids": ids, "labels": ids})
+
+
+def test_a_head_put_in_later_is_refused():
+    model, ids = streaming_llama(), batch(2, 21)
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    with pytest.raises(ValueError, match="after peft"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_gradients_of_gradients_are_refused():
+    model, ids = streaming_llama(), batch(2, 21)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(model(input_ids=ids, labels=ids).loss, model.lm_head.weight, create_graph=True)
+
+
+def test_verification_does_not_pass_nan():
+    model = tiny("granite")
+    model.config.logits_scaling = float("nan")
+    with pytest.raises(ValueError, match="differ by nan"):
+        stream_backprop(model, verify=True)
+
+
+def test_fp16_under_a_loss_scale():
+    model, ids = tiny("llama"), batch(2, 21)
+    items, scale = 2**17, 2.0**16
+    exact = gradients(model, model(input_ids=ids, labels=ids, num_items_in_batch=items).loss)
+    stream_backprop(model, **CHUNKS).zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(input_ids=ids, labels=ids, num_items_in_batch=items).loss
+    scaled = gradients(model, loss * scale)
+    assert worst_error({name: grad / scale for name, grad in scaled.items()}, exact) < 0.01
