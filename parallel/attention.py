@@ -105,7 +105,7 @@ class CpuFlash:
     """
 
     name = "cpu_flash"
-    leaf = 128
+    leaf = 192
 
     def refusal(self, q: Tensor, k: Tensor) -> str | None:
         if q.device.type != "cpu":

@@ -9,7 +9,7 @@ FlexAttention and MagiAttention reach the same by a compiled mask; neither has a
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -23,9 +23,6 @@ from fourfold.parallel.sequence_sharding import (
     shard_ranges,
 )
 
-# Queries of one stack: enough work a call, results small enough to stay in cache.
-STACKED_ROWS = 1024
-
 Shape = Literal["full", "causal", "anticausal"]
 Span = tuple[int, int]
 
@@ -35,20 +32,17 @@ class Block:
     """Queries q[0]:q[1] against keys k[0]:k[1] (local indices).
 
     "causal": as many keys as queries, the i-th query sees keys up to the i-th. "anticausal": from the i-th on.
-    A stack is `count` such blocks, each `step` queries and keys after the one before, for one call of a kernel.
     """
 
     q: Span
     k: Span
     shape: Shape = "full"
-    count: int = 1
-    step: int = 1
 
     @property
     def pairs(self) -> int:
         """(query, key) pairs that are not masked."""
         queries, keys = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        return self.count * (queries * keys if self.shape == "full" else queries * (queries + 1) // 2)
+        return queries * keys if self.shape == "full" else queries * (queries + 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +85,7 @@ def plan_hops(
         rank: among the size/heads_degree ring ranks. Ring rank b stands for ranks b*heads_degree and on, together.
         size, seq_len, sharding, causal, window, cu_seqlens: as ring_attention's.
         leaf: triangles larger than this are cut into rectangles and smaller triangles (0: never), for kernels that
-            do the whole square of a small triangle. Blocks of one size at even distances are stacked.
+            do the whole square of a small triangle.
     Cost: O(ring size * ranges of a shard); remembered for the last 256 calls.
     """
     ring_size = size // heads_degree
@@ -106,12 +100,12 @@ def plan_hops(
         source, target = (rank - step) % ring_size, (rank + step) % ring_size
         blocks = pair_blocks(shards[rank], shards[source], documents, reach)
         if step == 0:
-            hops.append(Hop(rank, rank, (), (), tuple(stack(tidy(blocks, leaf), STACKED_ROWS))))
+            hops.append(Hop(rank, rank, (), (), tuple(tidy(blocks, leaf))))
             continue
         receive = needed_keys(blocks)
         send = needed_keys(pair_blocks(shards[target], shards[rank], documents, reach))
         joined = [Block(block.q, _moved(block.k, receive), block.shape) for block in blocks]
-        hops.append(Hop(source, target, receive, send, tuple(stack(tidy(joined, leaf), STACKED_ROWS))))
+        hops.append(Hop(source, target, receive, send, tuple(tidy(joined, leaf))))
     return tuple(hops)
 
 
@@ -199,30 +193,6 @@ def tidy(blocks: Sequence[Block], leaf: int = 0) -> list[Block]:
     return sorted(full + triangles)
 
 
-def stack(blocks: Sequence[Block], max_rows: int) -> list[Block]:
-    """Join blocks of one shape and size that lie at even distances along a diagonal, apart from each other.
-
-    A triangle cut to leaves is as many kernel calls as leaves; stacked, a few for each size of rectangle.
-    """
-    diagonals: dict[tuple[Shape, int, int, int], list[Block]] = {}
-    for block in sorted(blocks):
-        queries, keys = block.q[1] - block.q[0], block.k[1] - block.k[0]
-        diagonals.setdefault((block.shape, queries, keys, block.k[0] - block.q[0]), []).append(block)
-    stacked = []
-    for (_, queries, keys, _), alike in diagonals.items():
-        current = alike[0]
-        for block in alike[1:]:
-            gap = block.q[0] - current.q[0] - (current.count - 1) * current.step
-            even = gap >= max(queries, keys) and (current.count == 1 or gap == current.step)
-            if even and (current.count + 1) * queries <= max_rows:
-                current = replace(current, count=current.count + 1, step=gap)
-            else:
-                stacked.append(current)
-                current = block
-        stacked.append(current)
-    return sorted(stacked)
-
-
 def _below(q: Span, k: Span, hi: int) -> list[Block]:
     """j - i <= hi: a rectangle, then a triangle, then a rectangle of the queries that see all."""
     q = (q[0] + max(0, -hi), q[1])
@@ -256,7 +226,8 @@ def _cut_triangle(block: Block, leaf: int) -> list[Block]:
     side = block.q[1] - block.q[0]
     if not leaf or side <= leaf:
         return [block]
-    half = leaf << ((side - 1) // leaf).bit_length() - 1  # leaves, doubled: sizes that repeat, for `stack`
+    leaves = -(-side // leaf)
+    half = leaves // 2 * leaf if leaves > 1 else side
     early_q, late_q = (block.q[0], block.q[0] + half), (block.q[0] + half, block.q[1])
     early_k, late_k = (block.k[0], block.k[0] + half), (block.k[0] + half, block.k[1])
     square = Block(late_q, early_k) if block.shape == "causal" else Block(early_q, late_k)

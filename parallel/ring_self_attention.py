@@ -203,8 +203,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, task: Ring) -> tuple[Tensor, Tenso
     for step, hop in enumerate(task.hops):
         following = _Arrival(k, v, task, step + 1)
         for block in hop.blocks:
-            parts = _attend(q, keys, values, block, task)
-            merge(*(_stacked(x, block.q, block) for x in (out, lse)), *(_unflat(x, block) for x in parts))
+            rows = slice(*block.q)
+            block_out, block_lse = _attend(q, keys, values, block, task)
+            merge(out[:, :, rows], lse[:, :, rows], block_out, block_lse)
         keys, values = following.wait()
     return out, lse
 
@@ -220,7 +221,7 @@ def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
         for block in hop.blocks:
             gradients = _attend_backward(grad_out, q, held[0], held[1], out, lse, block, task)
             for total, span, part in zip((dq, key_sum, value_sum), (block.q, block.k, block.k), gradients, strict=True):
-                total.add_stack(span, block, part)
+                total.add(span, part)
         held.clear()  # free the keys before the next buffers are made
         leaving = _Return(key_sum, value_sum, dk, dv, hop, task) if step else None
         held.extend(following.wait())
@@ -233,44 +234,23 @@ def _backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, ls
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, task: Ring) -> tuple[Tensor, Tensor]:
-    q, k, v = _flat(q, block.q, block), _flat(k, block.k, block), _flat(v, block.k, block)
+    q, k, v = q[:, :, slice(*block.q)], k[:, :, slice(*block.k)], v[:, :, slice(*block.k)]
     if block.shape != "anticausal":
         return task.backend.forward(q, k, v, causal=block.shape == "causal", scale=task.scale)
-    out, lse = task.backend.forward(*map(_reversed, (q, k, v)), causal=True, scale=task.scale)
-    return _reversed(out), _reversed(lse)
+    out, lse = task.backend.forward(q.flip(2), k.flip(2), v.flip(2), causal=True, scale=task.scale)
+    return out.flip(2), lse.flip(2)
 
 
 def _attend_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, task: Ring
 ) -> Gradients:
-    grad_out, q, out, lse = (_flat(x, block.q, block) for x in (grad_out, q, out, lse))
-    k, v = _flat(k, block.k, block), _flat(v, block.k, block)
+    grad_out, q, out, lse = (x[:, :, slice(*block.q)] for x in (grad_out, q, out, lse))
+    k, v = k[:, :, slice(*block.k)], v[:, :, slice(*block.k)]
     if block.shape != "anticausal":
         return task.backend.backward(grad_out, q, k, v, out, lse, causal=block.shape == "causal", scale=task.scale)
-    turned = map(_reversed, (grad_out, q, k, v, out, lse))
-    dq, dk, dv = task.backend.backward(*turned, causal=True, scale=task.scale)
-    return _reversed(dq), _reversed(dk), _reversed(dv)
-
-
-def _reversed(x: Tensor) -> Tensor:
-    """Tokens of [B, H, n, ...] from the last to the first; copied as they lie in memory, a token's heads together."""
-    return x.transpose(1, 2).flip(1).transpose(1, 2)
-
-
-def _stacked(x: Tensor, span: Span, block: Block) -> Tensor:
-    """A view [B, count, H, n, ...] of the tokens of a stack, of x [B, H, S, ...]."""
-    start, stop = span
-    tokens = x[:, :, start : stop + (block.count - 1) * block.step].unfold(2, stop - start, block.step).movedim(2, 1)
-    return tokens if x.dim() == 3 else tokens.mT
-
-
-def _flat(x: Tensor, span: Span, block: Block) -> Tensor:
-    """The same as a batch, [B*count, H, n, ...]; no copy for B of 1, or a count of 1."""
-    return _stacked(x, span, block).flatten(0, 1)
-
-
-def _unflat(x: Tensor, block: Block) -> Tensor:
-    return x.reshape(-1, block.count, *x.shape[1:])
+    flipped = (x.flip(2) for x in (grad_out, q, k, v, out, lse))
+    dq, dk, dv = task.backend.backward(*flipped, causal=True, scale=task.scale)
+    return dq.flip(2), dk.flip(2), dv.flip(2)
 
 
 class _Arrival:
@@ -339,12 +319,6 @@ class _Sum:
             self._total = part
         else:
             self.value()[:, :, slice(*span)].add_(part)
-
-    def add_stack(self, span: Span, block: Block, part: Tensor) -> None:
-        if block.count == 1:
-            self.add(span, part)
-        else:
-            _stacked(self.value(), span, block).add_(_unflat(part, block))
 
     def value(self) -> Tensor:
         if self._total is None:
