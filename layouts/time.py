@@ -4,13 +4,13 @@ A step is the bottleneck stage at work for every micro-batch, the pipeline's fil
 backward could not hide, and the optimizer. Each term is a small function with its formula.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from fourfold.layouts.asynchronous import mitigation_seconds, updates_per_step
-from fourfold.layouts.candidates import FLUSHED, FULL, STREAM, Candidates, Column
+from fourfold.layouts.candidates import FLUSHED, FULL, NONE, STREAM, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
@@ -130,8 +130,9 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     recompute = stages.layers * again
     tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
     if tp_ends:
-        tp_comm = tp_comm + stages.has_embedding * beyond(tp_ends, "tp", EMBEDDING, embedding_at, tp_at, c)
-        tp_comm = tp_comm + stages.has_head * beyond(tp_ends, "tp", HEAD, head_at, tp_at, c)
+        once = replace(c, checkpointing=np.full_like(c.checkpointing, NONE))  # ends are not recomputed
+        tp_comm = tp_comm + stages.has_embedding * beyond(tp_ends, "tp", EMBEDDING, embedding_at, tp_at, once)
+        tp_comm = tp_comm + stages.has_head * beyond(tp_ends, "tp", HEAD, head_at, tp_at, once)
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
     accumulate = _accumulation_seconds(model, c, cluster, stack, k)
     overhead = accumulate + (k.step_overhead_s if stack.launched else 0.0)

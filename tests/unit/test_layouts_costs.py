@@ -116,6 +116,11 @@ def test_splitting_costs_what_measured_layers_took_beyond_their_work():
     assert price[[3, 5]] == pytest.approx([0.001, 0.003])
     assert price[4] == pytest.approx(0.002)  # half way between them in log tokens
     assert price[6] == pytest.approx(3 * 0.001)  # three times the hops of cp 2, at as many tokens as its first row
+    # noise: a row that was quicker than its work alone, and one that nothing was split for
+    noisy = [{**rows[0], "forward_s": 0.0}, {**rows[0], "cp": 1}]
+    both = Candidates.from_columns(columns, global_batch=4, seq_len=512)
+    for measured in (noisy, noisy[1:]):
+        assert beyond(measured, "cp", names, work, hops, both).tolist() == hops(both).tolist()
 
 
 def test_measured_operations_come_before_formulas():
