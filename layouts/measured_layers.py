@@ -101,10 +101,10 @@ def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column,
     return values
 
 
-def optimizer_rate(cluster: Cluster) -> float | None:
-    """Seconds a parameter of the fused optimizer step and the clipping, or None where they were not measured."""
+def optimizer_rate(cluster: Cluster, *, clipped: bool = True) -> float | None:
+    """Seconds a parameter of the fused optimizer step, and of clipping; None where they were not measured."""
     rows = [row for row in cluster.tables.get("optimizer", ()) if row.get("fused")]
     if not rows:
         return None
     row = max(rows, key=lambda entry: entry["parameters"])
-    return float((row["step_s"] + row["clip_s"]) / row["parameters"])
+    return float((row["step_s"] + (row["clip_s"] if clipped else 0.0)) / row["parameters"])

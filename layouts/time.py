@@ -37,6 +37,10 @@ HOST_BYTES_PER_S = 20e9
 """Between a device and pinned host memory, one way: of the 31.5 GB/s of PCIe 4.0 x16, what copies commonly reach."""
 
 
+ADAMW_PASSES = 7.0
+"""Weights, gradients and two moments read; all but the gradients written."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds, a candidate: the terms of the step on the slowest stage. They add up to `total`."""
@@ -151,7 +155,8 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
         dp_comm = np.where(late, updates * reduce_s, dp_comm)
         shared, experts = stage_params(model, c, stages)
         mitigate = mitigation_seconds(c, shared + experts, stages.index, _bandwidth(cluster, k))
-        optimizer = updates * (optimizer + mitigate)
+        unclipped = _optimizer_seconds(model, c, cluster, stack, k, clipped=False)  # no rank sees all gradients
+        optimizer = np.where(late, updates * (unclipped + mitigate), optimizer)
         longest = slot + np.where(late, (dp_comm + optimizer) / m, 0.0)
     worst = longest.argmax(axis=0)[None]
 
@@ -310,10 +315,11 @@ def _dp_seconds(
 def _accumulation_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
     """Adding a micro-batch's weight gradients to those before, by bytes; [3, candidates].
 
-    The first micro-batch of a step has nothing to add to; StreamBP adds each chunk's.
+    The first micro-batch of an update has nothing to add to; StreamBP adds each chunk's.
     """
     shared, experts = stage_params(model, c, stages_of(model, c))
-    later = np.where(c.checkpointing == STREAM, c.stream_chunks, 1) - 1.0 / c.num_micro_batches
+    first = 1.0 / c.num_micro_batches * updates_per_step(c)
+    later = np.where(c.checkpointing == STREAM, c.stream_chunks, 1) - first
     return (shared + experts) * later * stack.accumulation_passes * stack.grad_bytes / _bandwidth(cluster, k)
 
 
@@ -330,11 +336,14 @@ def _bandwidth(cluster: Cluster, k: Constants) -> float:
     return cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
 
 
-def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
+def _optimizer_seconds(
+    model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants, *, clipped: bool = True
+) -> Column:
     """AdamW and gradient clipping over the states that a rank holds, by bytes; [3, candidates]."""
     shared, experts = stage_params(model, c, stages_of(model, c))
     local = (shared + experts) / np.where(c.zero_stage >= 1, c.shards, 1)
-    measured = optimizer_rate(cluster)
+    measured = optimizer_rate(cluster, clipped=clipped)
     if measured is not None:
         return local * measured
-    return local * 4.0 * stack.optimizer_passes / _bandwidth(cluster, k)
+    passes = stack.optimizer_passes if clipped else min(stack.optimizer_passes, ADAMW_PASSES)
+    return local * 4.0 * passes / _bandwidth(cluster, k)
