@@ -77,11 +77,11 @@ def mitigation_seconds(c: Candidates, params: Column, stage: Column, bandwidth_b
     ahead = PREDICTION_PASSES["velocity"]
     passes += ahead if mitigation.spectrain else PREDICTION_PASSES[mitigation.predict]
     passes = passes + COPY_PASSES * ((forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
-    # SpecTrain's first stage goes back with the present weights.
-    own = ~stashes & (follows | (mitigation.spectrain & (stage > 0)))
+    behind = (delays(c, 0 * stage) - delays(c, stage)) // 2  # pipeline_schedule.updates_behind
+    own = ~stashes & (follows | (mitigation.spectrain & (behind > 0)))
     backward = EXCHANGE_PASSES * (stashes | own) + own * (DRIFT_PASSES["backward"] if follows else ahead)
     passes = passes + c.num_micro_batches / updates_per_step(c) * (EXCHANGE_PASSES * forward + backward)
-    late = (delays(c, stage) > 0) | ((c.schedule != FLUSHED) & mitigation.spectrain)
+    late = (delays(c, stage) > 0) | (mitigation.spectrain & (behind > 0))
     return np.where(late, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
 
 
