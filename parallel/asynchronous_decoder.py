@@ -98,7 +98,8 @@ def pipeline_decoder(
         optimizer, schedule, mitigation, scheduler: as for PipelinedBackprop.
         seq_len, checkpointing, dtype, seed: as for decoder_stages.
     Raises:
-        ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; as decoder_stages.
+        ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
+            with a dtype; as decoder_stages.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
@@ -110,6 +111,12 @@ def pipeline_decoder(
             )
     if sizes["pp"] < 2:
         raise ValueError("pp=1: an asynchronous pipeline has at least two stages; choose pp of at least 2")
+    chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
+    if dtype is not None and (chosen.spectrain or chosen.correction > 0):
+        raise ValueError(
+            f"mitigation={mitigation!r} computes backwards with weights of their own, but under autocast ({dtype}) the "
+            "graph keeps the forward's as casts: choose stash or lwpv+sc, or dtype=None"
+        )
     cuda = mesh.device_type == "cuda"
     if has_sliding_window(model):
         use_ring_attention(model, mesh.get_group("cp"))

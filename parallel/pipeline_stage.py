@@ -7,7 +7,8 @@ present weights the masters share the module's storage and nothing is copied; ot
 before each forward and set back after it, so that between actions the module always holds the present weights.
 
 Activation checkpointing and StreamBP recompute inside the backward, hence with the backward's weights: what is stale
-then is only the stage's input.
+then is only the stage's input. Under autocast without either, the graph keeps the forward's weights as low-precision
+casts, and the backward computes input gradients with those: in effect stashed, whatever the mitigation says.
 """
 
 from collections.abc import Callable, Iterator
