@@ -36,6 +36,7 @@ from fourfold.layouts.asynchronous import schedule_of
 from fourfold.layouts.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
 from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.pipe_communication import replica_lost
 from fourfold.parallel.sequence_tensors import shard_labels
 
 
@@ -112,9 +113,17 @@ class AsynchronousModel:
             yield (part, None) if self.pipeline.is_first else (unread, shard_labels(part, (0, 1)))
 
     def average_over_replicas(self, values: Tensor) -> Tensor:
-        """The mean of a tensor over dp, in place; every replica of this stage must call."""
+        """The mean of a tensor over dp, in place; every replica of this stage must call.
+
+        Raises:
+            PipelineError: a replica is gone.
+        """
         if self.layout.dp > 1:
-            dist.all_reduce(values, group=self.mesh.get_group("dp"))
+            group = self.mesh.get_group("dp")
+            try:
+                dist.all_reduce(values, group=group)
+            except RuntimeError as error:
+                raise replica_lost(self.pipeline.stage.index, group, error) from error
             values /= self.layout.dp
         return values
 
@@ -253,7 +262,7 @@ def _shared(model: AsynchronousModel, records: list[StepRecord], steps: range) -
     values = torch.tensor([[r.loss, r.step_s] for r in records], dtype=torch.float64, device=model.device)
     if not model.pipeline.is_last:
         values = torch.empty(len(steps), 2, dtype=torch.float64, device=model.device)
-    dist.broadcast(values, group=model.mesh.get_group("pp"), group_src=model.layout.pp - 1)
+    model.pipeline.broadcast_from_last(values, "sharing the steps' records")
     rates = [learning_rate_at(step, model.settings) for step in steps]
     return [
         StepRecord(step, loss, math.nan, rate, step_s)

@@ -1,8 +1,8 @@
 """Train under a layout: `torchrun --nproc-per-node N -m fourfold.launch.train --layout layout.toml --steps 100`.
 
-Every rank runs this file, started by torchrun or by mpiexec; the number of ranks must be the layout's. Rank 0 shows
-progress, and with --out writes `metrics.csv` (a row a step) and `result.json`. `layout-advisor launch` starts the same
-through torch's elastic agent.
+Every rank runs this file, started by torchrun or by mpiexec; the number of ranks must be the layout's. Rank 0,
+or the last stage's first rank where the pipeline never drains, shows progress, and with --out writes `metrics.csv` (a
+row a step) and `result.json`. `layout-advisor launch` starts the same through torch's elastic agent.
 """
 
 import csv
@@ -134,7 +134,7 @@ def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
 
 
 class Display:
-    """Progress on rank 0: a bar on a terminal, a line now and then elsewhere."""
+    """Progress on the rank that reports: a bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, layout: Layout, model: ModelConfig, settings: TrainSettings, peak_flops_per_s: float) -> None:
         self._tokens = layout.global_batch * layout.seq_len

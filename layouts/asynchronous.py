@@ -16,10 +16,16 @@ from fourfold.parallel.weight_prediction import Mitigation, scale_adam_hyperpara
 
 SPIKE_PASSES = 6.0
 """fp32 values read or written a parameter and update by spike compensation: two moments, each from two tensors."""
-PREDICTION_PASSES = {"velocity": 8.0, "weight": 3.0, "none": 0.0}
-"""For predicted weights: from the weights, both moments of Adam and a temporary, or from weights now and before."""
-EXCHANGE_PASSES = 6.0
-"""Filling the module with predicted weights for a forward, and back; and with the new ones after an update."""
+PREDICTION_PASSES = {"velocity": 10.0, "weight": 5.0, "none": 0.0}
+"""For predicted weights: Adam's second moment to a divisor in three operators, then a step from weights and moments;
+or the weights now kept for the next time, and a step from those and the ones kept before."""
+EXCHANGE_PASSES = 4.0
+"""Filling the module with the weights of a forward or a backward, and with the present ones after it."""
+COPY_PASSES = 2.0
+"""A copy of the weights: the present ones kept as they are, or put into the module after an update."""
+DRIFT_PASSES = {"update": 10.0, "backward": 5.0}
+"""Following the running mean of updates (the weights before, their difference, its decay and its share), and the
+weights that a backward reads by it."""
 
 
 def asynchronous_in_flight(c: Candidates, stage: Column, drained: Column) -> Column:
@@ -58,12 +64,25 @@ def weight_copies(c: Candidates, stage: Column) -> Column:
 
 
 def mitigation_seconds(c: Candidates, params: Column, stage: Column, bandwidth_bytes_per_s: float) -> Column:
-    """Of one update: what the mitigation reads and writes besides the optimizer; [stages, candidates]."""
+    """Of one update: what the mitigation reads and writes besides the optimizer; [stages, candidates].
+
+    PipelineStage's copies: weights go into the module and out again at every micro-batch, for its forward where those
+    are not the present ones, for its backward where that reads a version kept, or weights of its own.
+    """
     mitigation = Mitigation.named(c.mitigation)
-    apart = mitigation.predicts or mitigation.stash or mitigation.correction > 0
-    passes = SPIKE_PASSES * bool(mitigation.spike) + EXCHANGE_PASSES * apart
-    passes += PREDICTION_PASSES["velocity" if mitigation.spectrain else mitigation.predict]
-    return np.where(delays(c, stage) > 0, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
+    stashes = (c.schedule == DOUBLE_BUFFERED) | mitigation.stash
+    forward = stashes | mitigation.predicts
+    follows = mitigation.correction > 0
+    passes = SPIKE_PASSES * bool(mitigation.spike) + DRIFT_PASSES["update"] * follows
+    ahead = PREDICTION_PASSES["velocity"]
+    passes += ahead if mitigation.spectrain else PREDICTION_PASSES[mitigation.predict]
+    passes = passes + COPY_PASSES * ((forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
+    behind = (delays(c, 0 * stage) - delays(c, stage)) // 2  # pipeline_schedule.updates_behind
+    own = ~stashes & (follows | (mitigation.spectrain & (behind > 0)))
+    backward = EXCHANGE_PASSES * (stashes | own) + own * (DRIFT_PASSES["backward"] if follows else ahead)
+    passes = passes + c.num_micro_batches / updates_per_step(c) * (EXCHANGE_PASSES * forward + backward)
+    late = (delays(c, stage) > 0) | (mitigation.spectrain & (behind > 0))
+    return np.where(late, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
 
 
 def schedule_of(layout: Layout) -> PipelineSchedule:

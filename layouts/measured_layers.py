@@ -65,21 +65,26 @@ def beyond(
     """Seconds, forward and backward, that splitting a piece of the model over ranks adds to its work.
 
     The formula's seconds, times what the rows took beyond `apart` over the formula, at the nearest degree of `axis`
-    and interpolated over tokens.
+    and interpolated over tokens. A row quicker than `apart` is noise, not a free exchange: there the formula holds.
 
     Args:
-        rows: of a table measured on groups of `axis` ("tp" or "cp") ranks; at least one.
+        rows: of a table measured on groups of `axis` ("tp" or "cp") ranks; those of fewer than 2 tell nothing.
         apart: the seconds of the same work where nothing is communicated.
         formula: a cost of the communication, above 0 for every row.
     """
     points: dict[int, list[tuple[float, ...]]] = {}
     for row in rows:
+        if row[axis] < 2:
+            continue
         at = _of_row(row)
         alone = apart(at)
         more = float(row[names[0]]) + float(row[names[1]]) - float(alone.forward[0]) - float(alone.backward[0])
-        points.setdefault(row[axis], []).append((float(at.tokens[0]), max(more, 0.0) / float(formula(at)[0])))
-    (ratio,) = _interpolated(points, getattr(c, axis), c)
-    return formula(c) * ratio
+        ratio = more / float(formula(at)[0]) if more > 0 else 1.0
+        points.setdefault(row[axis], []).append((float(at.tokens[0]), ratio))
+    if not points:
+        return formula(c)
+    (ratios,) = _interpolated(points, getattr(c, axis), c)
+    return formula(c) * ratios
 
 
 def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column, c: Candidates) -> list[Column]:
@@ -96,10 +101,10 @@ def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column,
     return values
 
 
-def optimizer_rate(cluster: Cluster) -> float | None:
-    """Seconds a parameter of the fused optimizer step and the clipping, or None where they were not measured."""
+def optimizer_rate(cluster: Cluster, *, clipped: bool = True) -> float | None:
+    """Seconds a parameter of the fused optimizer step, and of clipping; None where they were not measured."""
     rows = [row for row in cluster.tables.get("optimizer", ()) if row.get("fused")]
     if not rows:
         return None
     row = max(rows, key=lambda entry: entry["parameters"])
-    return float((row["step_s"] + row["clip_s"]) / row["parameters"])
+    return float((row["step_s"] + (row["clip_s"] if clipped else 0.0)) / row["parameters"])

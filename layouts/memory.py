@@ -134,7 +134,8 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
     work = (np.where(checkpointed, kept, 0.0) + 2.0 * c.tokens * width * stack.compute_bytes) / chunks
     layer_params = held / np.maximum(stages.layers, 1)
     gathered = np.where(full3, 2.0 * layer_params * (stack.gather_bytes + stack.reduce_bytes), 0.0)
-    casts = np.where(full3, 0.0, held * stack.cast_bytes)
+    # Autocast forgets its casts as it ends, with each forward; the graph of a micro-batch in flight keeps its own.
+    casts = np.where(full3, 0.0, held * stack.cast_bytes * np.where(checkpointed, 1.0, stages.in_flight))
     # The loss and a layer's backward take turns: the larger of the two counts.
     workspace = np.where(logits > work, 0.0, work)
     logits = np.where(logits > work, logits, 0.0)

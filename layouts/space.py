@@ -178,7 +178,7 @@ def _with_asynchronous(columns: _Columns, reasons: dict[str, int], only: str | N
     for number, schedule in enumerate(SCHEDULES[1:], start=1):
         if only not in (None, schedule):
             continue
-        rows, needs = runs, f"{schedule} needs pp of at least 2 and whole stages"
+        rows, needs = runs, f"{schedule} needs pp of at least 2, and of cp, tp, ZeRO and the full space's options none"
         if schedule == "2bw":
             rows = runs & (columns["batch"] // columns["micro_batch"] >= columns["pp"])
             needs += ", and pp micro-batches"

@@ -24,7 +24,7 @@ class Stack:
     gather_bytes: int
     """Weights on the wire (ZeRO 1 to 3)."""
     cast_bytes: int = 0
-    """A low-precision copy of each weight that autocast keeps through a micro-batch."""
+    """A low-precision copy of each weight that autocast makes for a micro-batch, kept by its graph till backward."""
     accumulates_whole: bool = False
     """Whether ZeRO 3 keeps whole gradients between micro-batches, to reduce them once a step (FSDP2 without sync)."""
     fresh_gradients: bool = False

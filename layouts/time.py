@@ -4,13 +4,13 @@ A step is the bottleneck stage at work for every micro-batch, the pipeline's fil
 backward could not hide, and the optimizer. Each term is a small function with its formula.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from fourfold.layouts.asynchronous import mitigation_seconds, updates_per_step
-from fourfold.layouts.candidates import FLUSHED, FULL, STREAM, Candidates, Column
+from fourfold.layouts.candidates import FLUSHED, FULL, NONE, STREAM, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.collectives import Network
 from fourfold.layouts.constants import Constants
@@ -35,6 +35,10 @@ LAYER = ("forward_s", "backward_s")
 EMBEDDING, HEAD = ("embedding_forward_s", "embedding_backward_s"), ("head_forward_s", "head_backward_s")
 HOST_BYTES_PER_S = 20e9
 """Between a device and pinned host memory, one way: of the 31.5 GB/s of PCIe 4.0 x16, what copies commonly reach."""
+
+
+ADAMW_PASSES = 7.0
+"""Weights, gradients and two moments read; all but the gradients written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,9 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
     recompute = stages.layers * again
     tp_comm, cp_comm, ep_comm = stages.layers * tp_layer, stages.layers * cp_layer, stages.layers * ep_layer
     if tp_ends:
-        tp_comm = tp_comm + stages.has_embedding * beyond(tp_ends, "tp", EMBEDDING, embedding_at, tp_at, c)
-        tp_comm = tp_comm + stages.has_head * beyond(tp_ends, "tp", HEAD, head_at, tp_at, c)
+        once = replace(c, checkpointing=np.full_like(c.checkpointing, NONE))  # ends are not recomputed
+        tp_comm = tp_comm + stages.has_embedding * beyond(tp_ends, "tp", EMBEDDING, embedding_at, tp_at, once)
+        tp_comm = tp_comm + stages.has_head * beyond(tp_ends, "tp", HEAD, head_at, tp_at, once)
     pp_comm = np.broadcast_to(_pp_seconds(model, c, network, strides, stack), work.shape)
     accumulate = _accumulation_seconds(model, c, cluster, stack, k)
     overhead = accumulate + (k.step_overhead_s if stack.launched else 0.0)
@@ -150,7 +155,8 @@ def time_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k
         dp_comm = np.where(late, updates * reduce_s, dp_comm)
         shared, experts = stage_params(model, c, stages)
         mitigate = mitigation_seconds(c, shared + experts, stages.index, _bandwidth(cluster, k))
-        optimizer = updates * (optimizer + mitigate)
+        unclipped = _optimizer_seconds(model, c, cluster, stack, k, clipped=False)  # no rank sees all gradients
+        optimizer = np.where(late, updates * (unclipped + mitigate), optimizer)
         longest = slot + np.where(late, (dp_comm + optimizer) / m, 0.0)
     worst = longest.argmax(axis=0)[None]
 
@@ -309,10 +315,11 @@ def _dp_seconds(
 def _accumulation_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
     """Adding a micro-batch's weight gradients to those before, by bytes; [3, candidates].
 
-    The first micro-batch of a step has nothing to add to; StreamBP adds each chunk's.
+    The first micro-batch of an update has nothing to add to; StreamBP adds each chunk's.
     """
     shared, experts = stage_params(model, c, stages_of(model, c))
-    later = np.where(c.checkpointing == STREAM, c.stream_chunks, 1) - 1.0 / c.num_micro_batches
+    first = 1.0 / c.num_micro_batches * updates_per_step(c)
+    later = np.where(c.checkpointing == STREAM, c.stream_chunks, 1) - first
     return (shared + experts) * later * stack.accumulation_passes * stack.grad_bytes / _bandwidth(cluster, k)
 
 
@@ -329,11 +336,14 @@ def _bandwidth(cluster: Cluster, k: Constants) -> float:
     return cluster.device.memory_bandwidth_bytes_per_s * (1.0 if cluster.measured else k.memory_efficiency)
 
 
-def _optimizer_seconds(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Column:
+def _optimizer_seconds(
+    model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants, *, clipped: bool = True
+) -> Column:
     """AdamW and gradient clipping over the states that a rank holds, by bytes; [3, candidates]."""
     shared, experts = stage_params(model, c, stages_of(model, c))
     local = (shared + experts) / np.where(c.zero_stage >= 1, c.shards, 1)
-    measured = optimizer_rate(cluster)
+    measured = optimizer_rate(cluster, clipped=clipped)
     if measured is not None:
         return local * measured
-    return local * 4.0 * stack.optimizer_passes / _bandwidth(cluster, k)
+    passes = stack.optimizer_passes if clipped else min(stack.optimizer_passes, ADAMW_PASSES)
+    return local * 4.0 * passes / _bandwidth(cluster, k)

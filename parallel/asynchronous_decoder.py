@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel.attention_interface import use_ring_attention
-from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sliding_window
+from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.delayed_optimizer import OptimizerFactory
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline_schedule import PipelineSchedule
@@ -45,7 +45,8 @@ def decoder_stages(
         dtype: what matrix products run in (torch.bfloat16, by autocast); None for the weights' own.
         seed: of the weights of a model on the meta device.
     Raises:
-        ValueError: another family, fewer layers than stages, embeddings tied to the head across stages.
+        ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
+            window without ring attention (pipeline_decoder sets it).
     """
     check_decoder(model)
     whole = cast(Any, model)
@@ -55,7 +56,9 @@ def decoder_stages(
             "weight without the other's gradient; untie them"
         )
     device = device or torch.device("cpu")
-    if not has_sliding_window(model):
+    windows = has_sliding_window(model)
+    check_windows(model)
+    if not windows:
         whole.set_attn_implementation("sdpa")
     stages: list[nn.Module | None] = []
     for index, layers in enumerate(layer_ranges(whole.config.num_hidden_layers, num_stages)):
@@ -66,6 +69,8 @@ def decoder_stages(
         for name, part in stage.named_parts():
             materialise(part, name, model, seed=seed, device=device)
         stage.position_ids = torch.arange(seq_len, device=device)[None]
+        if windows:
+            stage.attention_arguments["ring_seq_len"] = seq_len
         stages.append(stage)
     return stages
 
@@ -93,7 +98,8 @@ def pipeline_decoder(
         optimizer, schedule, mitigation, scheduler: as for PipelinedBackprop.
         seq_len, checkpointing, dtype, seed: as for decoder_stages.
     Raises:
-        ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; as decoder_stages.
+        ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
+            with a dtype; as decoder_stages.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
@@ -105,10 +111,14 @@ def pipeline_decoder(
             )
     if sizes["pp"] < 2:
         raise ValueError("pp=1: an asynchronous pipeline has at least two stages; choose pp of at least 2")
+    chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
+    if dtype is not None and (chosen.spectrain or chosen.correction > 0):
+        raise ValueError(
+            f"mitigation={mitigation!r} computes backwards with weights of their own, but under autocast ({dtype}) the "
+            "graph keeps the forward's as casts: choose stash or lwpv+sc, or dtype=None"
+        )
     cuda = mesh.device_type == "cuda"
-    if has_sliding_window(
-        model
-    ):  # without a mask torch's kernel sees the whole sequence; the ring's blocks know windows
+    if has_sliding_window(model):
         use_ring_attention(model, mesh.get_group("cp"))
     stages = decoder_stages(
         model,
@@ -120,10 +130,6 @@ def pipeline_decoder(
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type),
         seed=seed,
     )
-    if has_sliding_window(model):
-        for stage in stages:
-            if stage is not None:
-                cast(DecoderStage, stage).attention_arguments["ring_seq_len"] = seq_len
     return PipelinedBackprop(
         stages,
         group=mesh.get_group("pp"),

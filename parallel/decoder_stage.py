@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from fourfold.parallel.attention_interface import NAME as RING
 from fourfold.parallel.stream_layer import stream_attention_forward
 from fourfold.parallel.stream_module import NAME
 from fourfold.parallel.stream_settings import StreamSettings
@@ -55,6 +56,20 @@ def has_sliding_window(model: nn.Module) -> bool:
     layer_types = getattr(config, "layer_types", None)
     windowed = layer_types is None or "sliding_attention" in layer_types
     return windowed and getattr(config, "sliding_window", None) is not None
+
+
+def check_windows(model: nn.Module) -> None:
+    """Refuse a sliding window that the model's attention would not see: a stage passes no mask, only its width.
+
+    Raises:
+        ValueError: another attention implementation than the ring's.
+    """
+    config = cast(Any, model).config
+    if has_sliding_window(model) and config._attn_implementation != RING:
+        raise ValueError(
+            f"sliding_window={config.sliding_window} with attention {config._attn_implementation!r}, which knows "
+            "windows by a mask only: call use_ring_attention(model, group) first, with a group of one rank"
+        )
 
 
 class DecoderStage(nn.Module):

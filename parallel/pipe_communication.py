@@ -6,9 +6,10 @@ beside the computation, and may end in a smaller micro-batch. So: `expect_*` pos
 `send_*` starts a send and returns. Shapes are sent once for each signature (what the micro-batch looks like at the
 pipeline's input, which every stage sees) and remembered.
 
-Forward and backward traffic have tags of their own. NCCL knows no tags and keeps one order a pair of ranks, which the
-two directions do not share; there the backward traffic gets a group of its own. (NCCL has not been run: it needs two
-devices.)
+Forward and backward traffic have tags of their own. NCCL knows no tags and runs what one communicator is given in one
+order: a stage's send would wait behind the receive it posted ahead, its neighbour's behind that, and so in a circle.
+There each direction has a group of its own, and so have even and odd links, hence a rank uses a communicator for one
+link in one direction only. (NCCL has not been run with more than one device.)
 """
 
 from collections import deque
@@ -23,6 +24,8 @@ from torch import Tensor
 _FORWARD, _BACKWARD, _SHAPE = 7001, 7002, 7003
 _MAX_DIMS = 8
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+
+Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]  # of even and odd links, a link being numbered as its first stage
 
 
 class PipelineError(RuntimeError):
@@ -44,9 +47,11 @@ class PipeLinks:
         self._device = device
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._ranks = dist.get_process_group_ranks(group)
-        self._down = self._up = group
-        if device.type == "cuda" and self.num_stages > 1:
-            self._up = dist.new_group(self._ranks, use_local_synchronization=True)
+        self._down: Groups = (group, group)
+        self._up: Groups = (group, group)
+        if self.num_stages > 1 and has_nccl(group):
+            made = [dist.new_group(self._ranks, use_local_synchronization=True) for _ in range(3)]
+            self._down, self._up = (group, made[0]), (made[1], made[2])
         self._received: dict[Hashable, tuple[torch.dtype, list[int]]] = {}
         self._announced: set[Hashable] = set()
         self._sends: deque[tuple[Any, Tensor, str]] = deque()
@@ -58,7 +63,11 @@ class PipeLinks:
         known = self._received.get(signature)
         if known is None:
             header = torch.empty(_MAX_DIMS + 2, dtype=torch.int64, device=self._device)
-            self._activation = self._receive(header, self.stage - 1, self._down, _SHAPE), header, signature
+            self._activation = (
+                self._receive(header, self.stage - 1, self._down, _SHAPE),
+                header,
+                signature,
+            )
         else:
             payload = torch.empty(known[1], dtype=known[0], device=self._device)
             self._activation = self._receive(payload, self.stage - 1, self._down, _FORWARD), payload, None
@@ -125,20 +134,18 @@ class PipeLinks:
         """Tell all ranks which stage failed: others may notice only that a neighbour left."""
         _leave_note(f"stage {stage} (rank {self._ranks[stage]}) {what}")
 
-    def _receive(self, tensor: Tensor, stage: int, group: dist.ProcessGroup, tag: int) -> Any:
-        return self._post(dist.irecv, tensor, stage, group, tag, "a message")
+    def _receive(self, tensor: Tensor, stage: int, groups: Groups, tag: int) -> Any:
+        return self._post(dist.irecv, tensor, stage, groups, tag, "a message")
 
-    def _send(self, tensor: Tensor, stage: int, group: dist.ProcessGroup, tag: int, what: str) -> None:
+    def _send(self, tensor: Tensor, stage: int, groups: Groups, tag: int, what: str) -> None:
         while self._sends and self._sends[0][0].is_completed():
             work, _, sent = self._sends.popleft()
             self._wait(work, None, sent)
-        self._sends.append((self._post(dist.isend, tensor, stage, group, tag, what), tensor, what))
+        self._sends.append((self._post(dist.isend, tensor, stage, groups, tag, what), tensor, what))
 
-    def _post(
-        self, post: Callable[..., Any], tensor: Tensor, stage: int, group: dist.ProcessGroup, tag: int, what: str
-    ) -> Any:
+    def _post(self, post: Callable[..., Any], tensor: Tensor, stage: int, groups: Groups, tag: int, what: str) -> Any:
         try:
-            return post(tensor, self._ranks[stage], group=group, tag=tag)
+            return post(tensor, self._ranks[stage], group=groups[min(self.stage, stage) % 2], tag=tag)
         except RuntimeError as error:
             raise self._error(stage, what, error) from error
 
@@ -160,6 +167,30 @@ class PipeLinks:
             return PipelineError(f"{who} sent nothing in time: stage {self.stage} stops at {what} ({error})")
         self.leave_note(stage, f"is gone, says stage {self.stage}")
         return PipelineError(f"{who} is gone: stage {self.stage} stops at {what} ({error})")
+
+
+def has_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether the group runs CUDA tensors through NCCL: the same answer on all its ranks."""
+    return "nccl" in dist.get_backend_config(group)
+
+
+def device_of_stages(own: torch.device | None, group: dist.ProcessGroup) -> torch.device:
+    """Where this stage's activations live: with its parameters, or as the other stages' where it has none.
+
+    Raises:
+        ValueError: on every rank, where the stages' parameters are on several kinds of device.
+    Cost: under NCCL, one small collective; elsewhere none, as a stage without parameters is on the CPU.
+    """
+    if not has_nccl(group):
+        return own or torch.device("cpu")
+    kinds: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(kinds, None if own is None else own.type, group=group)
+    found = sorted({kind for kind in kinds if kind is not None})
+    if len(found) > 1:
+        raise ValueError(f"stages are on {' and '.join(found)}: {kinds}; put the parameters of all on one kind")
+    if own is not None:
+        return own
+    return torch.device("cuda", torch.cuda.current_device()) if found == ["cuda"] else torch.device("cpu")
 
 
 def replica_lost(stage: int, group: dist.ProcessGroup, error: RuntimeError) -> PipelineError:

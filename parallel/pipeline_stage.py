@@ -7,7 +7,8 @@ present weights the masters share the module's storage and nothing is copied; ot
 before each forward and set back after it, so that between actions the module always holds the present weights.
 
 Activation checkpointing and StreamBP recompute inside the backward, hence with the backward's weights: what is stale
-then is only the stage's input.
+then is only the stage's input. Under autocast without either, the graph keeps the forward's weights as low-precision
+casts, and the backward computes input gradients with those: in effect stashed, whatever the mitigation says.
 """
 
 from collections.abc import Callable, Iterator
@@ -258,14 +259,19 @@ class PipelineStage:
         """Set what weights and optimizer states do not tell, for state that came by name instead of load_state_dict.
 
         Args:
-            remembered: as `remembered` returns it, all parameters of a kind or none.
+            remembered: as `remembered` returns it. A kind that lacks some parameters, as under another cut of the
+                model into stages (the last keeps none), is left out: its prediction starts afresh.
         """
         self.num_forwards = num_forwards
         if self.optimizer is None:
             return
         names = [self._names[id(p)] for p in self._live]
-        kinds = {name.split(".", 1)[0] for name in remembered}
-        self.optimizer.go_on(num_updates, {kind: [remembered[f"{kind}.{n}"] for n in names] for kind in kinds})
+        kinds = {
+            kind: [remembered[f"{kind}.{name}"] for name in names]
+            for kind in {name.split(".", 1)[0] for name in remembered}
+            if all(f"{kind}.{name}" in remembered for name in names)
+        }
+        self.optimizer.go_on(num_updates, kinds)
 
     @contextmanager
     def optimizer_parameters(self) -> Iterator[torch.optim.Optimizer | None]:

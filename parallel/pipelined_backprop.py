@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.delayed_optimizer import OptimizerFactory
-from fourfold.parallel.pipe_communication import PipelineError, PipeLinks
+from fourfold.parallel.pipe_communication import PipelineError, PipeLinks, device_of_stages
 from fourfold.parallel.pipeline_program import Program
 from fourfold.parallel.pipeline_schedule import PipelineSchedule, resolve_schedule, updates_behind
 from fourfold.parallel.pipeline_stage import Flight, LossFunction, PipelineStage, SchedulerFactory, Weights
@@ -90,7 +90,7 @@ class PipelinedBackprop:
             dp_group=dp_group,
             seed=seed,
         )
-        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._device = device_of_stages(next((p.device for p in module.parameters()), None), ranks)
         self._links = PipeLinks(ranks, self._device, timeout_s)
         self._length = 0  # of the stream that ran last
 
@@ -231,10 +231,15 @@ class PipelinedBackprop:
             values = torch.stack([loss.double().reshape(()) for loss in losses])
         else:
             values = torch.empty(self._length, dtype=torch.float64, device=self._device)
+        values = self.broadcast_from_last(values, "sharing the losses")
+        return values.tolist()
+
+    def broadcast_from_last(self, values: Tensor, what: str) -> Tensor:
+        """The last stage's `values`, in place, on every rank of the group. Raises PipelineError, which names `what`."""
         if self.num_stages > 1:
             last = self.num_stages - 1
-            self._links.guard(lambda: dist.broadcast(values, group=self.group, group_src=last), "sharing the losses")
-        return values.tolist()
+            self._links.guard(lambda: dist.broadcast(values, group=self.group, group_src=last), what)
+        return values
 
     def _guarded(self, work: Any) -> list[float]:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.decoder_stage import DecoderStage, check_decoder
+from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.stage_partition import balanced_ranges
 from fourfold.parallel.stream_settings import StreamSettings
 
@@ -56,9 +56,12 @@ def cut_decoder_into_stages(
         Stages from token ids to logits [B, S, vocab].
     Raises:
         ValueError: another family, fewer layers than stages, or embeddings tied to the head across stages (two stages
-            would update one weight, each without the other's gradient).
+            would update one weight, each without the other's gradient); a sliding window without ring attention,
+            unless the stages stream.
     """
     check_decoder(model)
+    if checkpointing != "stream":  # whose chunks know windows themselves
+        check_windows(model)
     config: Any = model.config
     if num_stages > 1 and getattr(config, "tie_word_embeddings", False):
         raise ValueError("the head shares the embedding's weight: set tie_word_embeddings=False to cut the model")
@@ -66,6 +69,8 @@ def cut_decoder_into_stages(
     def stage(layers: range) -> DecoderStage:
         made = DecoderStage(model, layers, checkpointing=checkpointing, stream=stream)
         made.position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        if checkpointing != "stream" and has_sliding_window(model):
+            made.attention_arguments["ring_seq_len"] = input_ids.shape[1]
         return made
 
     layers = [stage(range(layer, layer + 1)) for layer in range(config.num_hidden_layers)]

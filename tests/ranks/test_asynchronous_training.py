@@ -140,6 +140,10 @@ def refused() -> list[str]:
         with pytest.raises(ValueError) as error:  # noqa: PT011
             pipeline_decoder(model, on, seq_len=4, optimizer=torch.optim.SGD)
         messages.append(str(error.value))
+    with pytest.raises(ValueError, match="choose stash or lwpv"):
+        pipeline_decoder(
+            meta_model(), cut, seq_len=4, optimizer=torch.optim.SGD, mitigation="spectrain", dtype=torch.bfloat16
+        )
     return messages
 
 

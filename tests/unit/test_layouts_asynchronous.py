@@ -66,11 +66,36 @@ def test_each_update_costs_and_each_copy_of_the_weights_counts():
     # the first of 4 stages: its own copy, and predicted weights; or those of 6 versions in flight and the present one
     assert both.memory_parts_bytes["weights"] == pytest.approx(3 * plain.memory_parts_bytes["weights"])
     assert stash.memory_parts_bytes["weights"] == pytest.approx(9 * plain.memory_parts_bytes["weights"])
-    assert plain.optimizer_s == pytest.approx(32 * drained.optimizer_s, rel=0.1)  # another stage is the slowest
+    # 7 passes of AdamW at every micro-batch, for its 7 and 3 of clipping a step; another stage is the slowest
+    assert plain.optimizer_s == pytest.approx(32 * 0.7 * drained.optimizer_s, rel=0.1)
     assert both.optimizer_s > plain.optimizer_s
-    assert one(schedule="2bw").optimizer_s < both.optimizer_s / 20
+    assert one(schedule="2bw").optimizer_s < both.optimizer_s / 2
+    assert plain.time_parts_s["overhead"] < drained.time_parts_s["overhead"]  # nothing to add a gradient to
     replicas = one(dp=2)
     assert replicas.time_parts_s["dp_communication"] > 8 * one(dp=2, schedule="2bw").time_parts_s["dp_communication"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "first", "last"),
+    [
+        ({"schedule": "1f1b", "mitigation": "stash"}, 0, 0),
+        ({"mitigation": "none"}, 0, 0),
+        ({"mitigation": "stash"}, 2 + 4 + 4 + 2, 0),  # snapshot, forward, backward, new weights
+        ({"mitigation": "lwpv+sc"}, 10 + 6 + 4 + 2, 0),
+        ({"mitigation": "lwpw"}, 5 + 4 + 2, 0),
+        ({"mitigation": "lwpw+stash"}, 5 + 4 + 4 + 2, 0),
+        ({"mitigation": "pipemare-dc"}, 10 + (5 + 4) + 2, 0),
+        ({"mitigation": "spectrain"}, 10 + 4 + 2, 10 + 4 + (10 + 4) + 2),
+        ({"schedule": "2bw", "mitigation": "none"}, 2 + 32 * (4 + 4) + 2, 2 + 32 * (4 + 4) + 2),
+        ({"schedule": "2bw", "mitigation": "lwpw"}, 5 + 32 * (4 + 4) + 2, 5 + 32 * (4 + 4) + 2),
+    ],
+    ids=str,
+)
+def test_passes_over_the_weights_are_those_of_the_stage(fields, first, last):
+    candidates = Candidates.of([late(**fields)])
+    index = stages_of(LLAMA, candidates).index
+    passes = asynchronous.mitigation_seconds(candidates, np.ones(index.shape), index, 4.0)
+    assert passes[[0, 2], 0].tolist() == [first, last]
 
 
 def test_what_changes_for_learning_follows_the_schedule():

@@ -20,7 +20,7 @@ from fourfold.layouts.memory import _normal_cdf, memory_of, stage_params
 from fourfold.layouts.model import load_model
 from fourfold.layouts.price import price
 from fourfold.layouts.search import plan
-from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU
+from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA
 from fourfold.layouts.stages import stages_of
 from fourfold.parallel.grid import layer_ranges
 
@@ -116,6 +116,11 @@ def test_splitting_costs_what_measured_layers_took_beyond_their_work():
     assert price[[3, 5]] == pytest.approx([0.001, 0.003])
     assert price[4] == pytest.approx(0.002)  # half way between them in log tokens
     assert price[6] == pytest.approx(3 * 0.001)  # three times the hops of cp 2, at as many tokens as its first row
+    # noise: a row that was quicker than its work alone, and one that nothing was split for
+    noisy = [{**rows[0], "forward_s": 0.0}, {**rows[0], "cp": 1}]
+    both = Candidates.from_columns(columns, global_batch=4, seq_len=512)
+    for measured in (noisy, noisy[1:]):
+        assert beyond(measured, "cp", names, work, hops, both).tolist() == hops(both).tolist()
 
 
 def test_measured_operations_come_before_formulas():
@@ -252,3 +257,13 @@ def test_twice_the_gpus_are_never_slower_than_overheads_explain():
     ]
     for few, many in itertools.pairwise(steps):
         assert many < few * 1.05
+
+
+@pytest.mark.parametrize(("checkpointing", "copies"), [("none", 4), ("full", 1)])
+def test_each_micro_batch_in_flight_keeps_its_casts(checkpointing, copies):
+    candidates = Candidates.of([Layout(pp=4, global_batch=8, seq_len=512, checkpointing=checkpointing)])
+    model, constants = load_model("llama-3.1-8b"), load_constants()
+    bare = replace(RUNTIME_CUDA, cast_bytes=0)
+    cast, uncast = (memory_of(model, candidates, A100, stack, constants) for stack in (RUNTIME_CUDA, bare))
+    params = sum(stage_params(model, candidates, stages_of(model, candidates)))
+    assert (cast.workspace - uncast.workspace)[0] == pytest.approx(2 * copies * params[0])

@@ -16,7 +16,9 @@ from fourfold.parallel import (
     balanced_ranges,
     cut_decoder_into_stages,
     cut_into_stages,
+    decoder_stages,
     stream_backprop,
+    use_ring_attention,
 )
 from fourfold.parallel.pipeline_schedule import FLUSHED
 
@@ -150,6 +152,27 @@ def test_a_tied_decoder_is_not_cut():
     )  # fmt: skip
     with pytest.raises(ValueError, match="set tie_word_embeddings=False"):
         cut_decoder_into_stages(LlamaForCausalLM(config), 2, torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_window_is_seen_or_refused():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, sliding_window=3, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = MistralForCausalLM(config), torch.arange(8)[None]
+    expected = model(ids).logits
+    for refused in (
+        lambda: decoder_stages(model, 2, seq_len=8),
+        lambda: cut_decoder_into_stages(model, 2, ids),
+    ):
+        with pytest.raises(ValueError, match=r"sliding_window=3 .* call use_ring_attention"):
+            refused()
+    use_ring_attention(model, None)
+    for first, last in (decoder_stages(model, 2, seq_len=8), cut_decoder_into_stages(model, 2, ids, repeats=1)):
+        torch.testing.assert_close(last(first(ids)), expected)
 
 
 class WholeModel(nn.Module):

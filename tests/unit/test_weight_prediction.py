@@ -19,6 +19,7 @@ from fourfold.parallel import (
     scale_hyperparameters,
     spike_compensation,
 )
+from fourfold.parallel.pipeline_stage import PipelineStage
 
 MOMENTA = st.floats(0.0, 0.999)
 DELAYS = st.integers(0, 64)
@@ -293,3 +294,16 @@ def test_weight_copies():
     assert Mitigation.named("lwpw").weight_copies(6) == 3
     assert Mitigation.named("stash").weight_copies(6) == 8
     assert Mitigation.named("lwpv+sc").weight_copies(0) == 0
+
+
+def test_a_stage_that_finds_half_of_what_another_cut_remembered_starts_afresh():
+    def stage(inner: torch.nn.Module) -> PipelineStage:
+        made = partial(torch.optim.SGD, lr=0.1)
+        return PipelineStage(inner, index=0, optimizer=made, delay=1, mitigation=Mitigation.named("lwpw"))
+
+    old = {"before.weight": torch.ones(2, 2), "before.bias": torch.ones(2)}
+    for remembered, expected in ((old, {"before"}), ({"before.weight": old["before.weight"]}, set())):
+        resumed = stage(torch.nn.Linear(2, 2))
+        resumed.go_on(num_updates=3, num_forwards=3, remembered=remembered)
+        assert {name.split(".")[0] for name in resumed.remembered()} == expected
+        assert resumed.snapshot() is not None
