@@ -101,7 +101,7 @@ class CpuFlash:
     """torch's flash kernel for CPU: fp32, bf16, fp16 and fp64, any head size, fewer key heads as they are.
 
     It computes causal squares up to 512 whole. From 192 queries on it works on 64 rows at a time, below on 32 and
-    slower; leaves of 128, stacked into one call, pay all the same.
+    slower: triangles of 192 are the smallest worth cutting.
     """
 
     name = "cpu_flash"
