@@ -172,7 +172,7 @@ class DecoderStage(nn.Module):
     def _streamed(self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None) -> Tensor:
         layers = list(self.layers.values())
         shared = stage_pass(self._stream, self.config, layers[0], hidden, self.attention_arguments.get("ring_seq_len"))
-        hidden = stream_layers(layers, hidden, arguments, shared)
+        hidden = stream_layers(self._stream, layers, hidden, arguments, shared)
         if not self.is_last:
             return hidden
         norm, head = cast(nn.Module, self.model.norm), self.lm_head

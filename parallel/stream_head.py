@@ -67,14 +67,15 @@ class Head:
         """-weight * the sum of the targets' log-probabilities, a fp32 scalar; `weight` is one too, on hidden's device.
 
         Cost: logits once, and with a gradient two more products of their size; the gradient waits for backward. Where
-            the projection has a .grad already, logits once more, and the gradient is added there; so in fp16, whose
-            gradients want the loss's scale first.
+            the projection has a .grad that sums can be added to, logits once more, and they are added there; so in
+            fp16, whose gradients want the loss's scale first.
         """
         grad = torch.is_grad_enabled()
         matrix = self.projection.weight
         # fp16's gradients vanish before the loss is scaled, so they wait for the scale.
         half = (matrix.dtype if self.autocast is None else self.autocast[1]) == torch.float16
-        if grad and matrix.requires_grad and (matrix.grad is not None or half):
+        in_place = matrix.grad is not None and matrix.grad.dtype == accumulation_dtype(matrix.dtype)
+        if grad and matrix.requires_grad and (in_place or half):
             return -(self.statistics(hidden, targets, mean=False)[0].sum() * weight).to(
                 accumulation_dtype(hidden.dtype)
             )

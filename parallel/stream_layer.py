@@ -42,7 +42,6 @@ class Pass:
         masks: row_masks of the batch.
         chunk: queries a chunk.
         mlp_chunk: tokens a chunk of all that follows attention.
-        keep_attention: keep attention's output and lse, so that backward does not recompute them.
         backend: see LayerKeys.
         autocast: (device type, dtype) of an enabled autocast, which backward enters again.
         passing: the hidden states' gradient on its way down. It is overwritten layer by layer: a hook that keeps it
@@ -55,7 +54,6 @@ class Pass:
     masks: Sequence[RowMask]
     chunk: int
     mlp_chunk: int
-    keep_attention: bool
     backend: AttentionBackend | str | None
     autocast: tuple[str, torch.dtype] | None
     passing: PassingGradient = field(default_factory=PassingGradient)
@@ -151,10 +149,11 @@ class LayerStream:
     Args:
         layer: a transformers decoder layer, whose attention module is its `self_attn`.
         forward: the layer's own forward.
+        keep: keep attention's output and lse, so that backward does not recompute them.
     """
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
-        self.layer, self._forward = layer, forward
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any], *, keep: bool = False) -> None:
+        self.layer, self._forward, self.keep = layer, forward, keep
         self.attention: nn.Module = layer.self_attn  # type: ignore[assignment]
 
     def __call__(self, x: Tensor, arguments: Mapping[str, Any], shared: Pass) -> Tensor:
@@ -243,7 +242,7 @@ class _Layer(torch.autograd.Function):
             with random_numbers(ctx.random, ("attend", start), replay=False):
                 attended = stream.attend(x[:, start:stop], arguments, task)
             assert attended is not None
-            if shared.keep_attention:
+            if stream.keep:
                 kept = _keep(kept, task, x.shape[1])
             finish_forward(ctx, x, attended, out, start, stop)
         save(ctx, x, lookup, kept or ())

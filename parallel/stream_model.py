@@ -66,7 +66,7 @@ def stream_backprop(
     offload: Literal["host"] | None = None,
     *,
     mlp_chunk: Auto = "auto",
-    keep_attention: bool = False,
+    keep_attention: bool | int = False,
     backend: str | None = None,
     verify: bool = False,
 ) -> nn.Module:
@@ -87,8 +87,8 @@ def stream_backprop(
         offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory
             and back, beside the computation. On CUDA; elsewhere they stay where they are.
         mlp_chunk: tokens a chunk of all that follows attention. "auto": with chunk_size, at most that.
-        keep_attention: keep every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a layer,
-            and never compute attention's forward twice.
+        keep_attention: True keeps every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a
+            layer, and never computes attention's forward twice; a number keeps those of the last so many layers.
         backend: an attention backend's name, see attention.py; None chooses.
         verify: compare loss and gradients of one tiny batch with plain backpropagation now; costs two steps on it.
     Returns:
@@ -177,8 +177,8 @@ class _Streaming:
 
     def enable(self) -> None:
         self._before = {module: module.__dict__.get("forward") for module in (self.model, *self.layers)}
-        for layer in self.layers:
-            layer.forward = self._layer_forward(layer, layer.forward)  # type: ignore[method-assign]
+        for index, layer in enumerate(self.layers):
+            layer.forward = self._layer_forward(index, layer, layer.forward)  # type: ignore[method-assign]
             # DeepSpeed's ZeRO-3 then gathers the layer whole, once for all its chunks, and not each of its modules.
             layer._z3_leaf = True  # type: ignore[assignment]
         model_forward = self._forward
@@ -218,7 +218,7 @@ class _Streaming:
         finally:
             self.settings = before
 
-    def _layer_forward(self, layer: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _layer_forward(self, index: int, layer: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(plain)
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             shared = self.current
@@ -227,7 +227,8 @@ class _Streaming:
             if args:
                 raise ValueError(f"{type(layer).__name__} takes positional arguments: streaming cannot use it")
             kind = RingLayerStream if isinstance(shared, RingPass) else LayerStream
-            return kind(layer, plain)(hidden_states, kwargs, shared)
+            keep = self.settings.keeps(index, len(self.layers))
+            return kind(layer, plain, keep=keep)(hidden_states, kwargs, shared)
 
         return forward
 

@@ -65,6 +65,11 @@ class StreamMemory:
         return self.checkpoints_bytes + max(self.head_bytes, self.layer_bytes)
 
 
+def kept_layers(keep_attention: bool | int, layers: int) -> int:
+    """How many of so many layers, the last ones, keep attention's output: True is all of them."""
+    return layers if keep_attention is True else min(int(keep_attention), layers)
+
+
 def logits_chunk_size(vocabulary: int, device_type: str = "cpu") -> int:
     """Tokens whose whole logits fit the device's logits_bytes in fp32, at least MIN_LOGITS_CHUNK."""
     return max(MIN_LOGITS_CHUNK, _sizes(device_type).logits_bytes // (4 * vocabulary))
@@ -109,7 +114,7 @@ def stream_memory(
     chunk_size: Auto = "auto",
     mlp_chunk: Auto = "auto",
     logits_chunk: Auto = "auto",
-    keep_attention: bool = False,
+    keep_attention: bool | int = False,
     offload: bool = False,
     itemsize: int = 4,
     device_type: str = "cpu",
@@ -146,7 +151,7 @@ def stream_memory(
         shape.kv_heads * shape.head_dim,
         shape.layers,
     )
-    kept = layers * (queries * itemsize + 4 * shape.heads) if keep_attention else 0
+    kept = kept_layers(keep_attention, layers) * (queries * itemsize + 4 * shape.heads)
     # The first layer's input is looked up again. Of offloaded layers two are on the device, one on its way.
     on_device = min(2, layers - 1) / max(1, layers - 1) if offload else 1.0
     a_token = on_device * ((layers - 1) * hidden * itemsize + kept)

@@ -122,7 +122,7 @@ class _RingLayer(torch.autograd.Function):
         q, k, v, ring = _project(ctx, x, replay=False)
         kept = ring.forward(q, k, v)
         del q, k, v
-        save(ctx, x, lookup, kept if shared.keep_attention else ())
+        save(ctx, x, lookup, kept if stream.keep else ())
         attention, out = ring.to_tokens(kept[0]), torch.empty_like(x)
         for start, stop in chunks_of(0, x.shape[1], shared.chunk):
             with random_numbers(ctx.random, ("resume", start), replay=False):

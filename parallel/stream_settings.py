@@ -11,7 +11,7 @@ from fourfold.parallel.stream_attention import RowMask
 from fourfold.parallel.stream_head import Head
 from fourfold.parallel.stream_layer import Pass
 from fourfold.parallel.stream_offload import HostMemory
-from fourfold.parallel.stream_peak import Auto, auto_chunks, logits_chunk_size, logits_tile
+from fourfold.parallel.stream_peak import Auto, auto_chunks, kept_layers, logits_chunk_size, logits_tile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class StreamSettings:
     mlp_chunk: Auto = "auto"
     logits_chunk: Auto = "auto"
     offload: Literal["host"] | None = None
-    keep_attention: bool = False
+    keep_attention: bool | int = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -32,6 +32,12 @@ class StreamSettings:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r}: give a number of tokens, at least 1, or 'auto'")
+        if not isinstance(self.keep_attention, int) or self.keep_attention < 0:
+            raise ValueError(f"keep_attention={self.keep_attention!r}: give True, or a number of layers")
+
+    def keeps(self, layer: int, layers: int) -> bool:
+        """Whether layer number `layer` of `layers` keeps attention's output."""
+        return layer >= layers - kept_layers(self.keep_attention, layers)
 
 
 def new_pass(
@@ -58,7 +64,6 @@ def new_pass(
         masks=masks,
         chunk=chunk,
         mlp_chunk=mlp_chunk,
-        keep_attention=settings.keep_attention,
         backend=settings.backend,
         autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,

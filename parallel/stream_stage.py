@@ -3,7 +3,7 @@
 Nothing in the modules changes between calls, so a stage shares them with whoever has them too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ def stage_pass(settings: StreamSettings, config: Any, layer: nn.Module, hidden: 
     return shared if ring is None else around_ring(shared, ring, seq_len, None)
 
 
-def stream_layers(layers: Iterable[nn.Module], hidden: Tensor, arguments: Mapping[str, Any], shared: Pass) -> Tensor:
+def stream_layers(
+    settings: StreamSettings, layers: Collection[nn.Module], hidden: Tensor, arguments: Mapping[str, Any], shared: Pass
+) -> Tensor:
     """hidden [B, S_local, d] after the layers; each is called, hooks and all, once."""
     kind = RingLayerStream if isinstance(shared, RingPass) else LayerStream
-    for layer in layers:
-        stream = kind(layer, layer.forward)
+    for index, layer in enumerate(layers):
+        stream = kind(layer, layer.forward, keep=settings.keeps(index, len(layers)))
 
         def forward(x: Tensor, *, stream: LayerStream = stream, **given: Any) -> Tensor:
             return stream(x, given, shared)

@@ -81,7 +81,7 @@ def provider(name: str, model: nn.Module) -> Step:
     """The step of a provider's name.
 
     plain, checkpoint[+ce[+mlp]], liger[+checkpoint], streambp[,chunk=..], and
-    ours[,chunk=..][,mlp=..][,logits=..][,keep][,offload].
+    ours[,chunk=..][,mlp=..][,logits=..][,keep[=..]][,offload].
     """
     kind, *options = name.split(",")
     given = dict(option.partition("=")[::2] for option in options)
@@ -98,7 +98,7 @@ def provider(name: str, model: nn.Module) -> Step:
         names = {"chunk": "chunk_size", "mlp": "mlp_chunk", "logits": "logits_chunk"}
         stream_backprop(
             model,
-            keep_attention="keep" in given,
+            keep_attention=int(given["keep"]) if given.get("keep") else "keep" in given,
             offload="host" if "offload" in given else None,
             **{names[key]: int(value) for key, value in given.items() if key in names},
         )

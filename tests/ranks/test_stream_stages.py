@@ -17,7 +17,7 @@ from fourfold.parallel import (
 )
 from fourfold.parallel.decoder_stage import DecoderStage
 
-CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5)
+CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5, keep_attention=1)
 STREAM = {"checkpointing": "stream", "stream": CHUNKS}
 LAYOUTS = [
     ({"pp": 2}, {"micro_batch": 1}),

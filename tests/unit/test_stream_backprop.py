@@ -50,7 +50,10 @@ def test_one_token_alone():
 def test_kept_attention_changes_nothing():
     ids = batch(2, 21)
     for family in ("qwen3", "gemma3, windows"):
-        check(tiny(family), {"input_ids": ids, "labels": ids}, keep_attention=True)
+        for keep_attention in (True, 1):
+            check(tiny(family), {"input_ids": ids, "labels": ids}, keep_attention=keep_attention)
+    with pytest.raises(ValueError, match="keep_attention=-1"):
+        stream_backprop(tiny("qwen3"), keep_attention=-1)
 
 
 @pytest.mark.parametrize("keep_attention", [False, True])

@@ -63,7 +63,7 @@ def peak(seq_len: int, **settings) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("keep_attention", [False, True])
+@pytest.mark.parametrize("keep_attention", [False, 2, True])
 def test_memory_is_linear_with_the_predicted_slope(keep_attention):
     # From where the prefix is longer than a kernel call's keys, so that only what grows with the sequence grows.
     peaks = [peak(length, keep_attention=keep_attention) for length in (1536, 2560)]
