@@ -1,9 +1,11 @@
 """How much memory this rank's tensors took at most.
 
 CUDA's allocator counts. On a CPU torch keeps no count, and the resident size of the process says more about the C
-library's allocator than about tensors, so torch's profiler records every allocation instead.
+library's allocator than about tensors, so torch's profiler records every allocation instead, with its address: it
+does not see what gloo's threads free, and only an address handed out again tells.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,9 +46,8 @@ class MemoryGauge:
             torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
             self._profile.stop()
             assert self._profile.profiler is not None
-            events: Iterable[Any] = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-            changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-            self._peak_bytes = _highest_sum(size for _, size in sorted(changes, key=lambda change: change[0]))
+            events = self._profile.profiler.kineto_results.experimental_event_tree()  # type: ignore[union-attr]
+            self._peak_bytes = _highest_sum(sorted(_allocations(events)))
             self._profile = None
 
     @property
@@ -62,9 +63,30 @@ class MemoryGauge:
         return int(psutil.Process().memory_info().rss)
 
 
-def _highest_sum(changes: Iterable[int]) -> int:
+def _allocations(events: Iterable[Any]) -> Iterable[tuple[int, int, int]]:
+    """(time, address, bytes) of what was allocated, and with negative bytes freed."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
+
+
+def _highest_sum(changes: Iterable[tuple[int, int, int]]) -> int:
+    starts: list[int] = []  # of blocks that are held, in order
+    sizes: dict[int, int] = {}
     total = highest = 0
-    for change in changes:
-        total += change
-        highest = max(highest, total)
+    for _, start, size in changes:
+        if size < 0 and start not in sizes:
+            continue  # from before counting
+        # A block goes where it is freed, or else where the next one on its addresses comes.
+        first = bisect_left(starts, start)
+        if first and starts[first - 1] + sizes[starts[first - 1]] > start:
+            first -= 1
+        last = bisect_left(starts, start + abs(size))
+        total -= sum(sizes.pop(gone) for gone in starts[first:last])
+        starts[first:last] = [start] if size > 0 else []
+        if size > 0:
+            sizes[start] = size
+            total += size
+            highest = max(highest, total)
     return highest

@@ -73,7 +73,7 @@ class Stack:
 
 RUNTIME_CPU = Stack(
     name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
-    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, pipeline_buffers=True, tp_kept=4.0,
+    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, pipeline_buffers=True, tp_kept=1.0,
     allocator_waste=False, fused_norm=False,
     norm_kept_bytes=4.0, fused_ops=False, logits_bytes=12.0, dp_overlap=0.0, zero3_overlap=0.0, pp_outermost=False,
     optimizer_passes=10.0, launched=False,
@@ -82,7 +82,7 @@ RUNTIME_CPU = Stack(
 RUNTIME_CUDA = Stack(
     name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
     state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, accumulates_whole=True, fresh_gradients=True,
-    pipeline_buffers=True, tp_kept=4.0, fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0,
+    pipeline_buffers=True, tp_kept=1.0, fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0,
     dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
 )  # fmt: skip
 

@@ -151,8 +151,9 @@ class ParallelModel:
         if self._replica_group is not None and zero_stage == 0:
             if self._tp == 1:
                 self._module = DistributedDataParallel(
-                    stage, process_group=self._replica_group, gradient_as_bucket_view=True, **_NO_BUFFER_SYNC
-                )
+                    stage, process_group=self._replica_group, gradient_as_bucket_view=True, init_sync=False,
+                    **_NO_BUFFER_SYNC,
+                )  # fmt: skip
             else:
                 self._averages_own_gradients = True
         self._pipeline = None
@@ -353,9 +354,9 @@ def _place(
 ) -> None:
     """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time."""
     device, tp_mesh = _device(mesh), mesh["tp"]
-    # DDP copies weights from its first rank to the others; without it, and unless they were drawn alike, we must.
+    # Unless they were drawn alike. DDP would copy them all at once, through a second copy of the model.
     drawn_alike = any(parameter.is_meta for parameter in stage.parameters())
-    copies_weights = replicas.size() > 1 and not drawn_alike and (zero_stage == 3 or tp_mesh.size() > 1)
+    copies_weights = replicas.size() > 1 and not drawn_alike
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None)
     for index, layer in stage.layers.items():
         materialise(layer, f"model.layers.{index}", model, seed=seed, device=device)
