@@ -302,6 +302,7 @@ def begin(
     ctx.statistics = () if ctx.routing is None else ctx.routing.zeros(x.device)
     ctx.mark_non_differentiable(*ctx.statistics[1:])
     ctx.found_unread = False
+    ctx.versions = [parameter._version for parameter in parameters]
 
 
 def save(ctx: Any, x: Tensor, lookup: tuple[Tensor, Tensor] | None, kept: Sequence[Tensor]) -> None:
@@ -320,7 +321,16 @@ def save(ctx: Any, x: Tensor, lookup: tuple[Tensor, Tensor] | None, kept: Sequen
 
 
 def saved(ctx: Any) -> tuple[Tensor, Sequence[Tensor]]:
-    """(x, kept) as `save` was given them."""
+    """(x, kept) as `save` was given them.
+
+    Raises:
+        ValueError: attention's output was kept, and weights have changed since: queries and keys would be of others.
+    """
+    if ctx.stream.keep and ctx.versions != [parameter._version for parameter in ctx.parameters]:
+        raise ValueError(
+            "keep_attention, and the weights changed between forward and backward, as in an asynchronous pipeline: "
+            "leave keep_attention out"
+        )
     tensors: tuple[Tensor, ...] = ctx.saved_tensors
     if ctx.looked_up:
         return F.embedding(tensors[0], tensors[1]), tensors[2:]

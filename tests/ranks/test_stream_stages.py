@@ -1,5 +1,6 @@
 """Stages that stream their layers: the same loss and gradients as the untouched model, and as the emulator's stages."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from fourfold.parallel import (
 )
 from fourfold.parallel.decoder_stage import DecoderStage
 
-CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5, keep_attention=1)
-STREAM = {"checkpointing": "stream", "stream": CHUNKS}
+CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5)
+KEPT = replace(CHUNKS, keep_attention=1)
+STREAM = {"checkpointing": "stream", "stream": KEPT}
 LAYOUTS = [
     ({"pp": 2}, {"micro_batch": 1}),
     ({"pp": 2}, {"zero_stage": 3}),
@@ -44,10 +46,10 @@ def test_bf16_products(ranks):
         assert_one_loss(ranks(2), {"pp": 2}, tolerance=6e-2, dtype=torch.bfloat16, zero_stage=zero_stage, **STREAM)
 
 
-def stages(checkpointing: str) -> list[torch.nn.Module]:
+def stages(checkpointing: str, chunks: StreamSettings = CHUNKS) -> list[torch.nn.Module]:
     model = tiny_model()
     cuts = [
-        DecoderStage(model, layers, checkpointing=checkpointing, stream=CHUNKS) for layers in (range(2), range(2, 4))
+        DecoderStage(model, layers, checkpointing=checkpointing, stream=chunks) for layers in (range(2), range(2, 4))
     ]
     for stage in cuts:
         stage.position_ids = torch.arange(15).unsqueeze(0)

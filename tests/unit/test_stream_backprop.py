@@ -56,6 +56,15 @@ def test_kept_attention_changes_nothing():
         stream_backprop(tiny("qwen3"), keep_attention=-1)
 
 
+def test_kept_attention_of_other_weights_is_refused():
+    ids, model = batch(1, 9), stream_backprop(tiny("qwen3"), keep_attention=1)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="leave keep_attention out"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("keep_attention", [False, True])
 def test_offloading_changes_nothing(keep_attention):
     # Without CUDA it is only the order of putting and getting that is tested: see tests/gpu for the copies.
