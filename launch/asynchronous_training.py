@@ -91,6 +91,8 @@ class AsynchronousModel:
             checkpointing=layout.checkpointing,
             dtype=dtype,
             seed=settings.seed,
+            first_less=layout.first_less,
+            last_less=layout.last_less,
         )
         self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
         self.device = next(self.stage.parameters()).device

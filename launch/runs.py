@@ -17,9 +17,10 @@ COLUMNS = (
     "global_batch", "micro_batch", "tp", "pp", "vp", "cp", "ep", "dp", "grad_accum", "zero_stage",
     "activation_checkpointing", "kernel", "sequence_parallel", "precision", "step_time_s", "mfu", "hfu",
     "tflops_per_gpu", "tflops_kind", "tokens_per_s_per_gpu", "mem_gib", "oom", "status", "source", "notes",
+    "stream_chunks", "first_less", "last_less", "schedule", "mitigation",
 )  # fmt: skip
 
-_CHECKPOINTING = {"none": "disabled", "full": "full"}
+_CHECKPOINTING = {"none": "disabled", "full": "full", "stream": "stream"}
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -61,17 +62,22 @@ def run_row(
         "tflops_kind": "model", "tokens_per_s_per_gpu": tokens_per_s / layout.world_size,
         "mem_gib": result["peak_bytes"] / 2**30, "oom": False, "status": "ok",
         "source": f"fourfold, torch {result['torch']}", "notes": notes,
+        "stream_chunks": layout.stream_chunks, "first_less": layout.first_less, "last_less": layout.last_less,
+        "schedule": layout.schedule, "mitigation": layout.mitigation if layout.asynchronous else "",
     }  # fmt: skip
 
 
 def append_runs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add `rows` to runs.csv, which is made if need be; what was there stays, whatever happens."""
-    old = path.read_text() if path.exists() else ""
+    """Add `rows` to runs.csv, which is made if need be; what was there stays, whatever happens, other columns too."""
+    old: list[dict[str, str]] = []
+    columns: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            columns, old = list(reader.fieldnames or []), list(reader)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="") as file:
-        file.write(old)
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if not old:
-            writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.DictWriter(file, dict.fromkeys((*columns, *COLUMNS)), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
     os.replace(partial, path)

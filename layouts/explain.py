@@ -61,6 +61,9 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
             if schedule != layout.schedule:
                 yield f"schedule {schedule}", {"schedule": schedule}
     if layout.pp > 1:
+        yield "a layer less in the last stage", {"last_less": layout.last_less + 1}
+        if layout.last_less:
+            yield "a layer more in the last stage", {"last_less": layout.last_less - 1}
         yield "interleaving x2", {"vp": layout.vp * 2}
         if layout.vp % 2 == 0:
             yield "interleaving /2", {"vp": layout.vp // 2}

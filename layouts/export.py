@@ -7,6 +7,7 @@ from typing import Any
 
 from fourfold.layouts.layout import Layout
 from fourfold.layouts.model import ModelConfig
+from fourfold.parallel.grid import layer_ranges
 
 TARGETS = ("megatron", "deepspeed", "torchtitan", "torchrun", "slurm", "mpi")
 
@@ -21,17 +22,15 @@ def megatron_arguments(layout: Layout, model: ModelConfig) -> list[str]:
     """Arguments of Megatron-LM's pretrain_gpt.py, model and layout.
 
     Raises:
-        ValueError: StreamBP, offloading, ZeRO 2 or 3, every-k checkpointing, heads exchanged in cp.
+        ValueError: StreamBP, offloading, ZeRO 2 or 3, every-k checkpointing, heads exchanged in cp, stages between the
+            first and the last that differ.
     """
     _refuse(
         "megatron", layout, StreamBP=layout.checkpointing == "stream", offloading=layout.offload,
         ZeRO_2_or_3=layout.zero_stage >= 2, asynchronous_pipeline=layout.asynchronous,
         checkpointing_every_few_layers=layout.checkpoint_every > 1, head_exchange=layout.cp_heads > 1,
     )  # fmt: skip
-    if model.num_layers % (layout.pp * layout.vp):
-        raise ValueError(
-            f"megatron cuts layers evenly: {model.num_layers} layers are no multiple of pp={layout.pp} x vp={layout.vp}"
-        )
+    ends = _uneven_ends(layout, model)
     words: dict[str, Any] = {
         "num-layers": model.num_layers, "hidden-size": model.hidden_size, "ffn-hidden-size": model.ffn_size
         or model.expert_ffn_size, "num-attention-heads": model.num_heads, "kv-channels": model.head_dim,
@@ -57,6 +56,8 @@ def megatron_arguments(layout: Layout, model: ModelConfig) -> list[str]:
         flags += ["sequence-parallel", "tp-comm-overlap"]  # as priced
     if layout.zero_stage == 1:
         flags += ["use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"]
+    if ends:
+        words["decoder-first-pipeline-num-layers"], words["decoder-last-pipeline-num-layers"] = ends
     if layout.vp > 1:
         words["num-layers-per-virtual-pipeline-stage"] = model.num_layers // (layout.pp * layout.vp)
     if layout.checkpointing == "full":
@@ -74,6 +75,45 @@ def megatron_arguments(layout: Layout, model: ModelConfig) -> list[str]:
     return arguments
 
 
+def _uneven_ends(layout: Layout, model: ModelConfig) -> tuple[int, int] | None:
+    """Layers of the first and last stage where megatron must be told them; None where all stages have as many.
+
+    Raises:
+        ValueError: stages between them that differ, or chunks that do.
+    """
+    if layout.vp > 1:
+        if model.num_layers % (layout.pp * layout.vp):
+            raise ValueError(
+                f"megatron cuts chunks evenly: {model.num_layers} layers are no multiple of pp={layout.pp} x "
+                f"vp={layout.vp}"
+            )
+        return None
+    sizes = _stage_sizes(layout, model)
+    if len(set(sizes[1:-1])) > 1:
+        raise ValueError(
+            f"megatron cuts the layers between first and last stage evenly, and {layout} has stages of {sizes} layers: "
+            "choose another pp, or first_less and last_less"
+        )
+    return (sizes[0], sizes[-1]) if len(set(sizes)) > 1 else None
+
+
+def _stage_sizes(layout: Layout, model: ModelConfig) -> list[int]:
+    return [len(s) for s in layer_ranges(model.num_layers, layout.pp, layout.first_less, layout.last_less)]
+
+
+def _torchtitan_less(layout: Layout, model: ModelConfig) -> tuple[int, int]:
+    """torchtitan's (first_stage_less_layers, last_stage_less_layers), 1 by default, that give this layout's stages.
+
+    It adds them to the layers, gives each stage its share and the first stages one more of what is left, and takes
+    them off the ends again (generate_llm_fqn_per_model_part). Ours gives middle stages one more: where not all stages
+    but the last get one, the first counts for a layer more.
+    """
+    if layout.vp > 1:
+        return 0, 0
+    extra = (model.num_layers + layout.first_less + layout.last_less) % layout.pp
+    return layout.first_less + (0 < extra < layout.pp - 1), layout.last_less
+
+
 def megatron_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
     """The same as fields of megatron.core's TransformerConfig."""
     megatron_arguments(layout, model)  # refuses what is not there
@@ -88,6 +128,9 @@ def megatron_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
     if layout.pp > 1:
         fields["pipeline_dtype"] = "bfloat16"
+    ends = _uneven_ends(layout, model)
+    if ends:
+        fields["num_layers_in_first_pipeline_stage"], fields["num_layers_in_last_pipeline_stage"] = ends
     if layout.vp > 1:
         fields["virtual_pipeline_model_parallel_size"] = layout.vp
     if layout.checkpointing == "full":
@@ -154,6 +197,9 @@ def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
     if layout.pp > 1:
         parallelism["pipeline_parallel_schedule"] = "Interleaved1F1B" if layout.vp > 1 else "1F1B"
+        first, last = _torchtitan_less(layout, model)
+        parallelism["pipeline_parallel_first_stage_less_layers"] = first
+        parallelism["pipeline_parallel_last_stage_less_layers"] = last
         parallelism["pipeline_parallel_microbatch_size"] = layout.micro_batch
     local = layout.micro_batch if layout.pp == 1 else layout.global_batch // layout.dp
     return {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fourfold.layouts.cluster import Cluster, load_cluster, preset_for_gpu
-from fourfold.layouts.layout import Layout, check
+from fourfold.layouts.layout import MITIGATION, SCHEDULES, Layout, check
 from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.stack import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
 
@@ -17,7 +17,7 @@ _BLANK = ("", "nan", "none", "null", "-", "n/a", "?")
 COLUMNS = ("hidden", "layers", "heads", "vocab", "seq_len", "gpu_type", "num_gpus", "global_batch")
 _CHECKPOINTING = {
     "": ("none", 1), "none": ("none", 1), "disabled": ("none", 1), "false": ("none", 1), "every_layer": ("full", 1),
-    "full": ("full", 1), "true": ("full", 1), "selective": ("selective", 1),
+    "full": ("full", 1), "true": ("full", 1), "selective": ("selective", 1), "stream": ("stream", 1),
 }  # fmt: skip
 _STUDY_KERNELS = {
     "torch": ("eager", False), "fused": ("fused", False), "flash_attentionv1.0.8": ("flash1", False),
@@ -115,7 +115,10 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
     layout = Layout(
         dp=dp, pp=pp, cp=cp, tp=tp, micro_batch=_whole(row, "micro_batch", default=1), checkpointing=kind,
         checkpoint_every=every, zero_stage=zero, vp=_whole(row, "vp", default=1), ep=_whole(row, "ep", default=1),
-        sequence_parallel=parallel,
+        sequence_parallel=parallel, stream_chunks=_whole(row, "stream_chunks", default=1),
+        first_less=_whole(row, "first_less", default=0, least=0),
+        last_less=_whole(row, "last_less", default=0, least=0),
+        schedule=row.get("schedule") or SCHEDULES[0], mitigation=row.get("mitigation") or MITIGATION,
         global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
     )  # fmt: skip
     check(layout, model)

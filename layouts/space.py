@@ -11,6 +11,7 @@ import numpy as np
 from fourfold.layouts.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
 from fourfold.layouts.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
 from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.stages import layers_of
 from fourfold.parallel.grid import AXES
 
 SPACES = ("runtime", "full")
@@ -160,6 +161,7 @@ def enumerate_space(
             expand(name, values)
             restrict(rules.get(name, []))
         _expand_chunks(columns, reasons, seq_len, fix)
+    _expand_cuts(columns, reasons, model, fix)
     if asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
         columns = _with_asynchronous(columns, reasons, fix.get("schedule"))
     columns.pop("batch")
@@ -208,6 +210,34 @@ def _expand_chunks(columns: _Columns, reasons: dict[str, int], seq_len: int, fix
     columns["stream_chunks"][streamed] = np.tile(
         np.array(chunks, dtype=int), int(streamed.sum()) // max(len(chunks), 1)
     )
+
+
+def _expand_cuts(columns: _Columns, reasons: dict[str, int], model: ModelConfig, fix: Mapping[str, Any]) -> None:
+    """Give pipelines the cuts of their layers that differ from the even one, the others that one; in place.
+
+    The head counts for no layer, one, or as many as it computes for; the embedding for none or one.
+    """
+    head = round(model.head_params * model.num_layers / model.layers_params)
+    cuts = [(0, 0), (0, 1), (1, 1), (0, head), (1, head)]
+    fixed = {place: fix[name] for place, name in enumerate(("first_less", "last_less")) if name in fix}
+    if fixed:
+        cuts = [(fixed.get(0, cut[0]), fixed.get(1, cut[1])) for cut in cuts]
+    cuts = list(dict.fromkeys(cuts))
+    length = len(columns["dp"])
+    for name in columns:
+        columns[name] = np.repeat(columns[name], len(cuts))
+    less = columns["first_less"], columns["last_less"] = np.tile(np.array(cuts).T, length)
+    pp, even = columns["pp"], np.zeros_like(columns["pp"])
+    first, _, last = layers_of(model.num_layers, pp, *less)
+    plain = layers_of(model.num_layers, pp, even, even)
+    cut_anew = (pp > 1) & (columns.get("vp", even + 1) == 1) & (first >= 1) & (last >= 1)
+    if not any(fixed.values()):
+        cut_anew &= (first != plain[0]) | (last != plain[2])
+    allowed = (less[0] + less[1] == 0) | cut_anew
+    if any(fixed.values()) and not allowed.all():
+        reasons["stages cut unevenly need pp of at least 2, no interleaving, and a layer each"] = int((~allowed).sum())
+    for name in columns:
+        columns[name] = columns[name][allowed]
 
 
 def _check_runnable(fix: Mapping[str, Any]) -> None:

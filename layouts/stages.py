@@ -26,12 +26,15 @@ class Stages:
     """Layer inputs held at the peak, in micro-batches' worth of this stage's layers (a fraction with interleaving)."""
 
 
+def layers_of(num_layers: int, pp: Column, first_less: Column, last_less: Column) -> tuple[Column, Column, Column]:
+    """Layers of the first stage, of the largest between, and of the last."""
+    base, extra = np.divmod(num_layers + first_less + last_less, pp)
+    first = base + (extra > pp - 2) * (extra > 0) - first_less
+    return first, np.where(pp > 2, base + (extra > 0), first), np.where(pp > 1, base - last_less, first)
+
+
 def stages_of(model: ModelConfig, c: Candidates) -> Stages:
     """The three kinds of stage of each candidate, under 1F1B, interleaved 1F1B, or the asynchronous pipeline."""
-    base, extra = np.divmod(model.num_layers, c.pp)
-    first = base + (extra > c.pp - 2) * (extra > 0)
-    second = np.where(c.pp > 2, base + (extra > 0), first)
-    last = np.where(c.pp > 1, base, first)
     index = np.stack([np.zeros_like(c.pp), np.where(c.pp > 2, 1, 0), np.where(c.pp > 1, c.pp - 1, 0)])
     m = c.num_micro_batches
     one_f_one_b = np.minimum(c.pp - index, m).astype(float)
@@ -40,7 +43,7 @@ def stages_of(model: ModelConfig, c: Candidates) -> Stages:
     in_flight = np.where(c.vp > 1, np.minimum(chunks / c.vp, m), one_f_one_b)
     return Stages(
         index=index,
-        layers=np.stack([first, second, last]),
+        layers=np.stack(layers_of(model.num_layers, c.pp, c.first_less, c.last_less)),
         has_embedding=index == 0,
         has_head=index == c.pp - 1,
         in_flight=asynchronous_in_flight(c, index, in_flight) if c.any_asynchronous else in_flight,

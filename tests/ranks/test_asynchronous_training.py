@@ -74,7 +74,9 @@ def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float
 
 def emulated(plan: Layout) -> tuple[list[float], float, list[list[torch.Tensor]]]:
     """The same in one process; replicas' micro-batches of one update side by side."""
-    cut_model = decoder_stages(meta_model(), plan.pp, seq_len=SEQ_LEN, checkpointing=plan.checkpointing)
+    cut_model = decoder_stages(
+        meta_model(), plan.pp, seq_len=SEQ_LEN, checkpointing=plan.checkpointing, first_less=plan.first_less
+    )
     stages = [stage for stage in cut_model if stage is not None]
     emulator = PipelinedBackpropEmulator(
         stages, optimizer=scaled_optimizer(plan, SETTINGS), loss_fn=next_token_loss, schedule=schedule_of(plan),
@@ -103,7 +105,7 @@ def emulated(plan: Layout) -> tuple[list[float], float, list[list[torch.Tensor]]
         {},
         {"mitigation": "lwpw+sc", "schedule": "1f1b-async", "micro_batch": 2},
         {"mitigation": "pipemare-dc", "checkpointing": "full"},
-        {"schedule": "2bw", "mitigation": "none"},
+        {"schedule": "2bw", "mitigation": "none", "first_less": 1},
     ],
     ids=str,
 )

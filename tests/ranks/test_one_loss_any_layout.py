@@ -148,6 +148,12 @@ def test_two_ranks(ranks, mesh_shape, options):
     assert_one_loss(ranks(2), mesh_shape, masked=True, **options)
 
 
+@pytest.mark.parametrize("less", [(0, 1), (2, 0)], ids=str)
+def test_an_uneven_pipeline(ranks, less):
+    cut = {"first_less": less[0], "last_less": less[1]}
+    assert_one_loss(ranks(2), {"pp": 2}, masked=True, micro_batch=1, checkpointing="full", **cut)
+
+
 FOUR = [
     {"dp": 4}, {"pp": 4}, {"cp": 4}, {"dp": 2, "pp": 2}, {"dp": 2, "cp": 2}, {"dp": 2, "tp": 2},
     {"pp": 2, "cp": 2}, {"pp": 2, "tp": 2}, {"cp": 2, "tp": 2},

@@ -31,6 +31,21 @@ def test_the_ends_stay_light(num_layers, num_stages, sizes):
     assert [len(stage) for stage in layer_ranges(num_layers, num_stages)] == sizes
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "less", "sizes"),
+    [
+        (8, 4, (0, 1), [2, 3, 2, 1]),
+        (8, 2, (0, 2), [5, 3]),
+        (126, 16, (1, 1), [7] + [8] * 14 + [7]),
+        (8, 4, (1, 1), [1, 3, 3, 1]),
+    ],
+)
+def test_the_ends_count_for_layers(num_layers, num_stages, less, sizes):
+    assert [len(stage) for stage in layer_ranges(num_layers, num_stages, *less)] == sizes
+    with pytest.raises(ValueError, match="last_less=9"):
+        layer_ranges(8, 2, 0, 9)
+
+
 @given(st.integers(1, 200), st.integers(1, 64))
 def test_every_layer_is_on_one_stage(num_layers, num_stages):
     if num_layers < num_stages:

@@ -139,9 +139,10 @@ def test_layout_files_carry_the_schedule(tmp_path):
 
 def test_the_commands_say_what_changes(tmp_path):
     words = ["--cluster", "A100-80GB", "--gpus", "8", "--global-batch", "32", "--seq-len", "2048"]
+    fixed = ["--fix", "pp=8", "--fix", "first_less=0", "--fix", "last_less=0"]
     runner = CliRunner(env={"COLUMNS": "120"})
     asked = runner.invoke(
-        app, ["plan", "llama-3.1-8b", *words, "--async", "--fix", "pp=8", "--top", "3", "--out", str(tmp_path)]
+        app, ["plan", "llama-3.1-8b", *words, "--async", "--top", "3", "--out", str(tmp_path), *fixed]
     )
     assert asked.exit_code == 0, asked.output
     for said in ("2bw", "sync", "14, 12, 10, 8, 6, 4, 2, 0 updates late", "AdamW's rate"):

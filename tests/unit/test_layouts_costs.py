@@ -30,14 +30,19 @@ BYTES = load_model("tiny-llama-bytes")
 
 
 @settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 24), st.integers(1, 40))
-def test_stages_are_those_of_layer_ranges(num_layers, num_stages, num_micro_batches):
-    if num_layers < num_stages:
-        return
+@given(st.integers(1, 60), st.integers(1, 24), st.integers(1, 40), st.integers(0, 2), st.integers(0, 3))
+def test_stages_are_those_of_layer_ranges(num_layers, num_stages, num_micro_batches, first_less, last_less):
+    if num_stages == 1:
+        first_less = last_less = 0
     model = replace(BYTES, num_layers=num_layers)
-    columns = {"pp": np.array([num_stages])}
+    less = {"first_less": np.array([first_less]), "last_less": np.array([last_less])}
+    columns = {"pp": np.array([num_stages]), **less}
     stages = stages_of(model, Candidates.from_columns(columns, global_batch=num_micro_batches, seq_len=8))
-    sizes = [len(stage) for stage in layer_ranges(num_layers, num_stages)]
+    try:
+        sizes = [len(stage) for stage in layer_ranges(num_layers, num_stages, first_less, last_less)]
+    except ValueError:
+        assert num_layers < num_stages or stages.layers.min() < 1
+        return
     assert stages.layers[0, 0] == sizes[0]
     assert stages.layers[2, 0] == sizes[-1]
     if num_stages > 2:

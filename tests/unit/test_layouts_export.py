@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import tomllib
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,22 @@ def test_megatron_arguments_by_hand():
     assert {"--sequence-parallel", "--tp-comm-overlap", "--use-distributed-optimizer", "--swiglu"} <= set(arguments)
 
 
+def test_uneven_stages_reach_the_tools():
+    # Llama 3.1 405B was trained with a layer less in the first stage and in the last: 126 layers in 16 stages.
+    model = load_model("llama-3.1-405b")
+    layout = Layout(dp=8, pp=16, tp=8, sequence_parallel=True, zero_stage=1, global_batch=512, seq_len=8192)
+    fields = megatron_config(layout, model)
+    assert (fields["num_layers_in_first_pipeline_stage"], fields["num_layers_in_last_pipeline_stage"]) == (7, 7)
+    words = dict(itertools.pairwise(megatron_arguments(replace(layout, last_less=1), model)))
+    assert (words["--decoder-first-pipeline-num-layers"], words["--decoder-last-pipeline-num-layers"]) == ("8", "6")
+    assert "--decoder-first-pipeline-num-layers" not in megatron_arguments(replace(layout, pp=14), model)
+    for pp, less, expected in ((16, 0, (1, 0)), (14, 0, (0, 0)), (14, 2, (1, 2))):
+        sharded = replace(layout, pp=pp, last_less=less, zero_stage=3)
+        parallelism = torchtitan_config(sharded, model)["parallelism"]
+        written = [parallelism[f"pipeline_parallel_{end}_stage_less_layers"] for end in ("first", "last")]
+        assert tuple(written) == expected
+
+
 def test_deepspeed_accepts_its_config():
     runtime = pytest.importorskip("deepspeed.runtime.config")
     layout = Layout(zero_stage=3, micro_batch=2, global_batch=64, seq_len=2048)
@@ -63,7 +80,8 @@ def test_torchtitan_sections():
     ("to", "layout", "message"),
     [
         ("megatron", Layout(zero_stage=3, global_batch=8, seq_len=64), "megatron has no ZeRO 2 or 3"),
-        ("megatron", Layout(pp=3, global_batch=8, seq_len=64), "80 layers are no multiple of pp=3"),
+        ("megatron", Layout(pp=16, vp=2, global_batch=32, seq_len=64), "80 layers are no multiple of pp=16 x vp=2"),
+        ("megatron", Layout(pp=7, global_batch=8, seq_len=64), "stages of \\[11, 12, 12, 12, 11, 11, 11\\] layers"),
         ("deepspeed", Layout(tp=2, global_batch=8, seq_len=64), "tensor parallelism"),
         ("torchtitan", Layout(tp=2, global_batch=8, seq_len=64), "without sequence parallelism"),
         (

@@ -63,6 +63,18 @@ def test_every_combination_is_ranked_or_counted_under_a_reason():
     assert all(priced.layout.runnable for priced in result.layouts)
 
 
+def test_a_heavy_head_gets_fewer_layers():
+    # Of 8B parameters the head's 0.5B compute as much as two of the 32 layers.
+    fix = {"pp": 8, "micro_batch": 1, "checkpointing": "none"}
+    batch = {"global_batch": 32, "seq_len": 2048}
+    best, *others = plan(LLAMA, A100, num_devices=8, fix=fix, **batch).layouts
+    assert best.layout.last_less == 2
+    even = next(p for p in others if p.layout.first_less == p.layout.last_less == 0)
+    assert even.step_s > 1.05 * best.step_s
+    asked = plan(LLAMA, A100, num_devices=8, fix={**fix, "first_less": 3, "last_less": 1}, **batch).layouts
+    assert {(p.layout.first_less, p.layout.last_less) for p in asked} == {(3, 1)}
+
+
 def test_fixed_fields_are_held():
     fixed = {"tp": 2, "checkpointing": "full", "micro_batch": 2}
     result = plan(LLAMA, A100, num_devices=8, global_batch=32, seq_len=2048, fix=fixed)

@@ -1,0 +1,49 @@
+"""runs.csv: what a run was comes back as the layout it was, and what is there already is kept."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+from fourfold.launch.runs import append_runs, run_row
+from fourfold.layouts.cluster import load_cluster
+from fourfold.layouts.layout import Layout
+from fourfold.layouts.model import load_model
+from fourfold.layouts.runs import read_runs
+
+RESULT = {"steps_s": [3.0, 1.0, 1.0, 1.0], "device": "cpu", "peak_bytes": 1 << 30, "torch": "2.13.0"}
+A100 = load_cluster("A100-80GB")
+CPU = replace(A100, device=replace(A100.device, name="cpu", type="cpu"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"pp": 4, "first_less": 1, "last_less": 2, "checkpointing": "full"},
+        {"pp": 2, "checkpointing": "stream", "stream_chunks": 8, "cp": 2},
+        {"pp": 2, "schedule": "2bw", "mitigation": "sc"},
+    ],
+    ids=str,
+)
+def test_a_run_comes_back_as_its_layout(tmp_path, monkeypatch, fields):
+    monkeypatch.setattr("fourfold.layouts.runs.preset_for_gpu", lambda name: "A100-80GB")
+    layout = Layout(**{"dp": 2, "micro_batch": 2, "global_batch": 16, "seq_len": 1024, **fields})
+    append_runs(tmp_path / "runs.csv", [run_row(layout, load_model("llama-3.1-8b"), CPU, RESULT)])
+    _, runs, refused = read_runs(tmp_path / "runs.csv")
+    assert not refused
+    assert runs[0].layout == layout
+    assert runs[0].step_s == 1.0
+
+
+def test_other_columns_are_kept(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("model,colour,step_time_s\nold,red,2\n")
+    row = run_row(Layout(global_batch=1, seq_len=8), load_model("llama-3.1-8b"), CPU, RESULT)
+    append_runs(path, [row])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["model"], r["colour"], r["step_time_s"]) for r in rows] == [
+        ("old", "red", "2"),
+        ("llama-3.1-8b", "", "1.0"),
+    ]
