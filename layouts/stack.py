@@ -55,6 +55,8 @@ class Stack:
     zero3_overlap: float = 1.0
     pp_outermost: bool = True
     """Megatron's order of ranks (tp, cp, dp, pp); else ours (tp, cp, pp, dp)."""
+    ends_in_cut: bool = False
+    """Whether stages are cut with the embedding and the head as a layer each (stages.ends_in_cut)."""
     pp_scatter: bool = False
     """Tensor-parallel ranks send a slice each between stages, and gather inside the node."""
     accumulation_passes: float = 3.0
@@ -101,5 +103,5 @@ STUDY = Stack(
     name="3D parallel of Hagemann et al. 2023 (bf16 weights and gradients, ZeRO 1)", compute_bytes=2, weight_bytes=2,
     grad_bytes=2, state_bytes=12, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_sharded=False,
     logits_bytes=16.0, dp_overlap=0.0, link="study_link", reduce_link="study_reduce", checkpoint_stall=True,
-    accumulation_passes=1.5,
+    accumulation_passes=1.5, ends_in_cut=True,
 )  # fmt: skip

@@ -33,6 +33,14 @@ def layers_of(num_layers: int, pp: Column, first_less: Column, last_less: Column
     return first, np.where(pp > 2, base + (extra > 0), first), np.where(pp > 1, base - last_less, first)
 
 
+def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
+    """(first_less, last_less) that cut embedding, layers and head into stages whose first ones get what is left over.
+
+    Ours gives that to the middle stages; where the first gets one more as well, the embedding counts for nothing.
+    """
+    return int(not 0 < (num_layers + 1) % pp < pp - 1), 1
+
+
 def stages_of(model: ModelConfig, c: Candidates) -> Stages:
     """The three kinds of stage of each candidate, under 1F1B, interleaved 1F1B, or the asynchronous pipeline."""
     index = np.stack([np.zeros_like(c.pp), np.where(c.pp > 2, 1, 0), np.where(c.pp > 1, c.pp - 1, 0)])

@@ -21,7 +21,7 @@ from fourfold.layouts.model import load_model
 from fourfold.layouts.price import price
 from fourfold.layouts.search import plan
 from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA
-from fourfold.layouts.stages import stages_of
+from fourfold.layouts.stages import ends_in_cut, stages_of
 from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")
@@ -62,6 +62,21 @@ def test_stage_parameters_add_up():
         assert whole - norms == pytest.approx(LLAMA.num_params, rel=1e-12) or pp == 1
         if pp == 1:
             assert shared[0, 0] == LLAMA.num_params
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pp", "sizes"),
+    [
+        (80, 4, [20, 21, 20, 19]),
+        (40, 4, [10, 11, 10, 9]),
+        (40, 2, [20, 20]),
+        (30, 4, [7, 8, 8, 7]),
+        (80, 8, [10, 11] + [10] * 5 + [9]),
+    ],
+)
+def test_ends_in_the_cut(num_layers, pp, sizes):
+    # embedding + layers + head in runs of equal length, longer ones first
+    assert [len(stage) for stage in layer_ranges(num_layers, pp, *ends_in_cut(num_layers, pp))] == sizes
 
 
 def test_what_a_layer_keeps_is_what_autograd_keeps():
