@@ -81,7 +81,7 @@ def stream_backprop(
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
-        chunk_size: queries of attention a chunk. "auto": by stream_peak.auto_chunks, 256 or 512 on a CPU, 1024 to
+        chunk_size: queries of attention a chunk. "auto": by stream_peak.auto_chunks, 256 to 1024 on a CPU, 1024 to
             4096 elsewhere.
         logits_chunk: tokens whose logits exist at a time. "auto": by stream_peak, as many as fit some MiB.
         offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory

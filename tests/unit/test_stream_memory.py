@@ -87,13 +87,15 @@ def test_longest_sequence_is_where_memory_ends():
 
 
 def test_chunks_grow_with_the_room_there_is():
-    assert auto_chunks(SHAPE, 256) == (256, 128)
-    assert auto_chunks(SHAPE, 1 << 16) == (512, 256)
+    wide = {**SHAPE, "hidden_size": 512, "intermediate_size": 1536, "head_dim": 64}
+    assert auto_chunks(wide, 1 << 12) == (256, 128)
+    assert auto_chunks(SHAPE, 256) == (1024, 128)  # all 256 tokens
+    assert auto_chunks(SHAPE, 1 << 16) == (1024, 128)
     assert auto_chunks(SHAPE, 1 << 20, device_type="cuda") == (4096, 4096)
     assert auto_chunks(SHAPE, 1 << 16, chunk_size=100) == (100, 100)
-    short, long = (stream_memory(SHAPE, 1 << 16, chunk_size=size).total_bytes for size in (256, 512))
+    short, long = (stream_memory(SHAPE, 1 << 16, chunk_size=size).total_bytes for size in (256, 1024))
     assert short <= long <= 1.1 * short
-    assert stream_memory(SHAPE, 1 << 16, mlp_chunk=256).total_bytes == long
+    assert stream_memory(SHAPE, 1 << 16, mlp_chunk=128).total_bytes == long
     # Of the three layer inputs that are kept, two are on the device.
     assert stream_memory(SHAPE, 1 << 16, offload=True).total_bytes == long - (1 << 16) * 64 * 4
 
