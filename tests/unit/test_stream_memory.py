@@ -88,7 +88,7 @@ def test_longest_sequence_is_where_memory_ends():
 
 def test_chunks_grow_with_the_room_there_is():
     wide = {**SHAPE, "hidden_size": 512, "intermediate_size": 1536, "head_dim": 64}
-    assert auto_chunks(wide, 1 << 11) == (256, 128)
+    assert auto_chunks(wide, 1 << 11, logits_chunk=32) == (256, 128)
     assert auto_chunks(SHAPE, 256) == (1024, 128)  # all 256 tokens
     assert auto_chunks(SHAPE, 1 << 16) == (1024, 128)
     assert auto_chunks(SHAPE, 1 << 20, device_type="cuda") == (4096, 4096)
