@@ -12,13 +12,12 @@ its error there too.
 
 import argparse
 import csv
-import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 from benchmarks.rows import commit, measurement, write_rows
@@ -140,7 +139,7 @@ def tables(samples: list[dict[str, str]]) -> str:
             if base:
                 ratios = f"{middle(base, 'peak_mib') / peak:.1f} | {time_ratio(group, base)} |"
             lines.append(f"| {length} | {provider} | {peak:.0f} | {spent:.1f} | {len(group)} | {ratios}")
-        lines += slopes(shape, {key: group for key, group in here.items() if key[1] == "ours"})
+        lines += slopes(shape, here)
     failed = {(s["provider"], s["error"]) for s in samples if s["error"]}
     return "\n".join([*lines, *(f"\n{provider}: {error}" for provider, error in sorted(failed))])
 
@@ -152,15 +151,19 @@ def time_ratio(group: list[dict[str, str]], base: list[dict[str, str]]) -> str:
     return f"{median(ratios):.2f}" if ratios else ""
 
 
-def slopes(shape: str, ours: dict[tuple[int, str], list[dict[str, str]]]) -> list[str]:
-    """Bytes a token between neighbouring lengths, measured and by stream_memory."""
-    lengths = sorted(length for length, _ in ours)
+def slopes(shape: str, here: dict[tuple[int, str], list[dict[str, str]]]) -> list[str]:
+    """Bytes a token of the providers whose chunks are fixed, by least squares over the lengths, and stream_memory's."""
     lines = []
-    for low, high in itertools.pairwise(lengths):
-        rise = middle(ours[high, "ours"], "peak_mib") - middle(ours[low, "ours"], "peak_mib")
-        model = (predicted(shape, high) - predicted(shape, low)) * 2**20 / (high - low)
-        seen = rise * 2**20 / (high - low)
-        lines.append(f"\nT {low} to {high}: {seen:.0f} bytes a token, stream_memory {model:.0f} ({seen / model:.3f})")
+    for provider in dict.fromkeys(name for _, name in here if name.startswith("ours,chunk=") and "keep" not in name):
+        lengths = sorted(length for length, name in here if name == provider)
+        if len(lengths) < 3:
+            continue
+        peaks = [middle(here[length, provider], "peak_mib") * 2**20 for length in lengths]
+        seen, said = linear_regression(lengths, peaks).slope, stream_memory(SHAPES[shape], lengths[-1]).bytes_a_token
+        lines.append(
+            f"\n{provider}, T {lengths[0]} to {lengths[-1]}: {seen:.0f} bytes a token, stream_memory {said:.0f} "
+            f"({seen / said:.3f})"
+        )
     return lines
 
 
