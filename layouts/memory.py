@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.asynchronous import weight_copies
-from fourfold.layouts.candidates import DOUBLE_BUFFERED, FLUSHED, FULL, STREAM, Candidates, Column
+from fourfold.layouts.candidates import FLUSHED, FULL, STREAM, Candidates, Column
 from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.constants import Constants
 from fourfold.layouts.layer import active_ffn, saved_bytes
@@ -144,14 +144,12 @@ def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack,
         # With one micro-batch and no buckets, gradients grow as activations go. Buckets hold a copy besides the
         # gradients that earlier micro-batches made.
         buckets = (c.zero_stage == 0) & (d > 1) & (c.tp == 1)
-        whole, freed = several | buckets, changing
+        whole = several | buckets
         if c.any_asynchronous:
-            # Other micro-batches stay in flight; gradients live from a backward to its update, and are not bucketed.
+            # Not bucketed; and other micro-batches stay in flight beside an update's gradients.
             late = c.schedule != FLUSHED
-            buckets = buckets & ~late
-            whole = np.where(late, c.schedule == DOUBLE_BUFFERED, whole)
-            freed = np.where(late, changing - activations * (1 - 1 / stages.in_flight), changing)
-        gradients = gradients - np.minimum(gradients, freed) * ~whole
+            buckets, whole = buckets & ~late, whole | late
+        gradients = gradients - np.minimum(gradients, changing) * ~whole
         gathered = gathered + np.where(buckets & several, held * stack.grad_bytes, 0.0)
     if stack.pipeline_buffers:
         buffered = (
