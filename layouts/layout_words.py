@@ -22,6 +22,7 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
     for word in words.split():
         number = re.fullmatch(r"([a-z]+)(\d+)", word)
         checkpointing = re.fullmatch(r"(none|selective|full|stream)(?:/(\d+))?(?:x(\d+))?", word)
+        cut = re.fullmatch(r"less(\d+)\+(\d+)", word)
         if word in _FLAGS:
             fields[_FLAGS[word]] = True
         elif word.split("/")[0] in SCHEDULES:
@@ -31,10 +32,12 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
             fields["checkpointing"] = checkpointing[1]
             fields["checkpoint_every"] = int(checkpointing[2] or 1)
             fields["stream_chunks"] = int(checkpointing[3] or 1)
+        elif cut:
+            fields |= {"first_less": int(cut[1]), "last_less": int(cut[2])}
         elif number and number[1] in _NUMBERS:
             fields[_NUMBERS[number[1]]] = int(number[2])
         else:
-            known = ", ".join([*(f"{name}N" for name in _NUMBERS), *_FLAGS, *CHECKPOINTING, *SCHEDULES])
+            known = ", ".join([*(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES])
             raise ValueError(f"layout {words!r}: {word!r} is none of {known}")
     rest = fields.get("pp", 1) * fields.get("cp", 1) * fields.get("tp", 1)
     if "dp" not in fields and rest and num_devices % rest == 0:
