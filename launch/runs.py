@@ -69,15 +69,16 @@ def run_row(
 
 def append_runs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add `rows` to runs.csv, which is made if need be; what was there stays, whatever happens, other columns too."""
-    old: list[dict[str, str]] = []
-    columns: list[str] = []
+    old: list[list[str]] = []
     if path.exists():
         with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            columns, old = list(reader.fieldnames or []), list(reader)
+            old = list(csv.reader(file))
+    header = old[0] if old else []
+    columns = [*header, *(name for name in COLUMNS if name not in header)]
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys((*columns, *COLUMNS)), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*old, *rows])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(old[1:])
+        writer.writerows([row.get(name, "") for name in columns] for row in rows)
     os.replace(partial, path)

@@ -30,6 +30,9 @@ class Neighbour:
     """Why it is worse or better, or why it cannot be."""
 
 
+EVEN = {"first_less": 0, "last_less": 0}
+
+
 def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     """(what changes, the changed fields); the axes trade with dp at the same number of devices."""
     for axis in ("tp", "pp", "cp"):
@@ -37,7 +40,8 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         if layout.dp % 2 == 0:
             yield f"{axis} x2", {axis: size * 2, "dp": layout.dp // 2}
         if size % 2 == 0:
-            yield f"{axis} /2", {axis: size // 2, "dp": layout.dp * 2}
+            even = EVEN if axis == "pp" and size == 2 else {}
+            yield f"{axis} /2", {axis: size // 2, "dp": layout.dp * 2, **even}
     yield "micro-batch x2", {"micro_batch": layout.micro_batch * 2}
     if layout.micro_batch % 2 == 0:
         yield "micro-batch /2", {"micro_batch": layout.micro_batch // 2}
@@ -61,10 +65,11 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
             if schedule != layout.schedule:
                 yield f"schedule {schedule}", {"schedule": schedule}
     if layout.pp > 1:
-        yield "a layer less in the last stage", {"last_less": layout.last_less + 1}
-        if layout.last_less:
-            yield "a layer more in the last stage", {"last_less": layout.last_less - 1}
-        yield "interleaving x2", {"vp": layout.vp * 2}
+        yield "interleaving x2", {"vp": layout.vp * 2, **EVEN}
+        if layout.vp == 1:
+            yield "the head counts for a layer more", {"last_less": layout.last_less + 1}
+            if layout.last_less:
+                yield "the head counts for a layer less", {"last_less": layout.last_less - 1}
         if layout.vp % 2 == 0:
             yield "interleaving /2", {"vp": layout.vp // 2}
 

@@ -77,7 +77,7 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[i
         raise ValueError(f"{path}: holds no rows: give a CSV of runs")
     runs, refused = [], {}
     for number, row in enumerate(rows, start=2):
-        given = {key: "" if value.lower() in _BLANK else value for key, value in row.items()}
+        given = {k: "" if v.lower() in _BLANK and k != "mitigation" else v for k, v in row.items()}
         try:
             runs.append(_run(number, given))
         except ValueError as error:
@@ -147,7 +147,7 @@ def _alternatives(row: Mapping[str, str], layout: Layout, model: ModelConfig) ->
     """The layouts that a row with a blank micro-batch, or a blank interleaving under a pipeline, may mean."""
     local = layout.global_batch // layout.dp
     sizes = [size for size in (1, 2, 4, 8, 16) if local % size == 0] if not row.get("micro_batch") else [0]
-    chunks = [1, 2, 4, 8] if not row.get("vp") and layout.pp > 1 else [0]
+    chunks = [1, 2, 4, 8] if not row.get("vp") and layout.pp > 1 and not layout.asynchronous else [0]
     found = [layout]
     for size in sizes:
         for vp in chunks:

@@ -4,6 +4,7 @@ A combination that a rule refuses is counted under that reason, so that a plan c
 """
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -220,24 +221,26 @@ def _expand_cuts(columns: _Columns, reasons: dict[str, int], model: ModelConfig,
     head = round(model.head_params * model.num_layers / model.layers_params)
     cuts = [(0, 0), (0, 1), (1, 1), (0, head), (1, head)]
     fixed = {place: fix[name] for place, name in enumerate(("first_less", "last_less")) if name in fix}
-    if fixed:
-        cuts = [(fixed.get(0, cut[0]), fixed.get(1, cut[1])) for cut in cuts]
-    cuts = list(dict.fromkeys(cuts))
-    length = len(columns["dp"])
+    if max(fixed.values(), default=0) >= model.num_layers:
+        raise ValueError(f"first_less, last_less: give less than the model's {model.num_layers} layers")
+    cuts = list(dict.fromkeys((fixed.get(0, first), fixed.get(1, last)) for first, last in cuts))
+    shape = len(columns["dp"]), len(cuts)
     for name in columns:
         columns[name] = np.repeat(columns[name], len(cuts))
-    less = columns["first_less"], columns["last_less"] = np.tile(np.array(cuts).T, length)
-    pp, even = columns["pp"], np.zeros_like(columns["pp"])
+    less = columns["first_less"], columns["last_less"] = np.tile(np.array(cuts).T, shape[0])
+    pp = columns["pp"]
     first, _, last = layers_of(model.num_layers, pp, *less)
-    plain = layers_of(model.num_layers, pp, even, even)
-    cut_anew = (pp > 1) & (columns.get("vp", even + 1) == 1) & (first >= 1) & (last >= 1)
-    if not any(fixed.values()):
-        cut_anew &= (first != plain[0]) | (last != plain[2])
-    allowed = (less[0] + less[1] == 0) | cut_anew
+    whole = columns.get("vp", np.ones_like(pp)) == 1
+    allowed = (less[0] + less[1] == 0) | ((pp > 1) & whole & (first >= 1) & (last >= 1))
+    # The same stages under another name count once: the first and the last say what is between.
+    ends = (first * (model.num_layers + 1) + last).reshape(shape)
+    kept = allowed.reshape(shape).copy()
+    for later, earlier in combinations(range(len(cuts) - 1, -1, -1), 2):
+        kept[:, later] &= ~(allowed.reshape(shape)[:, earlier] & (ends[:, later] == ends[:, earlier]))
     if any(fixed.values()) and not allowed.all():
         reasons["stages cut unevenly need pp of at least 2, no interleaving, and a layer each"] = int((~allowed).sum())
     for name in columns:
-        columns[name] = columns[name][allowed]
+        columns[name] = columns[name][kept.reshape(-1)]
 
 
 def _check_runnable(fix: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
 
     Ours gives that to the middle stages; where the first gets one more as well, the embedding counts for nothing.
     """
-    return int(not 0 < (num_layers + 1) % pp < pp - 1), 1
+    return int((num_layers + 2) % pp == 0), 1
 
 
 def stages_of(model: ModelConfig, c: Candidates) -> Stages:

@@ -123,6 +123,11 @@ class DecoderStage(nn.Module):
             self.lm_head = whole.lm_head
 
     @property
+    def keeps_attention(self) -> bool:
+        """Whether backward reads attention outputs of the forward and recomputes the rest."""
+        return self.checkpointing == "stream" and bool(self._stream.keep_attention)
+
+    @property
     def layers(self) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self.model.layers)
 

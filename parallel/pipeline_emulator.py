@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from fourfold.parallel.delayed_optimizer import OptimizerFactory
 from fourfold.parallel.pipeline_program import Program
 from fourfold.parallel.pipeline_schedule import PipelineSchedule, resolve_schedule, updates_behind
-from fourfold.parallel.pipeline_stage import Flight, LossFunction, PipelineStage, SchedulerFactory, Weights
+from fourfold.parallel.pipeline_stage import (
+    Flight,
+    LossFunction,
+    PipelineStage,
+    SchedulerFactory,
+    Weights,
+    check_recomputation,
+)
 from fourfold.parallel.weight_prediction import Mitigation
 
 
@@ -62,6 +69,8 @@ class PipelinedBackpropEmulator:
                 )
         self._delays = None if delays is None else list(delays)
         steady: list[int | float] = self.schedule.delays() if delays is None else list(delays)
+        for module in stages:
+            check_recomputation(module, steady)
         buffered = self.schedule.double_buffered and delays is None
         self.stages = [
             PipelineStage(

@@ -11,7 +11,7 @@ then is only the stage's input. Under autocast without either, the graph keeps t
 casts, and the backward computes input gradients with those: in effect stashed, whatever the mitigation says.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,19 @@ class Flight:
     weights: Weights
     result: Tensor  # `output` without its graph
     parameter_groups: list[dict[str, Any]] = field(default_factory=list)  # between the two halves of a backward
+
+
+def check_recomputation(module: nn.Module | None, delays: Sequence[float]) -> None:
+    """Refuse a stage that recomputes around an attention output of other weights than the backward's.
+
+    Args:
+        delays: of all stages, so that every rank refuses.
+    """
+    if getattr(module, "keeps_attention", False) and max(delays) > 0:
+        raise ValueError(
+            "keep_attention in a pipeline that updates between a forward and its backward: the kept output would be of "
+            "other weights than what is recomputed around it; choose keep_attention=False, or a schedule that drains"
+        )
 
 
 class PipelineStage:

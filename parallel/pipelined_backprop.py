@@ -19,7 +19,14 @@ from fourfold.parallel.delayed_optimizer import OptimizerFactory
 from fourfold.parallel.pipe_communication import PipelineError, PipeLinks, device_of_stages
 from fourfold.parallel.pipeline_program import Program
 from fourfold.parallel.pipeline_schedule import PipelineSchedule, resolve_schedule, updates_behind
-from fourfold.parallel.pipeline_stage import Flight, LossFunction, PipelineStage, SchedulerFactory, Weights
+from fourfold.parallel.pipeline_stage import (
+    Flight,
+    LossFunction,
+    PipelineStage,
+    SchedulerFactory,
+    Weights,
+    check_recomputation,
+)
 from fourfold.parallel.weight_prediction import Mitigation
 
 Signature = tuple[str, tuple[int, ...], torch.dtype]
@@ -77,6 +84,7 @@ class PipelinedBackprop:
             _check_whole_backwards(self.schedule, index)
         self.mitigation = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
         delays = self.schedule.delays()
+        check_recomputation(module, delays)
         self.stage = PipelineStage(
             module,
             index=index,

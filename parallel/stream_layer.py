@@ -324,12 +324,12 @@ def saved(ctx: Any) -> tuple[Tensor, Sequence[Tensor]]:
     """(x, kept) as `save` was given them.
 
     Raises:
-        ValueError: attention's output was kept, and weights have changed since: queries and keys would be of others.
+        ValueError: attention's output was kept, and weights have changed since, as far as autograd counts it:
+            queries and keys would be of others.
     """
     if ctx.stream.keep and ctx.versions != [parameter._version for parameter in ctx.parameters]:
         raise ValueError(
-            "keep_attention, and the weights changed between forward and backward, as in an asynchronous pipeline: "
-            "leave keep_attention out"
+            "keep_attention, and the weights changed between forward and backward: leave keep_attention out"
         )
     tensors: tuple[Tensor, ...] = ctx.saved_tensors
     if ctx.looked_up:

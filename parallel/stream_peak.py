@@ -151,10 +151,11 @@ def stream_memory(
         shape.kv_heads * shape.head_dim,
         shape.layers,
     )
-    kept = kept_layers(keep_attention, layers) * (queries * itemsize + 4 * shape.heads)
+    kept = kept_layers(keep_attention, layers)
     # The first layer's input is looked up again. Of offloaded layers two are on the device, one on its way.
     on_device = min(2, layers - 1) / max(1, layers - 1) if offload else 1.0
-    a_token = on_device * ((layers - 1) * hidden * itemsize + kept)
+    a_token = on_device * (layers - 1) * hidden * itemsize
+    a_token += (min(2, kept) if offload else kept) * (queries * itemsize + 4 * shape.heads)
     rotary = 2 * shape.head_dim * itemsize / batch
     head_a_token = 2 * hidden * itemsize + rotary
     layer_a_token = hidden * itemsize + 2 * keys * (itemsize + 4) + rotary

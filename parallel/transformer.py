@@ -13,6 +13,7 @@ sums.
         optimizer.step(); optimizer.zero_grad()
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -345,6 +346,22 @@ def _replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp", "cp"]._flatten("dp_cp")
 
 
+def _check_alike(stage: DecoderStage, seed: int, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Refuse replicas of different models, or of one that is to be drawn from different seeds; every rank calls.
+
+    Cost: one all-reduce of 32 bytes.
+    """
+    parts = [(n, tuple(p.shape), str(p.dtype), p.requires_grad, p.is_meta) for n, p in stage.named_parameters()]
+    digest = int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+    values = torch.tensor([seed, -seed, digest, -digest], dtype=torch.int64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    most, least, high, low = values.tolist()
+    if most != -least:
+        raise ValueError(f"seed={seed} here, from {-least} to {most} over the replicas: give all ranks one seed")
+    if high != -low:
+        raise ValueError("the replicas' models differ in names, shapes, dtypes or what is trained: build the same one")
+
+
 def _place(
     stage: DecoderStage,
     model: nn.Module,
@@ -358,8 +375,10 @@ def _place(
     """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time."""
     device, tp_mesh = _device(mesh), mesh["tp"]
     # Unless they were drawn alike. DDP would copy them all at once, through a second copy of the model.
-    drawn_alike = any(parameter.is_meta for parameter in stage.parameters())
+    drawn_alike = all(parameter.is_meta for parameter in stage.parameters())
     copies_weights = replicas.size() > 1 and not drawn_alike
+    if replicas.size() > 1:
+        _check_alike(stage, seed, device, replicas.get_group())
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype is not None else None)
     for index, layer in stage.layers.items():
         materialise(layer, f"model.layers.{index}", model, seed=seed, device=device)

@@ -132,6 +132,25 @@ def test_the_first_rank_s_weights_count(ranks, mesh_shape, zero_stage):
     assert found == pytest.approx([expected] * world, rel=1e-5)
 
 
+def built_unlike(difference: str, zero_stage: int) -> str:
+    """What a rank says whose replica was asked for another seed, or another size."""
+    rank = torch.distributed.get_rank()
+    with torch.device("meta"):
+        model = tiny_model(intermediate_size=48 + 16 * rank * (difference == "size"))
+    seed = rank * (difference == "seed")
+    try:
+        parallelize(model, init_mesh(dp=2, device_type="cpu"), zero_stage=zero_stage, seed=seed)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_replicas_of_different_models_are_refused(ranks, zero_stage):
+    for difference, message in (("seed", "from 0 to 1 over the replicas"), ("size", "models differ in names, shapes")):
+        assert all(message in said for said in ranks(2)(built_unlike, difference, zero_stage))
+
+
 TWO = [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}]
 CHOICES = [
     {},

@@ -60,13 +60,15 @@ def mean_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def trained(kind: Any, schedule: str, checkpointing: str, **options: Any) -> list[torch.Tensor]:
+def trained(
+    kind: Any, schedule: str, checkpointing: str, *, chunks: StreamSettings = CHUNKS, **options: Any
+) -> list[torch.Tensor]:
     """The weights of all stages this process has after a few micro-batches."""
     generator = torch.Generator().manual_seed(2)
     tokens = [torch.randint(0, 64, (2, 16), generator=generator) for _ in range(6)]
     runtime = kind(
-        stages(checkpointing), optimizer=lambda p: torch.optim.SGD(p, lr=0.3), loss_fn=mean_loss, schedule=schedule,
-        mitigation="none", **options,
+        stages(checkpointing, chunks), optimizer=lambda p: torch.optim.SGD(p, lr=0.3), loss_fn=mean_loss,
+        schedule=schedule, mitigation="none", **options,
     )  # fmt: skip
     runtime.run([(ids[:, :-1], ids[:, 1:]) for ids in tokens])
     found = runtime.stages[dist.get_rank()] if kind is PipelinedBackpropEmulator else runtime.stage
@@ -87,6 +89,23 @@ def test_pipelined_backpropagation(ranks, schedule):
     for same, difference in ranks(2)(asynchronous, schedule):
         assert same
         assert difference < 1e-5  # six steps of fp32
+
+
+def kept_refusals() -> list[str]:
+    answers = []
+    for kind, options in ((PipelinedBackprop, {"group": None}), (PipelinedBackpropEmulator, {})):
+        for schedule in ("lockstep", "2bw:2"):
+            try:
+                trained(kind, schedule, "stream", chunks=KEPT, **options)
+                answers.append("accepted")
+            except ValueError as error:
+                answers.append(str(error))
+    return answers
+
+
+def test_kept_attention_waits_for_no_update(ranks):
+    for answers in ranks(2)(kept_refusals):
+        assert all("choose keep_attention=False" in answer for answer in answers)
 
 
 def refusals() -> list[str]:

@@ -72,6 +72,7 @@ def test_stage_parameters_add_up():
         (40, 2, [20, 20]),
         (30, 4, [7, 8, 8, 7]),
         (80, 8, [10, 11] + [10] * 5 + [9]),
+        (8, 3, [3, 3, 2]),
     ],
 )
 def test_ends_in_the_cut(num_layers, pp, sizes):

@@ -14,6 +14,7 @@ from fourfold.layouts.price import price
 from fourfold.layouts.search import advice, plan
 from fourfold.layouts.space import enumerate_space
 from fourfold.layouts.stack import MEGATRON
+from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")
 LLAMA = load_model("llama-3.1-8b")
@@ -71,6 +72,11 @@ def test_a_heavy_head_gets_fewer_layers():
     assert best.layout.last_less == 2
     even = next(p for p in others if p.layout.first_less == p.layout.last_less == 0)
     assert even.step_s > 1.05 * best.step_s
+    cuts = [(p.layout.first_less, p.layout.last_less) for p in (best, *others) if p.layout.zero_stage == 0]
+    stages = [tuple(map(len, layer_ranges(LLAMA.num_layers, 8, *cut))) for cut in cuts]
+    assert len(set(stages)) == len(stages) > 3  # each once
+    with pytest.raises(ValueError, match="less than the model's 32 layers"):
+        plan(LLAMA, A100, num_devices=8, fix={"last_less": 10**30}, **batch)
     asked = plan(LLAMA, A100, num_devices=8, fix={**fix, "first_less": 3, "last_less": 1}, **batch).layouts
     assert {(p.layout.first_less, p.layout.last_less) for p in asked} == {(3, 1)}
 

@@ -23,6 +23,7 @@ CPU = replace(A100, device=replace(A100.device, name="cpu", type="cpu"))
         {"pp": 4, "first_less": 1, "last_less": 2, "checkpointing": "full"},
         {"pp": 2, "checkpointing": "stream", "stream_chunks": 8, "cp": 2},
         {"pp": 2, "schedule": "2bw", "mitigation": "sc"},
+        {"pp": 2, "schedule": "lockstep", "mitigation": "none"},
     ],
     ids=str,
 )
@@ -38,12 +39,10 @@ def test_a_run_comes_back_as_its_layout(tmp_path, monkeypatch, fields):
 
 def test_other_columns_are_kept(tmp_path):
     path = tmp_path / "runs.csv"
-    path.write_text("model,colour,step_time_s\nold,red,2\n")
-    row = run_row(Layout(global_batch=1, seq_len=8), load_model("llama-3.1-8b"), CPU, RESULT)
-    append_runs(path, [row])
+    path.write_text("model,colour,step_time_s\nold,red,2\nolder,blue,3,one too many\n")
+    append_runs(path, [run_row(Layout(global_batch=1, seq_len=8), load_model("llama-3.1-8b"), CPU, RESULT)])
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["model"], r["colour"], r["step_time_s"]) for r in rows] == [
-        ("old", "red", "2"),
-        ("llama-3.1-8b", "", "1.0"),
-    ]
+    found = [(row["model"], row["colour"], row["step_time_s"]) for row in rows]
+    assert found == [("old", "red", "2"), ("older", "blue", "3"), ("llama-3.1-8b", "", "1.0")]
+    assert "older,blue,3,one too many" in path.read_text()
