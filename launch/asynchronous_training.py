@@ -37,7 +37,7 @@ from fourfold.layouts.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
 from fourfold.parallel.decoder_stage import DecoderStage
 from fourfold.parallel.pipe_communication import replica_lost
-from fourfold.parallel.sequence_tensors import shard_labels
+from fourfold.parallel.sequence.tensors import shard_labels
 
 
 def scaled_optimizer(layout: Layout, settings: TrainSettings) -> Callable[[list[nn.Parameter]], Optimizer]:

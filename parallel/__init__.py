@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from fourfold.parallel.pipeline_schedule import PipelineSchedule as PipelineSchedule
     from fourfold.parallel.pipelined_backprop import PipelinedBackprop as PipelinedBackprop
     from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
-    from fourfold.parallel.sequence_sharding import attended_pairs as attended_pairs
-    from fourfold.parallel.sequence_tensors import shard_labels as shard_labels
-    from fourfold.parallel.sequence_tensors import shard_positions as shard_positions
-    from fourfold.parallel.sequence_tensors import shard_sequence as shard_sequence
-    from fourfold.parallel.sequence_tensors import unshard_sequence as unshard_sequence
+    from fourfold.parallel.sequence.sharding import attended_pairs as attended_pairs
+    from fourfold.parallel.sequence.tensors import shard_labels as shard_labels
+    from fourfold.parallel.sequence.tensors import shard_positions as shard_positions
+    from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
+    from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
     from fourfold.parallel.sparse_attention import linformer_attention as linformer_attention
     from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
     from fourfold.parallel.stage_profiling import cut_decoder_into_stages as cut_decoder_into_stages
@@ -66,7 +66,7 @@ _HOME = {
     "StreamMemory": "stream_peak",
     "StreamSettings": "stream_settings",
     "TokenStatistics": "stream_model",
-    "attended_pairs": "sequence_sharding",
+    "attended_pairs": "sequence.sharding",
     "balanced_ranges": "stage_partition",
     "cut_decoder_into_stages": "stage_profiling",
     "cut_into_stages": "stage_profiling",
@@ -85,9 +85,9 @@ _HOME = {
     "scale_hyperparameters": "weight_prediction",
     "sft_loss": "token_losses",
     "shard_batch": "attention_interface",
-    "shard_labels": "sequence_tensors",
-    "shard_positions": "sequence_tensors",
-    "shard_sequence": "sequence_tensors",
+    "shard_labels": "sequence.tensors",
+    "shard_positions": "sequence.tensors",
+    "shard_sequence": "sequence.tensors",
     "spike_compensation": "weight_prediction",
     "stream_backprop": "stream_model",
     "stream_backprop_disable": "stream_model",
@@ -95,7 +95,7 @@ _HOME = {
     "token_logprobs": "stream_model",
     "token_statistics": "stream_model",
     "two_pass_ring_attention": "two_pass_ring",
-    "unshard_sequence": "sequence_tensors",
+    "unshard_sequence": "sequence.tensors",
     "use_ring_attention": "attention_interface",
 }
 __all__ = sorted(_HOME)

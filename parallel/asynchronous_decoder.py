@@ -19,7 +19,7 @@ from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline_schedule import PipelineSchedule
 from fourfold.parallel.pipeline_stage import SchedulerFactory
 from fourfold.parallel.pipelined_backprop import PipelinedBackprop
-from fourfold.parallel.sequence_tensors import IGNORED_LABEL
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 from fourfold.parallel.weight_prediction import Mitigation
 from fourfold.parallel.weights import materialise
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from fourfold.parallel.sequence_sharding import (
+from fourfold.parallel.sequence.sharding import (
     Shard,
     document_ranges,
     index_from,

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.head_exchange import check_heads
 from fourfold.parallel.ring_self_attention import ring_attention
-from fourfold.parallel.sequence_tensors import (
+from fourfold.parallel.sequence.tensors import (
     IGNORED_LABEL,
     Documents,
     document_ends,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fourfold.parallel.attention import accumulation_dtype
 from fourfold.parallel.communication import Message, Place, exchange
-from fourfold.parallel.sequence_sharding import Shard, join_ranges
+from fourfold.parallel.sequence.sharding import Shard, join_ranges
 
 
 def check_heads(num_heads: int, num_kv_heads: int, degree: int, size: int) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fourfold.parallel.communication import Place, gather_lengths
-from fourfold.parallel.sequence_sharding import shard_length, shard_ranges
+from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 
 def sequence_length(q: Tensor, place: Place, sharding: str, ends: tuple[int, ...] | None, seq_len: int | None) -> int:

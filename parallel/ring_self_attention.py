@@ -22,8 +22,8 @@ from fourfold.parallel.attention_blocks import Block, Hop, Span, plan_hops
 from fourfold.parallel.communication import Exchange, Place, exchange, place_in
 from fourfold.parallel.head_exchange import HeadExchange, check_heads
 from fourfold.parallel.ring_arguments import check_tensors, sequence_length
-from fourfold.parallel.sequence_sharding import mask_reach, shard_ranges
-from fourfold.parallel.sequence_tensors import document_ends
+from fourfold.parallel.sequence.sharding import mask_reach, shard_ranges
+from fourfold.parallel.sequence.tensors import document_ends
 
 
 def ring_attention(

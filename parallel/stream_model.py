@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from fourfold.parallel.attention_interface import RingSettings
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.sequence_tensors import IGNORED_LABEL, Documents
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents
 from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_checks import causal_lm as find_causal_lm
 from fourfold.parallel.stream_checks import check_call, check_model, check_shard, final_norm

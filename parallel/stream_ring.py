@@ -20,8 +20,8 @@ from torch import Tensor
 from fourfold.parallel.attention_interface import RingSettings
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring_self_attention import Ring, plan_ring
-from fourfold.parallel.sequence_sharding import shard_length, shard_ranges
-from fourfold.parallel.sequence_tensors import Documents, document_ends
+from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
+from fourfold.parallel.sequence.tensors import Documents, document_ends
 from fourfold.parallel.stream_gradients import ParameterSums, summed_linears
 from fourfold.parallel.stream_layer import (
     LayerStream,

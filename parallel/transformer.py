@@ -34,7 +34,7 @@ from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sli
 from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_weights, resolve_partial_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline import Pipeline
-from fourfold.parallel.sequence_tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
 from fourfold.parallel.stream_settings import StreamSettings
 from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
 from fourfold.parallel.weights import materialise

@@ -19,7 +19,7 @@ from benchmarks.ring_attention.run import join_world, peak_bytes, resident_bytes
 from benchmarks.rows import measurement, write_rows
 
 from fourfold.parallel import linformer_attention, ring_attention
-from fourfold.parallel.sequence_sharding import shard_length, shard_ranges
+from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 HERE = Path(__file__).parent
 SEQ_LEN = 114_689

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fourfold.parallel import ring_attention, two_pass_ring_attention
-from fourfold.parallel.sequence_sharding import shard_length, shard_ranges
+from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 HEADS, HEAD_SIZE = 8, 64
 Run = Callable[[], Any]

@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from benchmarks.ring_attention.providers import ALL, HEADS, OURS, PEERS, packed_documents, window_of
 from benchmarks.rows import measurement, write_rows
 
-from fourfold.parallel.sequence_sharding import attended_pairs
+from fourfold.parallel.sequence.sharding import attended_pairs
 
 HERE = Path(__file__).parent
 LIMITS = {"packed": "packed limit"}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ring_cases import TOLERANCE, compare_all
 
-from fourfold.parallel.sequence_sharding import SHARDINGS
+from fourfold.parallel.sequence.sharding import SHARDINGS
 
 NUM_CASES = 25 if settings().max_examples == 100 else settings().max_examples
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fourfold.parallel import ring_attention
 from fourfold.parallel.attention import CpuFlash
 from fourfold.parallel.attention_blocks import keys_sent
-from fourfold.parallel.sequence_sharding import shard_length, shard_ranges
+from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 

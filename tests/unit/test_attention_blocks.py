@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.parallel.attention_blocks import Block, band_blocks, plan_hops, tidy
-from fourfold.parallel.sequence_sharding import SHARDINGS, join_ranges, shard_ranges
+from fourfold.parallel.sequence.sharding import SHARDINGS, join_ranges, shard_ranges
 
 
 def painted(blocks: list[Block], num_queries: int, num_keys: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.parallel.communication import Place, exchange, gather_lengths, place_in
-from fourfold.parallel.sequence_sharding import Shard, positions, shard_length, shard_ranges
+from fourfold.parallel.sequence.sharding import Shard, positions, shard_length, shard_ranges
 
 Documents = Sequence[int] | Tensor | None
 # A process group, or (rank, size) where nobody communicates, or None: torch's default group, or one process alone.
