@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fourfold.parallel.attention import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
-from fourfold.parallel.attention_blocks import Block, Hop, Span, plan_hops
+from fourfold.parallel.attention.backends import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
+from fourfold.parallel.attention.blocks import Block, Hop, Span, plan_hops
 from fourfold.parallel.communication import Exchange, Place, exchange, place_in
 from fourfold.parallel.head_exchange import HeadExchange, check_heads
 from fourfold.parallel.ring_arguments import check_tensors, sequence_length

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
-from fourfold.parallel.attention_blocks import Block, Span, pair_blocks, tidy
+from fourfold.parallel.attention.backends import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
+from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
 from fourfold.parallel.stream_peak import KEYS_A_CALL
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.attention import accumulation_dtype
+from fourfold.parallel.attention.backends import accumulation_dtype
 from fourfold.parallel.stream_module import replaced_forward
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.attention import accumulation_dtype
+from fourfold.parallel.attention.backends import accumulation_dtype
 from fourfold.parallel.stream_gradients import ParameterSums
 from fourfold.parallel.stream_module import aliased, entered_autocast, once
 from fourfold.parallel.stream_passing import PassingGradient

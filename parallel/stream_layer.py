@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.attention import AttentionBackend
-from fourfold.parallel.soft_cap_attention import SoftCapAttention
+from fourfold.parallel.attention.backends import AttentionBackend
+from fourfold.parallel.attention.soft_cap import SoftCapAttention
 from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
 from fourfold.parallel.stream_embedding import Lookup
 from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears

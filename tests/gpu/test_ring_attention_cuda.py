@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fourfold.parallel import ring_attention
-from fourfold.parallel.attention import select_backend
+from fourfold.parallel.attention.backends import select_backend
 from fourfold.parallel.reference import attention_reference
 
 pytestmark = [

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from fourfold.parallel import ring_attention
-from fourfold.parallel.attention import CpuFlash
-from fourfold.parallel.attention_blocks import keys_sent
+from fourfold.parallel.attention.backends import CpuFlash
+from fourfold.parallel.attention.blocks import keys_sent
 from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention import BACKENDS, CudaFlash, CudnnAttention, merge, select_backend
+from fourfold.parallel.attention.backends import BACKENDS, CudaFlash, CudnnAttention, merge, select_backend
 from fourfold.parallel.reference import attention_reference
 
 # Rounding of each dtype: bf16 has 8 bits of mantissa.

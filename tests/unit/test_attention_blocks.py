@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold.parallel.attention_blocks import Block, band_blocks, plan_hops, tidy
+from fourfold.parallel.attention.blocks import Block, band_blocks, plan_hops, tidy
 from fourfold.parallel.sequence.sharding import SHARDINGS, join_ranges, shard_ranges
 
 

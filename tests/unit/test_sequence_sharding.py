@@ -109,6 +109,6 @@ def test_refusals_name_the_values():
 
 
 def test_the_planner_can_import_the_arithmetic_without_torch():
-    modules = "fourfold.parallel.sequence.sharding, fourfold.parallel.attention_blocks"
+    modules = "fourfold.parallel.sequence.sharding, fourfold.parallel.attention.blocks"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention import Gradients, MathAttention, by_key_head, widen
+from fourfold.parallel.attention.backends import Gradients, MathAttention, by_key_head, widen
 
 
 class SoftCapAttention(MathAttention):
