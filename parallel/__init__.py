@@ -13,8 +13,6 @@ if __name__ != "fourfold.parallel":
 if TYPE_CHECKING:
     from fourfold.parallel.asynchronous_decoder import decoder_stages as decoder_stages
     from fourfold.parallel.asynchronous_decoder import pipeline_decoder as pipeline_decoder
-    from fourfold.parallel.attention_interface import shard_batch as shard_batch
-    from fourfold.parallel.attention_interface import use_ring_attention as use_ring_attention
     from fourfold.parallel.delayed_optimizer import DelayedOptimizer as DelayedOptimizer
     from fourfold.parallel.mesh import init_mesh as init_mesh
     from fourfold.parallel.pipe_communication import PipelineError as PipelineError
@@ -22,13 +20,16 @@ if TYPE_CHECKING:
     from fourfold.parallel.pipeline_program import Program as Program
     from fourfold.parallel.pipeline_schedule import PipelineSchedule as PipelineSchedule
     from fourfold.parallel.pipelined_backprop import PipelinedBackprop as PipelinedBackprop
-    from fourfold.parallel.ring_self_attention import ring_attention as ring_attention
+    from fourfold.parallel.ring.attention import ring_attention as ring_attention
+    from fourfold.parallel.ring.linformer import linformer_attention as linformer_attention
+    from fourfold.parallel.ring.transformers import shard_batch as shard_batch
+    from fourfold.parallel.ring.transformers import use_ring_attention as use_ring_attention
+    from fourfold.parallel.ring.two_pass import two_pass_ring_attention as two_pass_ring_attention
     from fourfold.parallel.sequence.sharding import attended_pairs as attended_pairs
     from fourfold.parallel.sequence.tensors import shard_labels as shard_labels
     from fourfold.parallel.sequence.tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
-    from fourfold.parallel.sparse_attention import linformer_attention as linformer_attention
     from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
     from fourfold.parallel.stage_profiling import cut_decoder_into_stages as cut_decoder_into_stages
     from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from fourfold.parallel.token_losses import sft_loss as sft_loss
     from fourfold.parallel.transformer import ParallelModel as ParallelModel
     from fourfold.parallel.transformer import parallelize as parallelize
-    from fourfold.parallel.two_pass_ring import two_pass_ring_attention as two_pass_ring_attention
     from fourfold.parallel.weight_prediction import Mitigation as Mitigation
     from fourfold.parallel.weight_prediction import equivalent_horizon as equivalent_horizon
     from fourfold.parallel.weight_prediction import scale_adam_hyperparameters as scale_adam_hyperparameters
@@ -76,15 +76,15 @@ _HOME = {
     "grpo_loss": "token_losses",
     "init_mesh": "mesh",
     "kto_loss": "token_losses",
-    "linformer_attention": "sparse_attention",
+    "linformer_attention": "ring.linformer",
     "max_seq_len": "stream_peak",
     "parallelize": "transformer",
     "pipeline_decoder": "asynchronous_decoder",
-    "ring_attention": "ring_self_attention",
+    "ring_attention": "ring.attention",
     "scale_adam_hyperparameters": "weight_prediction",
     "scale_hyperparameters": "weight_prediction",
     "sft_loss": "token_losses",
-    "shard_batch": "attention_interface",
+    "shard_batch": "ring.transformers",
     "shard_labels": "sequence.tensors",
     "shard_positions": "sequence.tensors",
     "shard_sequence": "sequence.tensors",
@@ -94,9 +94,9 @@ _HOME = {
     "stream_memory": "stream_peak",
     "token_logprobs": "stream_model",
     "token_statistics": "stream_model",
-    "two_pass_ring_attention": "two_pass_ring",
+    "two_pass_ring_attention": "ring.two_pass",
     "unshard_sequence": "sequence.tensors",
-    "use_ring_attention": "attention_interface",
+    "use_ring_attention": "ring.transformers",
 }
 __all__ = sorted(_HOME)
 

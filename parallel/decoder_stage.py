@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
-from fourfold.parallel.attention_interface import NAME as RING
+from fourfold.parallel.ring.transformers import NAME as RING
 from fourfold.parallel.stream_layer import stream_attention_forward
 from fourfold.parallel.stream_module import NAME
 from fourfold.parallel.stream_settings import StreamSettings

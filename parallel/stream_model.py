@@ -23,8 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-from fourfold.parallel.attention_interface import RingSettings
 from fourfold.parallel.communication import place_in
+from fourfold.parallel.ring.transformers import RingSettings
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents
 from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_checks import causal_lm as find_causal_lm

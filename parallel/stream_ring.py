@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fourfold.parallel.attention_interface import RingSettings
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.ring_self_attention import Ring, plan_ring
+from fourfold.parallel.ring.attention import Ring, plan_ring
+from fourfold.parallel.ring.transformers import RingSettings
 from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 from fourfold.parallel.sequence.tensors import Documents, document_ends
 from fourfold.parallel.stream_gradients import ParameterSums, summed_linears

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.attention_interface import RingSettings
+from fourfold.parallel.ring.transformers import RingSettings
 from fourfold.parallel.stream_attention import row_masks
 from fourfold.parallel.stream_layer import LayerStream, Pass
 from fourfold.parallel.stream_module import attention_function, replaced_forward

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.head_exchange import check_heads
-from fourfold.parallel.ring_self_attention import ring_attention
+from fourfold.parallel.ring.attention import ring_attention
+from fourfold.parallel.ring.heads import check_heads
 from fourfold.parallel.sequence.tensors import (
     IGNORED_LABEL,
     Documents,

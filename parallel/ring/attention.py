@@ -20,8 +20,8 @@ from torch import Tensor
 from fourfold.parallel.attention.backends import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
 from fourfold.parallel.attention.blocks import Block, Hop, Span, plan_hops
 from fourfold.parallel.communication import Exchange, Place, exchange, place_in
-from fourfold.parallel.head_exchange import HeadExchange, check_heads
-from fourfold.parallel.ring_arguments import check_tensors, sequence_length
+from fourfold.parallel.ring.arguments import check_tensors, sequence_length
+from fourfold.parallel.ring.heads import HeadExchange, check_heads
 from fourfold.parallel.sequence.sharding import mask_reach, shard_ranges
 from fourfold.parallel.sequence.tensors import document_ends
 

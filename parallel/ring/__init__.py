@@ -1,0 +1,1 @@
+"""Sequence parallelism with ring self-attention (Li et al. 2021)."""
