@@ -35,7 +35,7 @@ from fourfold.launch.training import (
 from fourfold.layouts.asynchronous import schedule_of
 from fourfold.layouts.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
-from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipe_communication import replica_lost
 from fourfold.parallel.sequence.tensors import shard_labels
 

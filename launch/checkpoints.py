@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.decoder.stage import DecoderStage
 
 _LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
 _NAME = re.compile(r"step_(\d{8})")

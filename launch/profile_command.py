@@ -9,7 +9,7 @@ from fourfold.launch.processes import start_ranks
 from fourfold.profiling.settings import ProfileSettings
 
 # profiling imports no sibling: it is told what to measure.
-TENSOR_PARALLEL, CONTEXT_PARALLEL = "fourfold.parallel.tensor_parallel", "fourfold.parallel.ring.transformers"
+TENSOR_PARALLEL, CONTEXT_PARALLEL = "fourfold.parallel.decoder.tensor_parallel", "fourfold.parallel.ring.transformers"
 
 
 def profile(

@@ -11,8 +11,12 @@ if __name__ != "fourfold.parallel":
     raise ImportError(f"import fourfold.parallel, not {__name__!r}: a second copy would make second classes")
 
 if TYPE_CHECKING:
-    from fourfold.parallel.asynchronous_decoder import decoder_stages as decoder_stages
-    from fourfold.parallel.asynchronous_decoder import pipeline_decoder as pipeline_decoder
+    from fourfold.parallel.decoder.async_pipeline import decoder_stages as decoder_stages
+    from fourfold.parallel.decoder.async_pipeline import pipeline_decoder as pipeline_decoder
+    from fourfold.parallel.decoder.balance import cut_decoder_into_stages as cut_decoder_into_stages
+    from fourfold.parallel.decoder.balance import cut_into_stages as cut_into_stages
+    from fourfold.parallel.decoder.parallelize import ParallelModel as ParallelModel
+    from fourfold.parallel.decoder.parallelize import parallelize as parallelize
     from fourfold.parallel.delayed_optimizer import DelayedOptimizer as DelayedOptimizer
     from fourfold.parallel.mesh import init_mesh as init_mesh
     from fourfold.parallel.pipe_communication import PipelineError as PipelineError
@@ -31,8 +35,6 @@ if TYPE_CHECKING:
     from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
     from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
-    from fourfold.parallel.stage_profiling import cut_decoder_into_stages as cut_decoder_into_stages
-    from fourfold.parallel.stage_profiling import cut_into_stages as cut_into_stages
     from fourfold.parallel.stream_model import TokenStatistics as TokenStatistics
     from fourfold.parallel.stream_model import stream_backprop as stream_backprop
     from fourfold.parallel.stream_model import stream_backprop_disable as stream_backprop_disable
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from fourfold.parallel.token_losses import grpo_loss as grpo_loss
     from fourfold.parallel.token_losses import kto_loss as kto_loss
     from fourfold.parallel.token_losses import sft_loss as sft_loss
-    from fourfold.parallel.transformer import ParallelModel as ParallelModel
-    from fourfold.parallel.transformer import parallelize as parallelize
     from fourfold.parallel.weight_prediction import Mitigation as Mitigation
     from fourfold.parallel.weight_prediction import equivalent_horizon as equivalent_horizon
     from fourfold.parallel.weight_prediction import scale_adam_hyperparameters as scale_adam_hyperparameters
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DelayedOptimizer": "delayed_optimizer",
     "Mitigation": "weight_prediction",
-    "ParallelModel": "transformer",
+    "ParallelModel": "decoder.parallelize",
     "PipelineError": "pipe_communication",
     "PipelineSchedule": "pipeline_schedule",
     "PipelinedBackprop": "pipelined_backprop",
@@ -68,9 +68,9 @@ _HOME = {
     "TokenStatistics": "stream_model",
     "attended_pairs": "sequence.sharding",
     "balanced_ranges": "stage_partition",
-    "cut_decoder_into_stages": "stage_profiling",
-    "cut_into_stages": "stage_profiling",
-    "decoder_stages": "asynchronous_decoder",
+    "cut_decoder_into_stages": "decoder.balance",
+    "cut_into_stages": "decoder.balance",
+    "decoder_stages": "decoder.async_pipeline",
     "dpo_loss": "token_losses",
     "equivalent_horizon": "weight_prediction",
     "grpo_loss": "token_losses",
@@ -78,8 +78,8 @@ _HOME = {
     "kto_loss": "token_losses",
     "linformer_attention": "ring.linformer",
     "max_seq_len": "stream_peak",
-    "parallelize": "transformer",
-    "pipeline_decoder": "asynchronous_decoder",
+    "parallelize": "decoder.parallelize",
+    "pipeline_decoder": "decoder.async_pipeline",
     "ring_attention": "ring.attention",
     "scale_adam_hyperparameters": "weight_prediction",
     "scale_hyperparameters": "weight_prediction",

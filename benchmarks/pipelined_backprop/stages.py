@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourfold.parallel import balanced_ranges
-from fourfold.parallel.stage_profiling import profile_modules
+from fourfold.parallel.decoder.balance import profile_modules
 
 
 class _Sleep(torch.autograd.Function):

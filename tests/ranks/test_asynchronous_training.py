@@ -28,7 +28,7 @@ from fourfold.layouts.asynchronous import schedule_of
 from fourfold.layouts.layout import Layout, write_layout_file
 from fourfold.layouts.model import load_model
 from fourfold.parallel import PipelinedBackpropEmulator, decoder_stages, init_mesh
-from fourfold.parallel.asynchronous_decoder import next_token_loss, pipeline_decoder
+from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
 from fourfold.parallel.sequence.tensors import shard_labels
 
 ROOT = Path(__file__).resolve().parents[2]

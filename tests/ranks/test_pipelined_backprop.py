@@ -19,7 +19,7 @@ from fourfold.parallel import (
     Program,
     cut_decoder_into_stages,
 )
-from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline_schedule import NAMES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)

@@ -39,7 +39,7 @@ def write_profile(folder: str, ranks_per_host: int, seconds: float, model: bool)
         run.profile_ranks(
             ProfileSettings(
                 out=Path(folder) / "cluster.toml", seconds=seconds, model=config if model else None, seq_len=32,
-                micro_batches=(1,), device="cpu", tensor_parallel="fourfold.parallel.tensor_parallel",
+                micro_batches=(1,), device="cpu", tensor_parallel="fourfold.parallel.decoder.tensor_parallel",
                 context_parallel="fourfold.parallel.ring.transformers",
             )
         )  # fmt: skip

@@ -16,7 +16,7 @@ from fourfold.parallel import (
     init_mesh,
     parallelize,
 )
-from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.decoder.stage import DecoderStage
 
 CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5)
 KEPT = replace(CHUNKS, keep_attention=1)

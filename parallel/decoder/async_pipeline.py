@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, check_windows, has_sliding_window
+from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
+from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.delayed_optimizer import OptimizerFactory
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline_schedule import PipelineSchedule
@@ -21,7 +22,6 @@ from fourfold.parallel.pipelined_backprop import PipelinedBackprop
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 from fourfold.parallel.weight_prediction import Mitigation
-from fourfold.parallel.weights import materialise
 
 
 def decoder_stages(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, check_windows, has_sliding_window
+from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.stage_partition import balanced_ranges
 from fourfold.parallel.stream_settings import StreamSettings
 

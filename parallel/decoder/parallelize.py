@@ -29,15 +29,15 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
-from fourfold.parallel.decoder_stage import DecoderStage, check_decoder, has_sliding_window
+from fourfold.parallel.decoder.draining_pipeline import Pipeline
+from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, has_sliding_window
+from fourfold.parallel.decoder.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
+from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_weights, resolve_partial_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
-from fourfold.parallel.pipeline import Pipeline
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
 from fourfold.parallel.stream_settings import StreamSettings
-from fourfold.parallel.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
-from fourfold.parallel.weights import materialise
 
 # The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
 _DDP_ARGUMENTS = signature(DistributedDataParallel).parameters

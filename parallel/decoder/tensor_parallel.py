@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import Placement
 
-from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.decoder.stage import DecoderStage
 
 
 def check_tensor_parallel(config: Any, tp: int) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from fourfold.parallel.decoder_stage import DecoderStage
+from fourfold.parallel.decoder.stage import DecoderStage
 
 _KEPT_SCHEDULES = 4
 """Each holds receive buffers; a loop that trains and evaluates at one length needs two."""
