@@ -36,7 +36,7 @@ from fourfold.layouts.asynchronous import schedule_of
 from fourfold.layouts.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
 from fourfold.parallel.decoder.stage import DecoderStage
-from fourfold.parallel.pipe_communication import replica_lost
+from fourfold.parallel.pipeline.links import replica_lost
 from fourfold.parallel.sequence.tensors import shard_labels
 
 

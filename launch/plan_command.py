@@ -15,7 +15,7 @@ from fourfold.layouts.report import write_report
 from fourfold.layouts.search import Plan, advice
 from fourfold.layouts.search import plan as rank
 from fourfold.layouts.tables import describe, plan_table, why_not, write_csv
-from fourfold.parallel.weight_prediction import Mitigation
+from fourfold.parallel.pipeline.mitigation import Mitigation
 
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

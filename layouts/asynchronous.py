@@ -11,8 +11,8 @@ import numpy as np
 
 from fourfold.layouts.candidates import DOUBLE_BUFFERED, FLUSHED, LOCKSTEP, Candidates, Column
 from fourfold.layouts.layout import Layout
-from fourfold.parallel.pipeline_schedule import PipelineSchedule
-from fourfold.parallel.weight_prediction import Mitigation, scale_adam_hyperparameters, scale_hyperparameters
+from fourfold.parallel.pipeline.mitigation import Mitigation, scale_adam_hyperparameters, scale_hyperparameters
+from fourfold.parallel.pipeline.schedule import PipelineSchedule
 
 SPIKE_PASSES = 6.0
 """fp32 values read or written a parameter and update by spike compensation: two moments, each from two tensors."""

@@ -10,7 +10,7 @@ import tomli_w
 
 from fourfold.layouts.model import ModelConfig
 from fourfold.parallel.grid import AXES, Grid, layer_ranges
-from fourfold.parallel.weight_prediction import Mitigation
+from fourfold.parallel.pipeline.mitigation import Mitigation
 
 CHECKPOINTING = ("none", "selective", "full", "stream")
 SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from fourfold.parallel.decoder.balance import cut_into_stages as cut_into_stages
     from fourfold.parallel.decoder.parallelize import ParallelModel as ParallelModel
     from fourfold.parallel.decoder.parallelize import parallelize as parallelize
-    from fourfold.parallel.delayed_optimizer import DelayedOptimizer as DelayedOptimizer
     from fourfold.parallel.mesh import init_mesh as init_mesh
-    from fourfold.parallel.pipe_communication import PipelineError as PipelineError
-    from fourfold.parallel.pipeline_emulator import PipelinedBackpropEmulator as PipelinedBackpropEmulator
-    from fourfold.parallel.pipeline_program import Program as Program
-    from fourfold.parallel.pipeline_schedule import PipelineSchedule as PipelineSchedule
-    from fourfold.parallel.pipelined_backprop import PipelinedBackprop as PipelinedBackprop
+    from fourfold.parallel.pipeline.emulator import PipelinedBackpropEmulator as PipelinedBackpropEmulator
+    from fourfold.parallel.pipeline.links import PipelineError as PipelineError
+    from fourfold.parallel.pipeline.mitigation import Mitigation as Mitigation
+    from fourfold.parallel.pipeline.mitigation import equivalent_horizon as equivalent_horizon
+    from fourfold.parallel.pipeline.mitigation import scale_adam_hyperparameters as scale_adam_hyperparameters
+    from fourfold.parallel.pipeline.mitigation import scale_hyperparameters as scale_hyperparameters
+    from fourfold.parallel.pipeline.mitigation import spike_compensation as spike_compensation
+    from fourfold.parallel.pipeline.optimizer import DelayedOptimizer as DelayedOptimizer
+    from fourfold.parallel.pipeline.partition import balanced_ranges as balanced_ranges
+    from fourfold.parallel.pipeline.program import Program as Program
+    from fourfold.parallel.pipeline.runtime import PipelinedBackprop as PipelinedBackprop
+    from fourfold.parallel.pipeline.schedule import PipelineSchedule as PipelineSchedule
     from fourfold.parallel.ring.attention import ring_attention as ring_attention
     from fourfold.parallel.ring.linformer import linformer_attention as linformer_attention
     from fourfold.parallel.ring.transformers import shard_batch as shard_batch
@@ -34,7 +40,6 @@ if TYPE_CHECKING:
     from fourfold.parallel.sequence.tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
-    from fourfold.parallel.stage_partition import balanced_ranges as balanced_ranges
     from fourfold.parallel.stream_model import TokenStatistics as TokenStatistics
     from fourfold.parallel.stream_model import stream_backprop as stream_backprop
     from fourfold.parallel.stream_model import stream_backprop_disable as stream_backprop_disable
@@ -48,31 +53,26 @@ if TYPE_CHECKING:
     from fourfold.parallel.token_losses import grpo_loss as grpo_loss
     from fourfold.parallel.token_losses import kto_loss as kto_loss
     from fourfold.parallel.token_losses import sft_loss as sft_loss
-    from fourfold.parallel.weight_prediction import Mitigation as Mitigation
-    from fourfold.parallel.weight_prediction import equivalent_horizon as equivalent_horizon
-    from fourfold.parallel.weight_prediction import scale_adam_hyperparameters as scale_adam_hyperparameters
-    from fourfold.parallel.weight_prediction import scale_hyperparameters as scale_hyperparameters
-    from fourfold.parallel.weight_prediction import spike_compensation as spike_compensation
 
 _HOME = {
-    "DelayedOptimizer": "delayed_optimizer",
-    "Mitigation": "weight_prediction",
+    "DelayedOptimizer": "pipeline.optimizer",
+    "Mitigation": "pipeline.mitigation",
     "ParallelModel": "decoder.parallelize",
-    "PipelineError": "pipe_communication",
-    "PipelineSchedule": "pipeline_schedule",
-    "PipelinedBackprop": "pipelined_backprop",
-    "PipelinedBackpropEmulator": "pipeline_emulator",
-    "Program": "pipeline_program",
+    "PipelineError": "pipeline.links",
+    "PipelineSchedule": "pipeline.schedule",
+    "PipelinedBackprop": "pipeline.runtime",
+    "PipelinedBackpropEmulator": "pipeline.emulator",
+    "Program": "pipeline.program",
     "StreamMemory": "stream_peak",
     "StreamSettings": "stream_settings",
     "TokenStatistics": "stream_model",
     "attended_pairs": "sequence.sharding",
-    "balanced_ranges": "stage_partition",
+    "balanced_ranges": "pipeline.partition",
     "cut_decoder_into_stages": "decoder.balance",
     "cut_into_stages": "decoder.balance",
     "decoder_stages": "decoder.async_pipeline",
     "dpo_loss": "token_losses",
-    "equivalent_horizon": "weight_prediction",
+    "equivalent_horizon": "pipeline.mitigation",
     "grpo_loss": "token_losses",
     "init_mesh": "mesh",
     "kto_loss": "token_losses",
@@ -81,14 +81,14 @@ _HOME = {
     "parallelize": "decoder.parallelize",
     "pipeline_decoder": "decoder.async_pipeline",
     "ring_attention": "ring.attention",
-    "scale_adam_hyperparameters": "weight_prediction",
-    "scale_hyperparameters": "weight_prediction",
+    "scale_adam_hyperparameters": "pipeline.mitigation",
+    "scale_hyperparameters": "pipeline.mitigation",
     "sft_loss": "token_losses",
     "shard_batch": "ring.transformers",
     "shard_labels": "sequence.tensors",
     "shard_positions": "sequence.tensors",
     "shard_sequence": "sequence.tensors",
-    "spike_compensation": "weight_prediction",
+    "spike_compensation": "pipeline.mitigation",
     "stream_backprop": "stream_model",
     "stream_backprop_disable": "stream_model",
     "stream_memory": "stream_peak",

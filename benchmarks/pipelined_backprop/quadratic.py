@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.rows import measurement, write_rows
 from numpy.typing import NDArray
 
-from fourfold.parallel.weight_prediction import spike_compensation
+from fourfold.parallel.pipeline.mitigation import spike_compensation
 
 CONDITION = 1000.0
 POINTS = 20  # learning rates (and eigenvalues) a decade

@@ -32,7 +32,7 @@ from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining import Schedule1F1B
 
 from fourfold.parallel import PipelinedBackprop, PipelineSchedule
-from fourfold.parallel.pipeline_schedule import async_speedup
+from fourfold.parallel.pipeline.schedule import async_speedup
 
 COUNTS = (1, 2, 4, 8)  # micro-batches an update of the flushed pipelines
 EMULATED = {2: 3, 4: 2, 8: 1}  # stages -> repeats

@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.decoder.weights import materialise
-from fourfold.parallel.delayed_optimizer import OptimizerFactory
 from fourfold.parallel.grid import AXES, layer_ranges
-from fourfold.parallel.pipeline_schedule import PipelineSchedule
-from fourfold.parallel.pipeline_stage import SchedulerFactory
-from fourfold.parallel.pipelined_backprop import PipelinedBackprop
+from fourfold.parallel.pipeline.mitigation import Mitigation
+from fourfold.parallel.pipeline.optimizer import OptimizerFactory
+from fourfold.parallel.pipeline.runtime import PipelinedBackprop
+from fourfold.parallel.pipeline.schedule import PipelineSchedule
+from fourfold.parallel.pipeline.stage import SchedulerFactory
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
-from fourfold.parallel.weight_prediction import Mitigation
 
 
 def decoder_stages(

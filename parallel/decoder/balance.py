@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
-from fourfold.parallel.stage_partition import balanced_ranges
+from fourfold.parallel.pipeline.partition import balanced_ranges
 from fourfold.parallel.stream_settings import StreamSettings
 
 

@@ -20,7 +20,7 @@ from fourfold.parallel import (
     cut_decoder_into_stages,
 )
 from fourfold.parallel.decoder.stage import DecoderStage
-from fourfold.parallel.pipeline_schedule import NAMES
+from fourfold.parallel.pipeline.schedule import NAMES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)

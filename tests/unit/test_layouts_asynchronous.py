@@ -15,7 +15,7 @@ from fourfold.layouts.model import load_model
 from fourfold.layouts.price import price
 from fourfold.layouts.search import plan
 from fourfold.layouts.stages import stages_of
-from fourfold.parallel.weight_prediction import scale_adam_hyperparameters, scale_hyperparameters
+from fourfold.parallel.pipeline.mitigation import scale_adam_hyperparameters, scale_hyperparameters
 
 A100, LLAMA = load_cluster("A100-80GB"), load_model("llama-3.1-8b")
 BATCH = {"global_batch": 32, "seq_len": 2048}

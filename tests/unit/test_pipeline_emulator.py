@@ -20,7 +20,7 @@ from fourfold.parallel import (
     stream_backprop,
     use_ring_attention,
 )
-from fourfold.parallel.pipeline_schedule import FLUSHED
+from fourfold.parallel.pipeline.schedule import FLUSHED
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)

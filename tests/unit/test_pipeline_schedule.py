@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.parallel.pipeline_program import Program
-from fourfold.parallel.pipeline_schedule import FLUSHED, NAMES, PipelineSchedule, async_speedup
+from fourfold.parallel.pipeline.program import Program
+from fourfold.parallel.pipeline.schedule import FLUSHED, NAMES, PipelineSchedule, async_speedup
 
 LOCKSTEP = """
 stage 0 | F0  F1  F2  F3  F4  B0* F5  B1* .   B2* .   B3* .   B4* .   B5*

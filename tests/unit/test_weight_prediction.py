@@ -19,7 +19,7 @@ from fourfold.parallel import (
     scale_hyperparameters,
     spike_compensation,
 )
-from fourfold.parallel.pipeline_stage import PipelineStage
+from fourfold.parallel.pipeline.stage import PipelineStage
 
 MOMENTA = st.floats(0.0, 0.999)
 DELAYS = st.integers(0, 64)

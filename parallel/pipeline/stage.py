@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fourfold.parallel.delayed_optimizer import DelayedOptimizer, OptimizerFactory
 from fourfold.parallel.gradients import average_gradients
-from fourfold.parallel.pipe_communication import replica_lost
-from fourfold.parallel.weight_prediction import Mitigation
+from fourfold.parallel.pipeline.links import replica_lost
+from fourfold.parallel.pipeline.mitigation import Mitigation
+from fourfold.parallel.pipeline.optimizer import DelayedOptimizer, OptimizerFactory
 
 Weights = list[Tensor] | None  # None: the present ones
 LossFunction = Callable[[Tensor, Any], Tensor]

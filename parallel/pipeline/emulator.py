@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.delayed_optimizer import OptimizerFactory
-from fourfold.parallel.pipeline_program import Program
-from fourfold.parallel.pipeline_schedule import PipelineSchedule, resolve_schedule, updates_behind
-from fourfold.parallel.pipeline_stage import (
+from fourfold.parallel.pipeline.mitigation import Mitigation
+from fourfold.parallel.pipeline.optimizer import OptimizerFactory
+from fourfold.parallel.pipeline.program import Program
+from fourfold.parallel.pipeline.schedule import PipelineSchedule, resolve_schedule, updates_behind
+from fourfold.parallel.pipeline.stage import (
     Flight,
     LossFunction,
     PipelineStage,
@@ -25,7 +26,6 @@ from fourfold.parallel.pipeline_stage import (
     Weights,
     check_recomputation,
 )
-from fourfold.parallel.weight_prediction import Mitigation
 
 
 class PipelinedBackpropEmulator:

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
-from fourfold.parallel.weight_prediction import Mitigation
+from fourfold.parallel.pipeline.mitigation import Mitigation
 
 _MUON: type[Optimizer] | None = getattr(torch.optim, "Muon", None)
 _ADAMS = (Adam, AdamW, NAdam)

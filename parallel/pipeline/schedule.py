@@ -18,7 +18,7 @@ from itertools import count, islice
 from math import ceil
 from typing import Literal, get_args
 
-from fourfold.parallel.pipeline_program import Action, Program
+from fourfold.parallel.pipeline.program import Action, Program
 
 Name = Literal["lockstep", "1f1b-async", "2bw", "paci", "gpipe", "1f1b", "zb-h1"]
 NAMES: tuple[str, ...] = get_args(Name)

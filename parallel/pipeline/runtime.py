@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fourfold.parallel.delayed_optimizer import OptimizerFactory
-from fourfold.parallel.pipe_communication import PipelineError, PipeLinks, device_of_stages
-from fourfold.parallel.pipeline_program import Program
-from fourfold.parallel.pipeline_schedule import PipelineSchedule, resolve_schedule, updates_behind
-from fourfold.parallel.pipeline_stage import (
+from fourfold.parallel.pipeline.links import PipelineError, PipeLinks, device_of_stages
+from fourfold.parallel.pipeline.mitigation import Mitigation
+from fourfold.parallel.pipeline.optimizer import OptimizerFactory
+from fourfold.parallel.pipeline.program import Program
+from fourfold.parallel.pipeline.schedule import PipelineSchedule, resolve_schedule, updates_behind
+from fourfold.parallel.pipeline.stage import (
     Flight,
     LossFunction,
     PipelineStage,
@@ -27,7 +28,6 @@ from fourfold.parallel.pipeline_stage import (
     Weights,
     check_recomputation,
 )
-from fourfold.parallel.weight_prediction import Mitigation
 
 Signature = tuple[str, tuple[int, ...], torch.dtype]
 OnLoss = Callable[[int, Tensor], None]
