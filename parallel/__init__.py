@@ -40,19 +40,19 @@ if TYPE_CHECKING:
     from fourfold.parallel.sequence.tensors import shard_positions as shard_positions
     from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
-    from fourfold.parallel.stream_model import TokenStatistics as TokenStatistics
-    from fourfold.parallel.stream_model import stream_backprop as stream_backprop
-    from fourfold.parallel.stream_model import stream_backprop_disable as stream_backprop_disable
-    from fourfold.parallel.stream_model import token_logprobs as token_logprobs
-    from fourfold.parallel.stream_model import token_statistics as token_statistics
-    from fourfold.parallel.stream_peak import StreamMemory as StreamMemory
-    from fourfold.parallel.stream_peak import max_seq_len as max_seq_len
-    from fourfold.parallel.stream_peak import stream_memory as stream_memory
-    from fourfold.parallel.stream_settings import StreamSettings as StreamSettings
-    from fourfold.parallel.token_losses import dpo_loss as dpo_loss
-    from fourfold.parallel.token_losses import grpo_loss as grpo_loss
-    from fourfold.parallel.token_losses import kto_loss as kto_loss
-    from fourfold.parallel.token_losses import sft_loss as sft_loss
+    from fourfold.parallel.stream.losses import dpo_loss as dpo_loss
+    from fourfold.parallel.stream.losses import grpo_loss as grpo_loss
+    from fourfold.parallel.stream.losses import kto_loss as kto_loss
+    from fourfold.parallel.stream.losses import sft_loss as sft_loss
+    from fourfold.parallel.stream.memory import StreamMemory as StreamMemory
+    from fourfold.parallel.stream.memory import max_seq_len as max_seq_len
+    from fourfold.parallel.stream.memory import stream_memory as stream_memory
+    from fourfold.parallel.stream.model import TokenStatistics as TokenStatistics
+    from fourfold.parallel.stream.model import stream_backprop as stream_backprop
+    from fourfold.parallel.stream.model import stream_backprop_disable as stream_backprop_disable
+    from fourfold.parallel.stream.model import token_logprobs as token_logprobs
+    from fourfold.parallel.stream.model import token_statistics as token_statistics
+    from fourfold.parallel.stream.settings import StreamSettings as StreamSettings
 
 _HOME = {
     "DelayedOptimizer": "pipeline.optimizer",
@@ -63,37 +63,37 @@ _HOME = {
     "PipelinedBackprop": "pipeline.runtime",
     "PipelinedBackpropEmulator": "pipeline.emulator",
     "Program": "pipeline.program",
-    "StreamMemory": "stream_peak",
-    "StreamSettings": "stream_settings",
-    "TokenStatistics": "stream_model",
+    "StreamMemory": "stream.memory",
+    "StreamSettings": "stream.settings",
+    "TokenStatistics": "stream.model",
     "attended_pairs": "sequence.sharding",
     "balanced_ranges": "pipeline.partition",
     "cut_decoder_into_stages": "decoder.balance",
     "cut_into_stages": "decoder.balance",
     "decoder_stages": "decoder.async_pipeline",
-    "dpo_loss": "token_losses",
+    "dpo_loss": "stream.losses",
     "equivalent_horizon": "pipeline.mitigation",
-    "grpo_loss": "token_losses",
+    "grpo_loss": "stream.losses",
     "init_mesh": "mesh",
-    "kto_loss": "token_losses",
+    "kto_loss": "stream.losses",
     "linformer_attention": "ring.linformer",
-    "max_seq_len": "stream_peak",
+    "max_seq_len": "stream.memory",
     "parallelize": "decoder.parallelize",
     "pipeline_decoder": "decoder.async_pipeline",
     "ring_attention": "ring.attention",
     "scale_adam_hyperparameters": "pipeline.mitigation",
     "scale_hyperparameters": "pipeline.mitigation",
-    "sft_loss": "token_losses",
+    "sft_loss": "stream.losses",
     "shard_batch": "ring.transformers",
     "shard_labels": "sequence.tensors",
     "shard_positions": "sequence.tensors",
     "shard_sequence": "sequence.tensors",
     "spike_compensation": "pipeline.mitigation",
-    "stream_backprop": "stream_model",
-    "stream_backprop_disable": "stream_model",
-    "stream_memory": "stream_peak",
-    "token_logprobs": "stream_model",
-    "token_statistics": "stream_model",
+    "stream_backprop": "stream.model",
+    "stream_backprop_disable": "stream.model",
+    "stream_memory": "stream.memory",
+    "token_logprobs": "stream.model",
+    "token_statistics": "stream.model",
     "two_pass_ring_attention": "ring.two_pass",
     "unshard_sequence": "sequence.tensors",
     "use_ring_attention": "ring.transformers",

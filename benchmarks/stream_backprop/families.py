@@ -29,8 +29,8 @@ from fourfold.parallel import (
     stream_backprop,
     token_statistics,
 )
-from fourfold.parallel.stream_checks import SUPPORTED
-from fourfold.parallel.token_losses import sequence_logprobs
+from fourfold.parallel.stream.checks import SUPPORTED
+from fourfold.parallel.stream.losses import sequence_logprobs
 
 CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
 Gradients = dict[str, Tensor]

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.rows import commit, measurement, write_rows
 from benchmarks.stream_backprop.shapes import SHAPES
 
-from fourfold.parallel.stream_peak import stream_memory
+from fourfold.parallel.stream.memory import stream_memory
 
 HERE = Path(__file__).parent
 FIELDS = ("shape", "allocator", "seq_len", "provider", "round", "peak_mib", "cpu_s", "loss", "error", "commit")

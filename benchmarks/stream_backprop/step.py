@@ -93,7 +93,7 @@ def provider(name: str, model: nn.Module) -> Step:
         apply_liger_kernel_to_qwen3(model=model)
     if kind == "ours":
         # Here, because the peers' environments have another transformers.
-        from fourfold.parallel.stream_model import stream_backprop
+        from fourfold.parallel.stream.model import stream_backprop
 
         names = {"chunk": "chunk_size", "mlp": "mlp_chunk", "logits": "logits_chunk"}
         stream_backprop(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.pipeline.partition import balanced_ranges
-from fourfold.parallel.stream_settings import StreamSettings
+from fourfold.parallel.stream.settings import StreamSettings
 
 
 def cut_into_stages(

@@ -37,7 +37,7 @@ from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
-from fourfold.parallel.stream_settings import StreamSettings
+from fourfold.parallel.stream.settings import StreamSettings
 
 # The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
 _DDP_ARGUMENTS = signature(DistributedDataParallel).parameters

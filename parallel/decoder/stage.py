@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fourfold.parallel.ring.transformers import NAME as RING
-from fourfold.parallel.stream_layer import stream_attention_forward
-from fourfold.parallel.stream_module import NAME
-from fourfold.parallel.stream_settings import StreamSettings
-from fourfold.parallel.stream_stage import stage_pass, stream_layers, stream_loss
+from fourfold.parallel.stream.layer import stream_attention_forward
+from fourfold.parallel.stream.patching import NAME
+from fourfold.parallel.stream.settings import StreamSettings
+from fourfold.parallel.stream.stage import stage_pass, stream_layers, stream_loss
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CHECKPOINTING = ("none", "full", "stream")

@@ -20,7 +20,7 @@ from fourfold.parallel import (
     unshard_sequence,
     use_ring_attention,
 )
-from fourfold.parallel.token_losses import sequence_logprobs
+from fourfold.parallel.stream.losses import sequence_logprobs
 
 TOLERANCE, LOSS_TOLERANCE = 2e-6, 1e-6
 CHUNKS = {"chunk_size": 6, "mlp_chunk": 4, "logits_chunk": 5}

@@ -10,9 +10,9 @@ import torch
 from benchmarks.stream_backprop.tiny_models import FAMILIES, batch, gradients, tiny, worst_error
 from torch import Tensor, nn
 
-from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
-from fourfold.parallel.stream_model import stream_backprop, stream_backprop_disable, token_logprobs
-from fourfold.parallel.stream_module import replaced_forward
+from fourfold.parallel.stream.gradients import ParameterSums, find_unread, summed_linears
+from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable, token_logprobs
+from fourfold.parallel.stream.patching import replaced_forward
 
 LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6
 CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fourfold.parallel.stream_model import stream_backprop
-from fourfold.parallel.stream_peak import auto_chunks, max_seq_len, num_parameters, stream_memory
+from fourfold.parallel.stream.memory import auto_chunks, max_seq_len, num_parameters, stream_memory
+from fourfold.parallel.stream.model import stream_backprop
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,

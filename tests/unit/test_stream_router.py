@@ -5,7 +5,7 @@ import torch
 from benchmarks.stream_backprop.tiny_models import batch, gradients, tiny, worst_error
 
 from fourfold.parallel import stream_backprop, token_statistics
-from fourfold.parallel.token_losses import sft_loss
+from fourfold.parallel.stream.losses import sft_loss
 
 LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6
 CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}

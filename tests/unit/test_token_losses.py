@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from benchmarks.stream_backprop.families import CHUNKS, every_loss, masked_batch, whole_statistics
 from benchmarks.stream_backprop.tiny_models import batch, tiny, worst_error
 
-from fourfold.parallel.stream_model import TokenStatistics, stream_backprop, token_logprobs, token_statistics
-from fourfold.parallel.token_losses import dpo_loss, grpo_loss, kto_loss, sft_loss
+from fourfold.parallel.stream.losses import dpo_loss, grpo_loss, kto_loss, sft_loss
+from fourfold.parallel.stream.model import TokenStatistics, stream_backprop, token_logprobs, token_statistics
 
 TOLERANCE = 2e-6  # fp32 against fp32, see test_stream_backprop.py
 

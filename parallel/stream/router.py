@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.communication import Place
-from fourfold.parallel.stream_module import replaced_forward
+from fourfold.parallel.stream.patching import replaced_forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,16 +26,16 @@ from transformers.utils import ModelOutput
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.transformers import RingSettings
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents
-from fourfold.parallel.stream_attention import row_masks
-from fourfold.parallel.stream_checks import causal_lm as find_causal_lm
-from fourfold.parallel.stream_checks import check_call, check_model, check_shard, final_norm
-from fourfold.parallel.stream_embedding import Lookup, can_look_up_again
-from fourfold.parallel.stream_layer import LayerStream, Pass, stream_attention_forward
-from fourfold.parallel.stream_module import NAME, attention_function, replaced_forward
-from fourfold.parallel.stream_peak import Auto
-from fourfold.parallel.stream_ring import RingLayerStream, RingPass, around_ring
-from fourfold.parallel.stream_router import Routing
-from fourfold.parallel.stream_settings import StreamSettings, new_head, new_pass
+from fourfold.parallel.stream.attention import row_masks
+from fourfold.parallel.stream.checks import causal_lm as find_causal_lm
+from fourfold.parallel.stream.checks import check_call, check_model, check_shard, final_norm
+from fourfold.parallel.stream.embedding import Lookup, can_look_up_again
+from fourfold.parallel.stream.layer import LayerStream, Pass, stream_attention_forward
+from fourfold.parallel.stream.memory import Auto
+from fourfold.parallel.stream.patching import NAME, attention_function, replaced_forward
+from fourfold.parallel.stream.ring_layer import RingLayerStream, RingPass, around_ring
+from fourfold.parallel.stream.router import Routing
+from fourfold.parallel.stream.settings import StreamSettings, new_head, new_pass
 
 ATTRIBUTE = "fourfold_stream"
 
@@ -113,7 +113,7 @@ def stream_backprop(
     causal_lm.__dict__[ATTRIBUTE] = streaming
     streaming.enable()
     if verify:
-        from fourfold.parallel.stream_verification import verify_gradients
+        from fourfold.parallel.stream.verify import verify_gradients
 
         try:
             verify_gradients(causal_lm)

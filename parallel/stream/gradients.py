@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.parallel.attention.backends import accumulation_dtype
-from fourfold.parallel.stream_module import replaced_forward
+from fourfold.parallel.stream.patching import replaced_forward
 
 
 def gradient_in_place(parameter: Tensor) -> Tensor | None:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from fourfold.parallel.attention.backends import AttentionBackend
 from fourfold.parallel.attention.soft_cap import SoftCapAttention
-from fourfold.parallel.stream_attention import ChunkAttention, LayerKeys, RowMask
-from fourfold.parallel.stream_embedding import Lookup
-from fourfold.parallel.stream_gradients import ParameterSums, find_unread, summed_linears
-from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast, replaced_forward
-from fourfold.parallel.stream_offload import HostMemory
-from fourfold.parallel.stream_passing import PassingGradient
-from fourfold.parallel.stream_random import RandomStates, random_numbers
-from fourfold.parallel.stream_router import Routing
+from fourfold.parallel.stream.attention import ChunkAttention, LayerKeys, RowMask
+from fourfold.parallel.stream.embedding import Lookup
+from fourfold.parallel.stream.gradients import ParameterSums, find_unread, summed_linears
+from fourfold.parallel.stream.offload import HostMemory
+from fourfold.parallel.stream.passing import PassingGradient
+from fourfold.parallel.stream.patching import aliased, attention_function, entered_autocast, replaced_forward
+from fourfold.parallel.stream.random_numbers import RandomStates, random_numbers
+from fourfold.parallel.stream.router import Routing
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
 TOKEN_DIMS = {"position_ids": 1, "position_embeddings": 1, "cache_position": 0}

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.attention.backends import accumulation_dtype
-from fourfold.parallel.stream_gradients import ParameterSums
-from fourfold.parallel.stream_module import aliased, entered_autocast, once
-from fourfold.parallel.stream_passing import PassingGradient
+from fourfold.parallel.stream.gradients import ParameterSums
+from fourfold.parallel.stream.passing import PassingGradient
+from fourfold.parallel.stream.patching import aliased, entered_autocast, once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

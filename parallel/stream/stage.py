@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.ring.transformers import RingSettings
-from fourfold.parallel.stream_attention import row_masks
-from fourfold.parallel.stream_layer import LayerStream, Pass
-from fourfold.parallel.stream_module import attention_function, replaced_forward
-from fourfold.parallel.stream_ring import RingLayerStream, RingPass, around_ring
-from fourfold.parallel.stream_settings import StreamSettings, new_head, new_pass
+from fourfold.parallel.stream.attention import row_masks
+from fourfold.parallel.stream.layer import LayerStream, Pass
+from fourfold.parallel.stream.patching import attention_function, replaced_forward
+from fourfold.parallel.stream.ring_layer import RingLayerStream, RingPass, around_ring
+from fourfold.parallel.stream.settings import StreamSettings, new_head, new_pass
 
 
 def stage_pass(settings: StreamSettings, config: Any, layer: nn.Module, hidden: Tensor, seq_len: int | None) -> Pass:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.parallel.stream_model import TokenStatistics
+from fourfold.parallel.stream.model import TokenStatistics
 
 
 def sft_loss(

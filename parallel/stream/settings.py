@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.stream_attention import RowMask
-from fourfold.parallel.stream_head import Head
-from fourfold.parallel.stream_layer import Pass
-from fourfold.parallel.stream_offload import HostMemory
-from fourfold.parallel.stream_peak import Auto, auto_chunks, kept_layers, logits_chunk_size, logits_tile
+from fourfold.parallel.stream.attention import RowMask
+from fourfold.parallel.stream.head import Head
+from fourfold.parallel.stream.layer import Pass
+from fourfold.parallel.stream.memory import Auto, auto_chunks, kept_layers, logits_chunk_size, logits_tile
+from fourfold.parallel.stream.offload import HostMemory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

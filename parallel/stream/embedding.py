@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fourfold.parallel.stream_gradients import gradient_in_place
+from fourfold.parallel.stream.gradients import gradient_in_place
 
 
 class Lookup:

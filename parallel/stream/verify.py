@@ -19,7 +19,7 @@ def verify_gradients(model: PreTrainedModel, seq_len: int = 12) -> float:
     Raises:
         ValueError: loss or gradients differ by more than rounding; names the parameter.
     """
-    from fourfold.parallel.stream_model import ATTRIBUTE
+    from fourfold.parallel.stream.model import ATTRIBUTE
 
     streaming = model.__dict__[ATTRIBUTE]
     device = next(model.parameters()).device

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourfold.parallel.attention.backends import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
 from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
-from fourfold.parallel.stream_peak import KEYS_A_CALL
+from fourfold.parallel.stream.memory import KEYS_A_CALL
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from fourfold.parallel.ring.attention import Ring, plan_ring
 from fourfold.parallel.ring.transformers import RingSettings
 from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 from fourfold.parallel.sequence.tensors import Documents, document_ends
-from fourfold.parallel.stream_gradients import ParameterSums, summed_linears
-from fourfold.parallel.stream_layer import (
+from fourfold.parallel.stream.gradients import ParameterSums, summed_linears
+from fourfold.parallel.stream.layer import (
     LayerStream,
     Pass,
     Stop,
@@ -34,8 +34,8 @@ from fourfold.parallel.stream_layer import (
     save,
     saved,
 )
-from fourfold.parallel.stream_module import aliased, attention_function, entered_autocast
-from fourfold.parallel.stream_random import random_numbers
+from fourfold.parallel.stream.patching import aliased, attention_function, entered_autocast
+from fourfold.parallel.stream.random_numbers import random_numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

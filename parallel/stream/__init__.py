@@ -1,0 +1,1 @@
+"""StreamBP: exact backpropagation in sequence chunks (Luo et al. 2025)."""
