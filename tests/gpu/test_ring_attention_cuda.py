@@ -5,7 +5,7 @@ import torch
 
 from fourfold.parallel import ring_attention
 from fourfold.parallel.attention.backends import select_backend
-from fourfold.parallel.reference import attention_reference
+from fourfold.parallel.testing.reference import attention_reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fourfold.parallel import ring_attention, shard_sequence, unshard_sequence
-from fourfold.parallel.reference import attention_reference
+from fourfold.parallel.testing.reference import attention_reference
 
 # Relative error in the Frobenius norm. fp32: rounding of a few thousand products; bf16: 8 bits of mantissa.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}

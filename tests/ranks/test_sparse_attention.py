@@ -11,7 +11,7 @@ from fourfold.parallel import (
     two_pass_ring_attention,
     unshard_sequence,
 )
-from fourfold.parallel.reference import attention_reference, linformer_reference
+from fourfold.parallel.testing.reference import attention_reference, linformer_reference
 
 
 def errors(mine: list[torch.Tensor], truths: list[torch.Tensor]) -> list[float]:

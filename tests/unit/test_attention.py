@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fourfold.parallel.attention.backends import BACKENDS, CudaFlash, CudnnAttention, merge, select_backend
-from fourfold.parallel.reference import attention_reference
+from fourfold.parallel.testing.reference import attention_reference
 
 # Rounding of each dtype: bf16 has 8 bits of mantissa.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-13}
