@@ -33,7 +33,7 @@ from fourfold.launch.training import (
     needed,
 )
 from fourfold.layouts.asynchronous import schedule_of
-from fourfold.layouts.layout import Layout
+from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline.links import replica_lost

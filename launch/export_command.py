@@ -16,8 +16,8 @@ from fourfold.layouts.export import (
     torchrun_script,
     torchtitan_config,
 )
-from fourfold.layouts.layout import Layout, read_layout_file
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.layout import Layout, read_layout_file
+from fourfold.layouts.inputs.model import ModelConfig
 
 
 def export(

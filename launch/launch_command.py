@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fourfold.launch.processes import start_ranks
-from fourfold.layouts.layout import Layout, read_layout_file, write_layout_file
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.layout import Layout, read_layout_file, write_layout_file
+from fourfold.layouts.inputs.model import ModelConfig
 
 
 def launch(

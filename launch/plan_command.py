@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 
 from fourfold.layouts.asynchronous import convergence_text
-from fourfold.layouts.cluster import Cluster, load_cluster
-from fourfold.layouts.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
-from fourfold.layouts.model import ModelConfig, load_model
+from fourfold.layouts.inputs.cluster import Cluster, load_cluster
+from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
+from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.report import write_report
 from fourfold.layouts.search import Plan, advice
 from fourfold.layouts.search import plan as rank

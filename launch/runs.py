@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fourfold.layouts.cluster import Cluster
-from fourfold.layouts.layout import Layout
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.model import ModelConfig
 
 COLUMNS = (
     "model", "params", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "seq_len", "gpu_type", "num_gpus",

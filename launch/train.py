@@ -39,8 +39,8 @@ from fourfold.launch.training import (
     slowest_and_largest,
     train,
 )
-from fourfold.layouts.layout import Layout, read_layout_file
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.layout import Layout, read_layout_file
+from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.parallel import ParallelModel, StreamSettings, init_mesh, parallelize
 from fourfold.profiling.refusal import refuse
 

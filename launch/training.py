@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from fourfold.launch.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.text import held_out_rows, training_rows
-from fourfold.layouts.layout import Layout
+from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
 
 BETAS = (0.9, 0.95)

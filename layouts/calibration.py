@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fourfold.layouts.candidates import Candidates, Column
-from fourfold.layouts.constants import Constants
-from fourfold.layouts.layout import Layout
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.memory import memory_of
 from fourfold.layouts.price import PricedLayout
 from fourfold.layouts.runs import Run

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.layouts.layout import CHECKPOINTING, MITIGATION, SCHEDULES, Layout
+from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, SCHEDULES, Layout
 
 Column = NDArray[Any]
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))

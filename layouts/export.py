@@ -5,8 +5,8 @@ Each function refuses what its tool has not, naming the option, rather than leav
 
 from typing import Any
 
-from fourfold.layouts.layout import Layout
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.parallel.grid import layer_ranges
 
 TARGETS = ("megatron", "deepspeed", "torchtitan", "torchrun", "slurm", "mpi")

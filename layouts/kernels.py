@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from fourfold.layouts.candidates import Column
-from fourfold.layouts.cluster import AttentionSample, Cluster, Device
-from fourfold.layouts.constants import Constants
+from fourfold.layouts.inputs.cluster import AttentionSample, Cluster, Device
+from fourfold.layouts.inputs.constants import Constants
 
 
 class Kernels(Protocol):

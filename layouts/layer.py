@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fourfold.layouts.candidates import FULL, SELECTIVE, STREAM, Candidates, Column
-from fourfold.layouts.constants import Constants
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Stack
 from fourfold.layouts.kernels import Kernels
-from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.stack import Stack
 
 
 @dataclass(frozen=True, slots=True)

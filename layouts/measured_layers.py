@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.candidates import Candidates, Column
-from fourfold.layouts.cluster import Cluster
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Stack
 from fourfold.layouts.layer import Times, saved_bytes
-from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.stack import Stack
 
 Formula = Callable[[Candidates], Times]
 Cost = Callable[[Candidates], Column]

@@ -12,11 +12,11 @@ import numpy as np
 
 from fourfold.layouts.asynchronous import weight_copies
 from fourfold.layouts.candidates import FLUSHED, FULL, STREAM, Candidates, Column
-from fourfold.layouts.cluster import Cluster
-from fourfold.layouts.constants import Constants
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Stack
 from fourfold.layouts.layer import active_ffn, saved_bytes
-from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.stack import Stack
 from fourfold.layouts.stages import Stages, stages_of
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.candidates import Candidates
-from fourfold.layouts.cluster import Cluster
-from fourfold.layouts.constants import Constants, load_constants
-from fourfold.layouts.layout import Layout, check
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.constants import Constants, load_constants
+from fourfold.layouts.inputs.layout import Layout, check
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Stack
 from fourfold.layouts.memory import Memory, memory_of
-from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.stack import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Stack
 from fourfold.layouts.time import StepTime, time_of
 
 GIB = float(1 << 30)

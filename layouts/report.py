@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fourfold.layouts.model import human_count
+from fourfold.layouts.inputs.model import human_count
 from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.search import Plan
 from fourfold.layouts.tables import mark, seconds_text, why_not
@@ -187,7 +187,7 @@ def _measured_section(measured: Sequence[Mapping[str, Any]]) -> str:
 
 def _layout_name(layout: Any) -> str:
     if isinstance(layout, Mapping):
-        from fourfold.layouts.layout import Layout
+        from fourfold.layouts.inputs.layout import Layout
 
         return str(Layout(**layout))
     return str(layout)

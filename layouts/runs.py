@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fourfold.layouts.cluster import Cluster, load_cluster, preset_for_gpu
-from fourfold.layouts.layout import MITIGATION, SCHEDULES, Layout, check
-from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.stack import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
+from fourfold.layouts.inputs.cluster import Cluster, load_cluster, preset_for_gpu
+from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, Layout, check
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
 from fourfold.layouts.stages import ends_in_cut
 
 _BLANK = ("", "nan", "none", "null", "-", "n/a", "?")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.candidates import FLUSHED, Candidates, Column
-from fourfold.layouts.cluster import Cluster
-from fourfold.layouts.constants import Constants, load_constants
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.constants import Constants, load_constants
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Stack
 from fourfold.layouts.memory import memory_of
-from fourfold.layouts.model import ModelConfig
 from fourfold.layouts.price import FITS, GIB, SAFE, PricedLayout, priced, stack_for
 from fourfold.layouts.space import SPACES, enumerate_space
-from fourfold.layouts.stack import Stack
 from fourfold.layouts.time import time_of
 from fourfold.parallel.grid import AXES
 

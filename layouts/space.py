@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
-from fourfold.layouts.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
+from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.stages import layers_of
 from fourfold.parallel.grid import AXES
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fourfold.layouts.asynchronous import asynchronous_in_flight
 from fourfold.layouts.candidates import Candidates, Column
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

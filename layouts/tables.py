@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from fourfold.layouts.asynchronous import convergence
-from fourfold.layouts.model import human_count
+from fourfold.layouts.inputs.model import human_count
 from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.search import Plan
 

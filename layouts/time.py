@@ -11,9 +11,11 @@ import numpy as np
 
 from fourfold.layouts.asynchronous import mitigation_seconds, updates_per_step
 from fourfold.layouts.candidates import FLUSHED, FULL, NONE, STREAM, Candidates, Column
-from fourfold.layouts.cluster import Cluster
 from fourfold.layouts.collectives import Network
-from fourfold.layouts.constants import Constants
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Stack
 from fourfold.layouts.kernels import kernels_of
 from fourfold.layouts.layer import (
     Times,
@@ -27,8 +29,6 @@ from fourfold.layouts.layer import (
 )
 from fourfold.layouts.measured_layers import beyond, corrected, optimizer_rate, rows_for
 from fourfold.layouts.memory import stage_params
-from fourfold.layouts.model import ModelConfig
-from fourfold.layouts.stack import Stack
 from fourfold.layouts.stages import stages_of
 
 LAYER = ("forward_s", "backward_s")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold.layouts.constants import Constants
-from fourfold.layouts.layout import Layout
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.price import PricedLayout, price
 from fourfold.layouts.runs import Run
 

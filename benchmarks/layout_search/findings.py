@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from fourfold.layouts.cluster import load_cluster
-from fourfold.layouts.layout import Layout
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.model import load_model
+from fourfold.layouts.inputs.software import STUDY
 from fourfold.layouts.price import PricedLayout, price
 from fourfold.layouts.search import plan
-from fourfold.layouts.stack import STUDY
 
 A100 = load_cluster("A100-80GB")
 SIZES = {"13b": 64, "30b": 128, "65b": 128}

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from benchmarks.rows import measurement, write_rows
 
-from fourfold.layouts.cluster import load_cluster
 from fourfold.layouts.collectives import Network
-from fourfold.layouts.constants import load_constants
+from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.kernels import kernels_of
 
 HERE = Path(__file__).parent

@@ -25,8 +25,8 @@ from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.text import held_out_rows, training_rows
 from fourfold.launch.training import TrainSettings
 from fourfold.layouts.asynchronous import schedule_of
-from fourfold.layouts.layout import Layout, write_layout_file
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.layout import Layout, write_layout_file
+from fourfold.layouts.inputs.model import load_model
 from fourfold.parallel import PipelinedBackpropEmulator, decoder_stages, init_mesh
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
 from fourfold.parallel.sequence.tensors import shard_labels

@@ -11,7 +11,7 @@ from test_one_loss_any_layout import tiny_model
 
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.training import TrainSettings, train
-from fourfold.layouts.layout import Layout
+from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import init_mesh, parallelize
 
 TEXT = torch.randint(64, (2, 4000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)

@@ -13,9 +13,9 @@ import pytest
 
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.runs import COLUMNS
-from fourfold.layouts.cluster import load_cluster
-from fourfold.layouts.layout import Layout, read_layout_file, write_layout_file
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.layout import Layout, read_layout_file, write_layout_file
+from fourfold.layouts.inputs.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {

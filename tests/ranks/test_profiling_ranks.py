@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.profile_command import profile_machine
-from fourfold.layouts.cluster import load_cluster
+from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.profiling import run
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model

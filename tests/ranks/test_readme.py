@@ -13,8 +13,8 @@ import torch
 from test_launching import CONFIG
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fourfold.layouts.layout import Layout, write_layout_file
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.layout import Layout, write_layout_file
+from fourfold.layouts.inputs.model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

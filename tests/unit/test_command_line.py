@@ -8,8 +8,8 @@ import pytest
 import tomli_w
 
 from fourfold.launch import cli
-from fourfold.layouts.layout import Layout, write_layout_file
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.layout import Layout, write_layout_file
+from fourfold.layouts.inputs.model import load_model
 
 CONFIG = Path(cli.__file__).parent / "data" / "byte-llama.json"
 

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from fourfold.launch.cli import app
 from fourfold.layouts import asynchronous
 from fourfold.layouts.candidates import Candidates
-from fourfold.layouts.cluster import load_cluster
-from fourfold.layouts.layout import SCHEDULES, Layout, read_layout_file, write_layout_file
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.layout import SCHEDULES, Layout, read_layout_file, write_layout_file
+from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.price import price
 from fourfold.layouts.search import plan
 from fourfold.layouts.stages import stages_of

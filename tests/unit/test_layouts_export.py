@@ -16,8 +16,8 @@ from fourfold.layouts.export import (
     megatron_config,
     torchtitan_config,
 )
-from fourfold.layouts.layout import Layout
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.model import load_model
 
 LLAMA = load_model("llama-3.1-70b")
 THREE_D = Layout(dp=8, pp=4, tp=8, vp=2, sequence_parallel=True, zero_stage=1, global_batch=512, seq_len=8192)

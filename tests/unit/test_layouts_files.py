@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import tomli_w
 
-from fourfold.layouts.cluster import cluster_presets, load_cluster, preset_for_gpu
-from fourfold.layouts.layout import Layout, check, read_layout_file, write_layout_file
-from fourfold.layouts.layout_words import parse_layout
-from fourfold.layouts.model import load_model, model_presets
+from fourfold.layouts.inputs.cluster import cluster_presets, load_cluster, preset_for_gpu
+from fourfold.layouts.inputs.layout import Layout, check, read_layout_file, write_layout_file
+from fourfold.layouts.inputs.layout_words import parse_layout
+from fourfold.layouts.inputs.model import load_model, model_presets
 
 
 def test_a_layout_goes_there_and_back(tmp_path):

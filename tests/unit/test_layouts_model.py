@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fourfold.layouts.model import human_count, load_model, model_presets
+from fourfold.layouts.inputs.model import human_count, load_model, model_presets
 
 # One preset a family, and those whose counts a reader knows by heart.
 FAMILIES = [

@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from fourfold.layouts.cluster import load_cluster
-from fourfold.layouts.layout import check
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.layout import check
+from fourfold.layouts.inputs.model import load_model
+from fourfold.layouts.inputs.software import MEGATRON
 from fourfold.layouts.price import price
 from fourfold.layouts.search import advice, plan
 from fourfold.layouts.space import enumerate_space
-from fourfold.layouts.stack import MEGATRON
 from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")
@@ -167,7 +167,7 @@ def test_no_torch_is_imported():
     script = (
         "import sys, fourfold.layouts.search, fourfold.layouts.report, fourfold.layouts.calibration, "
         "fourfold.layouts.export, fourfold.layouts.explain, fourfold.layouts.tables\n"
-        "from fourfold.layouts.model import load_model\nfrom fourfold.layouts.cluster import load_cluster\n"
+        "from fourfold.layouts.inputs.model import load_model\nfrom fourfold.layouts.inputs.cluster import load_cluster\n"
         "fourfold.layouts.search.plan(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), num_devices=8,"
         " global_batch=8, seq_len=2048)\n"
         "sys.exit('torch' in sys.modules)"
@@ -176,7 +176,7 @@ def test_no_torch_is_imported():
 
 
 def test_sequence_parallelism_and_interleaving_do_what_they_are_for():
-    from fourfold.layouts.layout import Layout
+    from fourfold.layouts.inputs.layout import Layout
 
     def one(**fields: object) -> object:
         layout = Layout(global_batch=64, seq_len=4096, **fields)  # type: ignore[arg-type]

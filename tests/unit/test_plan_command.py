@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fourfold.launch.explain_command import compare, explain
 from fourfold.launch.export_command import export
 from fourfold.launch.plan_command import parse_fix, plan
-from fourfold.layouts.layout import read_layout_file
+from fourfold.layouts.inputs.layout import read_layout_file
 
 app = typer.Typer(pretty_exceptions_enable=False)
 for command in (plan, explain, compare, export):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from fourfold.launch.runs import append_runs, run_row
-from fourfold.layouts.cluster import load_cluster
-from fourfold.layouts.layout import Layout
-from fourfold.layouts.model import load_model
+from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.runs import read_runs
 
 RESULT = {"steps_s": [3.0, 1.0, 1.0, 1.0], "device": "cpu", "peak_bytes": 1 << 30, "torch": "2.13.0"}

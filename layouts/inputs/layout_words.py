@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from fourfold.layouts.layout import CHECKPOINTING, SCHEDULES, Layout
+from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout
 
 _NUMBERS = {
     "dp": "dp", "pp": "pp", "cp": "cp", "tp": "tp", "mb": "micro_batch", "vp": "vp", "ep": "ep", "heads": "cp_heads",

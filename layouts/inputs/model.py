@@ -157,7 +157,7 @@ def load_model(path_or_preset: str | Path | Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: no such file or preset; not JSON; not a decoder that this knows; a field is missing.
     """
-    from fourfold.layouts.huggingface import model_from_config
+    from fourfold.layouts.inputs.huggingface import model_from_config
 
     if isinstance(path_or_preset, Mapping):
         return model_from_config(path_or_preset)

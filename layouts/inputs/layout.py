@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.parallel.grid import AXES, Grid, layer_ranges
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
@@ -235,7 +235,7 @@ def read_layout_file(path: str | Path) -> tuple[Layout, ModelConfig]:
     Raises:
         ValueError: the file is missing or broken, or a value in it makes no sense; names the value and the mend.
     """
-    from fourfold.layouts.huggingface import model_from_config
+    from fourfold.layouts.inputs.huggingface import model_from_config
 
     path = Path(path)
     try:

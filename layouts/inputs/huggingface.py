@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fourfold.layouts.model import ModelConfig
+from fourfold.layouts.inputs.model import ModelConfig
 
 Config = Mapping[str, Any]
 
