@@ -32,7 +32,7 @@ from fourfold.launch.training import (
     learning_rate_at,
     needed,
 )
-from fourfold.layouts.asynchronous import schedule_of
+from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
 from fourfold.parallel.decoder.stage import DecoderStage

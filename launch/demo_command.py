@@ -17,10 +17,10 @@ from rich.table import Table
 from fourfold.launch.launch_command import fresh_folder, run_layout
 from fourfold.launch.profile_command import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
+from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model
-from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.report import write_report
 from fourfold.layouts.search import Plan, advice
 from fourfold.layouts.search import plan as rank_layouts

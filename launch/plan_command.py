@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fourfold.layouts.asynchronous import convergence_text
+from fourfold.layouts.cost.asynchronous import convergence_text
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model

@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.constants import load_constants
-from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.runs import Run, read_runs
 from fourfold.layouts.validation import LEAST_RUNS, Scores, price_runs, score
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fourfold.layouts.candidates import Candidates, Column
+from fourfold.layouts.cost.candidates import Candidates, Column
+from fourfold.layouts.cost.memory import memory_of
+from fourfold.layouts.cost.price import PricedLayout
+from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.layouts.memory import memory_of
-from fourfold.layouts.price import PricedLayout
 from fourfold.layouts.runs import Run
-from fourfold.layouts.time import time_of
 from fourfold.layouts.validation import price_runs
 
 NOISE = 0.04

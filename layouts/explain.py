@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fourfold.layouts.cost.price import GIB, PricedLayout, price
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import SCHEDULES, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.price import GIB, PricedLayout, price
 
 TERMS = {
     "compute": "compute", "recompute": "recomputation", "tp_communication": "tensor-parallel communication",

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.model import human_count
-from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.search import Plan
 from fourfold.layouts.tables import mark, seconds_text, why_not
 

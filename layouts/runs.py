@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fourfold.layouts.cost.stages import ends_in_cut
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster, preset_for_gpu
 from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
-from fourfold.layouts.stages import ends_in_cut
 
 _BLANK = ("", "nan", "none", "null", "-", "n/a", "?")
 COLUMNS = ("hidden", "layers", "heads", "vocab", "seq_len", "gpu_type", "num_gpus", "global_batch")

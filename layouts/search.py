@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import FLUSHED, Candidates, Column
+from fourfold.layouts.cost.candidates import FLUSHED, Candidates, Column
+from fourfold.layouts.cost.memory import memory_of
+from fourfold.layouts.cost.price import FITS, GIB, SAFE, PricedLayout, priced, stack_for
+from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.memory import memory_of
-from fourfold.layouts.price import FITS, GIB, SAFE, PricedLayout, priced, stack_for
 from fourfold.layouts.space import SPACES, enumerate_space
-from fourfold.layouts.time import time_of
 from fourfold.parallel.grid import AXES
 
 BLOCK = 1 << 15

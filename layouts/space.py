@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.cost.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.cost.stages import layers_of
 from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.stages import layers_of
 from fourfold.parallel.grid import AXES
 
 SPACES = ("runtime", "full")

@@ -8,9 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fourfold.layouts.asynchronous import convergence
+from fourfold.layouts.cost.asynchronous import convergence
+from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.model import human_count
-from fourfold.layouts.price import GIB, PricedLayout
 from fourfold.layouts.search import Plan
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fourfold.layouts.cost.price import PricedLayout, price
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.layouts.price import PricedLayout, price
 from fourfold.layouts.runs import Run
 
 LEAST_RUNS = 5

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
+from fourfold.layouts.cost.price import PricedLayout, price
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import STUDY
-from fourfold.layouts.price import PricedLayout, price
 from fourfold.layouts.search import plan
 
 A100 = load_cluster("A100-80GB")

@@ -15,11 +15,11 @@ from benchmarks.layout_search.findings import findings
 from benchmarks.rows import measurement, write_rows
 
 from fourfold.layouts.calibration import cross_validate
+from fourfold.layouts.cost.price import PricedLayout
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.constants import load_constants, load_prior
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import STUDY
-from fourfold.layouts.price import PricedLayout
 from fourfold.layouts.runs import Run, read_runs
 from fourfold.layouts.search import plan
 from fourfold.layouts.validation import Scores, price_runs, score

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from benchmarks.rows import measurement, write_rows
 
-from fourfold.layouts.collectives import Network
+from fourfold.layouts.cost.collectives import Network
+from fourfold.layouts.cost.kernels import kernels_of
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.constants import load_constants
-from fourfold.layouts.kernels import kernels_of
 
 HERE = Path(__file__).parent
 SEQ_LEN = 1 << 20

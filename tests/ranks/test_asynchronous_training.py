@@ -24,7 +24,7 @@ from fourfold.launch.asynchronous_training import (
 from fourfold.launch.memory_use import MemoryGauge
 from fourfold.launch.text import held_out_rows, training_rows
 from fourfold.launch.training import TrainSettings
-from fourfold.layouts.asynchronous import schedule_of
+from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 from fourfold.parallel import PipelinedBackpropEmulator, decoder_stages, init_mesh

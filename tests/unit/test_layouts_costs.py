@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.layouts.candidates import Candidates
-from fourfold.layouts.collectives import Network
+from fourfold.layouts.cost.candidates import Candidates
+from fourfold.layouts.cost.collectives import Network
+from fourfold.layouts.cost.layer import Times, saved_bytes
+from fourfold.layouts.cost.measured_layers import beyond
+from fourfold.layouts.cost.memory import _normal_cdf, memory_of, stage_params
+from fourfold.layouts.cost.price import price
+from fourfold.layouts.cost.stages import ends_in_cut, stages_of
 from fourfold.layouts.explain import draw_schedule
 from fourfold.layouts.inputs.cluster import Link, LinkOperation, load_cluster
 from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA
-from fourfold.layouts.layer import Times, saved_bytes
-from fourfold.layouts.measured_layers import beyond
-from fourfold.layouts.memory import _normal_cdf, memory_of, stage_params
-from fourfold.layouts.price import price
 from fourfold.layouts.search import plan
-from fourfold.layouts.stages import ends_in_cut, stages_of
 from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")

@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 
+from fourfold.layouts.cost.price import price
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON
-from fourfold.layouts.price import price
 from fourfold.layouts.search import advice, plan
 from fourfold.layouts.space import enumerate_space
 from fourfold.parallel.grid import layer_ranges

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fourfold.layouts.candidates import FULL, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.cost.candidates import FULL, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.cost.kernels import Kernels
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import DOUBLE_BUFFERED, FLUSHED, LOCKSTEP, Candidates, Column
+from fourfold.layouts.cost.candidates import DOUBLE_BUFFERED, FLUSHED, LOCKSTEP, Candidates, Column
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.pipeline.mitigation import Mitigation, scale_adam_hyperparameters, scale_hyperparameters
 from fourfold.parallel.pipeline.schedule import PipelineSchedule

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import Candidates
+from fourfold.layouts.cost.candidates import Candidates
+from fourfold.layouts.cost.memory import Memory, memory_of
+from fourfold.layouts.cost.time import StepTime, time_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
 from fourfold.layouts.inputs.layout import Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Stack
-from fourfold.layouts.memory import Memory, memory_of
-from fourfold.layouts.time import StepTime, time_of
 
 GIB = float(1 << 30)
 FITS, SAFE = 0.5, 0.95

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold.layouts.asynchronous import weight_copies
-from fourfold.layouts.candidates import FLUSHED, FULL, STREAM, Candidates, Column
+from fourfold.layouts.cost.asynchronous import weight_copies
+from fourfold.layouts.cost.candidates import FLUSHED, FULL, STREAM, Candidates, Column
+from fourfold.layouts.cost.layer import active_ffn, saved_bytes
+from fourfold.layouts.cost.stages import Stages, stages_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.layer import active_ffn, saved_bytes
-from fourfold.layouts.stages import Stages, stages_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,15 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from fourfold.layouts.asynchronous import mitigation_seconds, updates_per_step
-from fourfold.layouts.candidates import FLUSHED, FULL, NONE, STREAM, Candidates, Column
-from fourfold.layouts.collectives import Network
-from fourfold.layouts.inputs.cluster import Cluster
-from fourfold.layouts.inputs.constants import Constants
-from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.kernels import kernels_of
-from fourfold.layouts.layer import (
+from fourfold.layouts.cost.asynchronous import mitigation_seconds, updates_per_step
+from fourfold.layouts.cost.candidates import FLUSHED, FULL, NONE, STREAM, Candidates, Column
+from fourfold.layouts.cost.collectives import Network
+from fourfold.layouts.cost.kernels import kernels_of
+from fourfold.layouts.cost.layer import (
     Times,
     attention_times,
     embedding_times,
@@ -27,9 +23,13 @@ from fourfold.layouts.layer import (
     saved_bytes,
     streaming,
 )
-from fourfold.layouts.measured_layers import beyond, corrected, optimizer_rate, rows_for
-from fourfold.layouts.memory import stage_params
-from fourfold.layouts.stages import stages_of
+from fourfold.layouts.cost.measured_layers import beyond, corrected, optimizer_rate, rows_for
+from fourfold.layouts.cost.memory import stage_params
+from fourfold.layouts.cost.stages import stages_of
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Stack
 
 LAYER = ("forward_s", "backward_s")
 EMBEDDING, HEAD = ("embedding_forward_s", "embedding_backward_s"), ("head_forward_s", "head_backward_s")

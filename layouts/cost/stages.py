@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold.layouts.asynchronous import asynchronous_in_flight
-from fourfold.layouts.candidates import Candidates, Column
+from fourfold.layouts.cost.asynchronous import asynchronous_in_flight
+from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.inputs.model import ModelConfig
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold.layouts.candidates import Column
+from fourfold.layouts.cost.candidates import Column
 from fourfold.layouts.inputs.cluster import Cluster, Link
 
 _PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fourfold.layouts.candidates import Column
+from fourfold.layouts.cost.candidates import Column
 from fourfold.layouts.inputs.cluster import AttentionSample, Cluster, Device
 from fourfold.layouts.inputs.constants import Constants
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.candidates import Candidates, Column
+from fourfold.layouts.cost.candidates import Candidates, Column
+from fourfold.layouts.cost.layer import Times, saved_bytes
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.layer import Times, saved_bytes
 
 Formula = Callable[[Candidates], Times]
 Cost = Callable[[Candidates], Column]
