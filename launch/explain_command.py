@@ -10,12 +10,12 @@ from rich.table import Table
 
 from fourfold.layouts.cost.asynchronous import convergence_text, schedule_of
 from fourfold.layouts.cost.price import GIB, PricedLayout, price, stack_for
-from fourfold.layouts.explain import TERMS, difference, draw_schedule, neighbours
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.layout_words import parse_layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
-from fourfold.layouts.search import advice, plan
+from fourfold.layouts.search.explain import TERMS, difference, draw_schedule, neighbours
+from fourfold.layouts.search.rank import advice, plan
 from fourfold.layouts.tables import seconds_text
 
 Config = Annotated[str, typer.Argument(help="A Hugging Face config.json, or a preset such as llama-3.1-8b.")]

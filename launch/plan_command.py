@@ -12,8 +12,8 @@ from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.report import write_report
-from fourfold.layouts.search import Plan, advice
-from fourfold.layouts.search import plan as rank
+from fourfold.layouts.search.rank import Plan, advice
+from fourfold.layouts.search.rank import plan as rank
 from fourfold.layouts.tables import describe, plan_table, why_not, write_csv
 from fourfold.parallel.pipeline.mitigation import Mitigation
 

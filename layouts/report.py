@@ -10,7 +10,7 @@ from typing import Any
 
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.model import human_count
-from fourfold.layouts.search import Plan
+from fourfold.layouts.search.rank import Plan
 from fourfold.layouts.tables import mark, seconds_text, why_not
 
 TIME_COLOURS = {

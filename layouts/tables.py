@@ -11,7 +11,7 @@ from rich.table import Table
 from fourfold.layouts.cost.asynchronous import convergence
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.model import human_count
-from fourfold.layouts.search import Plan
+from fourfold.layouts.search.rank import Plan
 
 
 def describe(priced: PricedLayout) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import STUDY
-from fourfold.layouts.search import plan
+from fourfold.layouts.search.rank import plan
 
 A100 = load_cluster("A100-80GB")
 SIZES = {"13b": 64, "30b": 128, "65b": 128}

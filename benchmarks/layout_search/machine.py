@@ -25,7 +25,7 @@ from fourfold.layouts.cost.price import PricedLayout, price
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
-from fourfold.layouts.search import plan
+from fourfold.layouts.search.rank import plan
 from fourfold.layouts.validation import spearman
 from fourfold.profiling.settings import ProfileSettings
 

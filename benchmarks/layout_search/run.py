@@ -21,7 +21,7 @@ from fourfold.layouts.inputs.constants import load_constants, load_prior
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import STUDY
 from fourfold.layouts.runs import Run, read_runs
-from fourfold.layouts.search import plan
+from fourfold.layouts.search.rank import plan
 from fourfold.layouts.validation import Scores, price_runs, score
 
 HERE = Path(__file__).parent

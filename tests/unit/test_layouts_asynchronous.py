@@ -14,7 +14,7 @@ from fourfold.layouts.cost.stages import stages_of
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import SCHEDULES, Layout, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import load_model
-from fourfold.layouts.search import plan
+from fourfold.layouts.search.rank import plan
 from fourfold.parallel.pipeline.mitigation import scale_adam_hyperparameters, scale_hyperparameters
 
 A100, LLAMA = load_cluster("A100-80GB"), load_model("llama-3.1-8b")

@@ -15,13 +15,13 @@ from fourfold.layouts.cost.measured_layers import beyond
 from fourfold.layouts.cost.memory import _normal_cdf, memory_of, stage_params
 from fourfold.layouts.cost.price import price
 from fourfold.layouts.cost.stages import ends_in_cut, stages_of
-from fourfold.layouts.explain import draw_schedule
 from fourfold.layouts.inputs.cluster import Link, LinkOperation, load_cluster
 from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA
-from fourfold.layouts.search import plan
+from fourfold.layouts.search.explain import draw_schedule
+from fourfold.layouts.search.rank import plan
 from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")

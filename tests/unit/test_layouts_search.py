@@ -12,8 +12,8 @@ from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON
-from fourfold.layouts.search import advice, plan
-from fourfold.layouts.space import enumerate_space
+from fourfold.layouts.search.rank import advice, plan
+from fourfold.layouts.search.space import enumerate_space
 from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")
@@ -51,7 +51,7 @@ def test_the_best_is_the_best_of_a_loop_over_single_layouts(space):
 def test_blocks_do_not_change_the_answer(monkeypatch):
     batch = {"global_batch": 64, "seq_len": 2048}
     whole = plan(LLAMA, A100, num_devices=16, top=20, **batch)
-    monkeypatch.setattr("fourfold.layouts.search.BLOCK", 37)
+    monkeypatch.setattr("fourfold.layouts.search.rank.BLOCK", 37)
     pieces = plan(LLAMA, A100, num_devices=16, top=20, **batch)
     assert [p.layout for p in pieces.layouts] == [p.layout for p in whole.layouts]
     assert pieces.num_fitting == whole.num_fitting
@@ -165,10 +165,10 @@ def test_experts_are_cut():
 
 def test_no_torch_is_imported():
     script = (
-        "import sys, fourfold.layouts.search, fourfold.layouts.report, fourfold.layouts.calibration, "
-        "fourfold.layouts.export, fourfold.layouts.explain, fourfold.layouts.tables\n"
+        "import sys, fourfold.layouts.search.rank, fourfold.layouts.report, fourfold.layouts.calibration, "
+        "fourfold.layouts.export, fourfold.layouts.search.explain, fourfold.layouts.tables\n"
         "from fourfold.layouts.inputs.model import load_model\nfrom fourfold.layouts.inputs.cluster import load_cluster\n"
-        "fourfold.layouts.search.plan(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), num_devices=8,"
+        "fourfold.layouts.search.rank.plan(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), num_devices=8,"
         " global_batch=8, seq_len=2048)\n"
         "sys.exit('torch' in sys.modules)"
     )

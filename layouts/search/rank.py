@@ -19,7 +19,7 @@ from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.space import SPACES, enumerate_space
+from fourfold.layouts.search.space import SPACES, enumerate_space
 from fourfold.parallel.grid import AXES
 
 BLOCK = 1 << 15

@@ -1,0 +1,1 @@
+"""Which layouts there are, which is best, and why (Hagemann et al. 2023)."""
