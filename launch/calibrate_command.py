@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 
 from fourfold.launch.validate_command import score_table
-from fourfold.layouts.calibration import MEMORY_SPREAD, PRIOR_SPREAD, cross_validate, get_constant
-from fourfold.layouts.calibration import calibrate as fit
+from fourfold.layouts.evidence.calibration import MEMORY_SPREAD, PRIOR_SPREAD, cross_validate, get_constant
+from fourfold.layouts.evidence.calibration import calibrate as fit
+from fourfold.layouts.evidence.runs import Run, read_runs
+from fourfold.layouts.evidence.validation import price_runs, score
 from fourfold.layouts.inputs.constants import Constants, constants_from, constants_to, load_constants, load_prior
-from fourfold.layouts.runs import Run, read_runs
-from fourfold.layouts.validation import price_runs, score
 
 
 def calibrate(

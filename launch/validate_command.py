@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.layouts.cost.price import GIB, PricedLayout
+from fourfold.layouts.evidence.runs import Run, read_runs
+from fourfold.layouts.evidence.validation import LEAST_RUNS, Scores, price_runs, score
 from fourfold.layouts.inputs.constants import load_constants
-from fourfold.layouts.runs import Run, read_runs
-from fourfold.layouts.validation import LEAST_RUNS, Scores, price_runs, score
 
 PREDICTED = ("step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred")
 

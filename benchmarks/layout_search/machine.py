@@ -22,11 +22,11 @@ from fourfold.launch.launch_command import run_layout
 from fourfold.launch.profile_command import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
 from fourfold.launch.runs import read_result, typical_step_s
 from fourfold.layouts.cost.price import PricedLayout, price
+from fourfold.layouts.evidence.validation import spearman
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.search.rank import plan
-from fourfold.layouts.validation import spearman
 from fourfold.profiling.settings import ProfileSettings
 
 HERE = Path(__file__).parent

@@ -14,15 +14,15 @@ import numpy as np
 from benchmarks.layout_search.findings import findings
 from benchmarks.rows import measurement, write_rows
 
-from fourfold.layouts.calibration import cross_validate
 from fourfold.layouts.cost.price import PricedLayout
+from fourfold.layouts.evidence.calibration import cross_validate
+from fourfold.layouts.evidence.runs import Run, read_runs
+from fourfold.layouts.evidence.validation import Scores, price_runs, score
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.constants import load_constants, load_prior
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import STUDY
-from fourfold.layouts.runs import Run, read_runs
 from fourfold.layouts.search.rank import plan
-from fourfold.layouts.validation import Scores, price_runs, score
 
 HERE = Path(__file__).parent
 FILES = ("hagemann2023_main_sweep.csv", "llm_foundry_a100_80gb.csv", "megatron_core_h100_weak_scaling.csv")

@@ -165,7 +165,7 @@ def test_experts_are_cut():
 
 def test_no_torch_is_imported():
     script = (
-        "import sys, fourfold.layouts.search.rank, fourfold.layouts.report, fourfold.layouts.calibration, "
+        "import sys, fourfold.layouts.search.rank, fourfold.layouts.report, fourfold.layouts.evidence.calibration, "
         "fourfold.layouts.export, fourfold.layouts.search.explain, fourfold.layouts.tables\n"
         "from fourfold.layouts.inputs.model import load_model\nfrom fourfold.layouts.inputs.cluster import load_cluster\n"
         "fourfold.layouts.search.rank.plan(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), num_devices=8,"

@@ -8,10 +8,10 @@ import typer
 from typer.testing import CliRunner
 
 from fourfold.launch.validate_command import validate
-from fourfold.layouts.calibration import PRIOR_SPREAD, calibrate, folds_of, get_constant, with_constants
+from fourfold.layouts.evidence.calibration import PRIOR_SPREAD, calibrate, folds_of, get_constant, with_constants
+from fourfold.layouts.evidence.runs import read_runs
+from fourfold.layouts.evidence.validation import price_runs, score, spearman
 from fourfold.layouts.inputs.constants import load_constants, load_prior
-from fourfold.layouts.runs import read_runs
-from fourfold.layouts.validation import price_runs, score, spearman
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(validate)

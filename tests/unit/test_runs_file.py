@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from fourfold.launch.runs import append_runs, run_row
+from fourfold.layouts.evidence.runs import read_runs
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
-from fourfold.layouts.runs import read_runs
 
 RESULT = {"steps_s": [3.0, 1.0, 1.0, 1.0], "device": "cpu", "peak_bytes": 1 << 30, "torch": "2.13.0"}
 A100 = load_cluster("A100-80GB")
@@ -28,7 +28,7 @@ CPU = replace(A100, device=replace(A100.device, name="cpu", type="cpu"))
     ids=str,
 )
 def test_a_run_comes_back_as_its_layout(tmp_path, monkeypatch, fields):
-    monkeypatch.setattr("fourfold.layouts.runs.preset_for_gpu", lambda name: "A100-80GB")
+    monkeypatch.setattr("fourfold.layouts.evidence.runs.preset_for_gpu", lambda name: "A100-80GB")
     layout = Layout(**{"dp": 2, "micro_batch": 2, "global_batch": 16, "seq_len": 1024, **fields})
     append_runs(tmp_path / "runs.csv", [run_row(layout, load_model("llama-3.1-8b"), CPU, RESULT)])
     _, runs, refused = read_runs(tmp_path / "runs.csv")

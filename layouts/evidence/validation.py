@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.cost.price import PricedLayout, price
+from fourfold.layouts.evidence.runs import Run
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.layouts.runs import Run
 
 LEAST_RUNS = 5
 """A sweep with fewer finished runs has no order worth a correlation."""

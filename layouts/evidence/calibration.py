@@ -17,10 +17,10 @@ from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.price import PricedLayout
 from fourfold.layouts.cost.time import time_of
+from fourfold.layouts.evidence.runs import Run
+from fourfold.layouts.evidence.validation import price_runs
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.layouts.runs import Run
-from fourfold.layouts.validation import price_runs
 
 NOISE = 0.04
 """Relative scatter that counts as agreement: repeated runs differ by under 1%, unstated settings by more."""

@@ -1,0 +1,1 @@
+"""Measured runs: read, fitted to, and held against the model."""
