@@ -21,10 +21,10 @@ from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model
-from fourfold.layouts.report import write_report
+from fourfold.layouts.output.report import write_report
+from fourfold.layouts.output.tables import gib_text, plan_table, seconds_text, why_not, write_csv
 from fourfold.layouts.search.rank import Plan, advice
 from fourfold.layouts.search.rank import plan as rank_layouts
-from fourfold.layouts.tables import gib_text, plan_table, seconds_text, why_not, write_csv
 from fourfold.profiling.settings import ProfileSettings
 
 NUM_MEASURED = 3

@@ -14,9 +14,9 @@ from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.layout_words import parse_layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
+from fourfold.layouts.output.tables import seconds_text
 from fourfold.layouts.search.explain import TERMS, difference, draw_schedule, neighbours
 from fourfold.layouts.search.rank import advice, plan
-from fourfold.layouts.tables import seconds_text
 
 Config = Annotated[str, typer.Argument(help="A Hugging Face config.json, or a preset such as llama-3.1-8b.")]
 ClusterName = Annotated[str, typer.Option(help="A measured cluster.toml, or a preset such as A100-80GB.")]

@@ -7,7 +7,9 @@ from typing import Annotated
 import tomli_w
 import typer
 
-from fourfold.layouts.export import (
+from fourfold.layouts.inputs.layout import Layout, read_layout_file
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.output.export import (
     TARGETS,
     deepspeed_config,
     megatron_arguments,
@@ -16,8 +18,6 @@ from fourfold.layouts.export import (
     torchrun_script,
     torchtitan_config,
 )
-from fourfold.layouts.inputs.layout import Layout, read_layout_file
-from fourfold.layouts.inputs.model import ModelConfig
 
 
 def export(

@@ -11,10 +11,10 @@ from fourfold.layouts.cost.asynchronous import convergence_text
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model
-from fourfold.layouts.report import write_report
+from fourfold.layouts.output.report import write_report
+from fourfold.layouts.output.tables import describe, plan_table, why_not, write_csv
 from fourfold.layouts.search.rank import Plan, advice
 from fourfold.layouts.search.rank import plan as rank
-from fourfold.layouts.tables import describe, plan_table, why_not, write_csv
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}

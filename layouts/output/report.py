@@ -10,8 +10,8 @@ from typing import Any
 
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.model import human_count
+from fourfold.layouts.output.tables import mark, seconds_text, why_not
 from fourfold.layouts.search.rank import Plan
-from fourfold.layouts.tables import mark, seconds_text, why_not
 
 TIME_COLOURS = {
     "compute": "#2f6f9f", "recompute": "#7fb2d3", "tensor parallel": "#e39b3b", "context parallel": "#c8742a",

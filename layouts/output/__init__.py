@@ -1,0 +1,1 @@
+"""Ranked layouts as tables, a report, and the files that launch them."""
