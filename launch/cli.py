@@ -5,15 +5,15 @@ import sys
 
 import typer
 
-from fourfold.launch.calibrate_command import calibrate
-from fourfold.launch.demo_command import demo
-from fourfold.launch.explain_command import compare, explain
-from fourfold.launch.export_command import export
-from fourfold.launch.launch_command import launch
-from fourfold.launch.plan_command import plan
+from fourfold.launch.commands.calibrate import calibrate
+from fourfold.launch.commands.demo import demo
+from fourfold.launch.commands.explain import compare, explain
+from fourfold.launch.commands.export import export
+from fourfold.launch.commands.launch import launch
+from fourfold.launch.commands.plan import plan
+from fourfold.launch.commands.profile import profile
+from fourfold.launch.commands.validate import validate
 from fourfold.launch.processes import RankFailure
-from fourfold.launch.profile_command import profile
-from fourfold.launch.validate_command import validate
 
 app = typer.Typer(
     help="Measure a cluster, rank the ways to lay a model's training out on it, launch the best, and compare.",

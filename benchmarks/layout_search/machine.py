@@ -18,8 +18,8 @@ from statistics import median
 
 from benchmarks.rows import commit
 
-from fourfold.launch.launch_command import run_layout
-from fourfold.launch.profile_command import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
+from fourfold.launch.commands.launch import run_layout
+from fourfold.launch.commands.profile import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
 from fourfold.launch.runs import read_result, typical_step_s
 from fourfold.layouts.cost.price import PricedLayout, price
 from fourfold.layouts.evidence.validation import spearman

@@ -6,7 +6,7 @@ import tomllib
 import pytest
 import torch
 
-from fourfold.launch.profile_command import profile_machine
+from fourfold.launch.commands.profile import profile_machine
 from fourfold.profiling.settings import ProfileSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from fourfold.launch.commands.profile import profile_machine
 from fourfold.launch.processes import RankFailure, start_ranks
-from fourfold.launch.profile_command import profile_machine
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.profiling import run
 from fourfold.profiling.clock import Clock

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from fourfold.launch.export_command import exported
+from fourfold.launch.commands.export import exported
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.output.export import (

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fourfold.launch.validate_command import validate
+from fourfold.launch.commands.validate import validate
 from fourfold.layouts.evidence.calibration import PRIOR_SPREAD, calibrate, folds_of, get_constant, with_constants
 from fourfold.layouts.evidence.runs import read_runs
 from fourfold.layouts.evidence.validation import price_runs, score, spearman

@@ -10,9 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fourfold.launch.explain_command import compare, explain
-from fourfold.launch.export_command import export
-from fourfold.launch.plan_command import parse_fix, plan
+from fourfold.launch.commands.explain import compare, explain
+from fourfold.launch.commands.export import export
+from fourfold.launch.commands.plan import parse_fix, plan
 from fourfold.layouts.inputs.layout import read_layout_file
 
 app = typer.Typer(pretty_exceptions_enable=False)

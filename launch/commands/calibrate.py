@@ -8,7 +8,7 @@ import tomli_w
 import typer
 from rich.console import Console
 
-from fourfold.launch.validate_command import score_table
+from fourfold.launch.commands.validate import score_table
 from fourfold.layouts.evidence.calibration import MEMORY_SPREAD, PRIOR_SPREAD, cross_validate, get_constant
 from fourfold.layouts.evidence.calibration import calibrate as fit
 from fourfold.layouts.evidence.runs import Run, read_runs

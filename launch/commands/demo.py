@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fourfold.launch.launch_command import fresh_folder, run_layout
-from fourfold.launch.profile_command import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
+from fourfold.launch.commands.launch import fresh_folder, run_layout
+from fourfold.launch.commands.profile import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster

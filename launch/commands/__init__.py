@@ -1,0 +1,1 @@
+"""The commands of `layout-advisor`, a file each."""
