@@ -27,11 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fourfold.launch.asynchronous_training import AsynchronousModel, train_asynchronously
-from fourfold.launch.memory_use import MemoryGauge
-from fourfold.launch.mpi import adopt_mpi_ranks, started_by_mpi
-from fourfold.launch.text import byte_frequency_loss, read_standard_library
-from fourfold.launch.training import (
+from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
+from fourfold.launch.training.data import byte_frequency_loss, read_standard_library
+from fourfold.launch.training.loop import (
     StepRecord,
     TrainResult,
     TrainSettings,
@@ -39,6 +37,8 @@ from fourfold.launch.training import (
     slowest_and_largest,
     train,
 )
+from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.layouts.inputs.layout import Layout, read_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.parallel import ParallelModel, StreamSettings, init_mesh, parallelize

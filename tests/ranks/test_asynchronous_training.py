@@ -15,15 +15,15 @@ import torch.distributed as dist
 from rank_pool import RankFailure
 from test_pipelined_backprop import digest
 
-from fourfold.launch.asynchronous_training import (
+from fourfold.launch.training.async_loop import (
     AsynchronousModel,
     rate_schedule,
     scaled_optimizer,
     train_asynchronously,
 )
-from fourfold.launch.memory_use import MemoryGauge
-from fourfold.launch.text import held_out_rows, training_rows
-from fourfold.launch.training import TrainSettings
+from fourfold.launch.training.data import held_out_rows, training_rows
+from fourfold.launch.training.loop import TrainSettings
+from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model

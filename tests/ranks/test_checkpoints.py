@@ -9,8 +9,8 @@ import torch.distributed as dist
 from rank_pool import RankFailure
 from test_one_loss_any_layout import tiny_model
 
-from fourfold.launch.memory_use import MemoryGauge
-from fourfold.launch.training import TrainSettings, train
+from fourfold.launch.training.loop import TrainSettings, train
+from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import init_mesh, parallelize
 

@@ -4,7 +4,7 @@ from threading import Thread
 
 import torch
 
-from fourfold.launch.memory_use import MemoryGauge
+from fourfold.launch.training.memory_use import MemoryGauge
 
 MIB = 1 << 20
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fourfold.launch.text import byte_frequency_loss, held_out_rows, read_standard_library, training_rows
+from fourfold.launch.training.data import byte_frequency_loss, held_out_rows, read_standard_library, training_rows
 
 TEXT = torch.arange(1000, dtype=torch.int64).remainder(256).to(torch.uint8)
 

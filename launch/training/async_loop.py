@@ -19,10 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fourfold.launch.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
-from fourfold.launch.memory_use import MemoryGauge
-from fourfold.launch.text import held_out_rows, training_rows
-from fourfold.launch.training import (
+from fourfold.launch.training.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
+from fourfold.launch.training.data import held_out_rows, training_rows
+from fourfold.launch.training.loop import (
     BETAS,
     COUNTED_STEPS,
     StepRecord,
@@ -32,6 +31,7 @@ from fourfold.launch.training import (
     learning_rate_at,
     needed,
 )
+from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters

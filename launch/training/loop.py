@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from fourfold.launch.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
-from fourfold.launch.memory_use import MemoryGauge
-from fourfold.launch.text import held_out_rows, training_rows
+from fourfold.launch.training.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
+from fourfold.launch.training.data import held_out_rows, training_rows
+from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
 

@@ -1,0 +1,1 @@
+"""The training that every rank runs: build, loop, data, checkpoints."""
