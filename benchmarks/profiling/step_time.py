@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fourfold.parallel import init_mesh, parallelize, tensor_parallel
+from fourfold.parallel import init_mesh, parallelize
+from fourfold.parallel.decoder import tensor_parallel
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.compute import OperandPool, attention_case, matmul_case
 from fourfold.profiling.fitting import fit_latency_bandwidth

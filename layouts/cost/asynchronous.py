@@ -2,7 +2,7 @@
 
 No bubble, but a stage holds more micro-batches and several versions of its weights, updates (and, with replicas,
 reduces gradients) at every micro-batch, and learns from gradients that are some updates old. Closed forms over columns;
-a test compares them with the schedules themselves, parallel.pipeline_schedule.
+a test compares them with the schedules themselves, parallel.pipeline.schedule.
 """
 
 from typing import Any
@@ -77,7 +77,7 @@ def mitigation_seconds(c: Candidates, params: Column, stage: Column, bandwidth_b
     ahead = PREDICTION_PASSES["velocity"]
     passes += ahead if mitigation.spectrain else PREDICTION_PASSES[mitigation.predict]
     passes = passes + COPY_PASSES * ((forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
-    behind = (delays(c, 0 * stage) - delays(c, stage)) // 2  # pipeline_schedule.updates_behind
+    behind = (delays(c, 0 * stage) - delays(c, stage)) // 2  # pipeline.schedule.updates_behind
     own = ~stashes & (follows | (mitigation.spectrain & (behind > 0)))
     backward = EXCHANGE_PASSES * (stashes | own) + own * (DRIFT_PASSES["backward"] if follows else ahead)
     passes = passes + c.num_micro_batches / updates_per_step(c) * (EXCHANGE_PASSES * forward + backward)

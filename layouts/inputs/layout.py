@@ -14,7 +14,7 @@ from fourfold.parallel.pipeline.mitigation import Mitigation
 
 CHECKPOINTING = ("none", "selective", "full", "stream")
 SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
-"""Of a pipeline, by their names in parallel.pipeline_schedule; the first drains at every step, the others never."""
+"""Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
 MITIGATION = "lwpv+sc"
 WHOLE_STAGE: dict[str, Any] = {
     "cp": 1, "tp": 1, "vp": 1, "ep": 1, "zero_stage": 0, "sequence_parallel": False, "offload": False,

@@ -45,7 +45,7 @@ def _axis_rules(model: ModelConfig, global_batch: int, seq_len: int) -> list[_Ru
 
 
 def _runtime_rules(model: ModelConfig) -> list[_Rule]:
-    """What fourfold's own runtime refuses; see parallel.transformer.parallelize."""
+    """What fourfold's own runtime refuses; see parallel.decoder.parallelize."""
     rules: list[_Rule] = []
     if model.tied_embeddings:
         rules.append(("tied embeddings need pp=1 in this runtime", lambda c: c["pp"] == 1))

@@ -7,7 +7,7 @@ work so inside; `scaled_dot_product_attention` hides the lse, the aten operators
 One class a backend, all with the same two methods. Tensors are [B, H, S, D]; k and v may have fewer heads (GQA, MQA):
 consecutive query heads share one. lse is [B, H, S_q], fp32 (fp64 for fp64 inputs), natural log. `causal` masks keys
 after a query, both counted from their first, so it asks for as many keys as queries. No row may be wholly masked:
-attention_blocks cuts such rows off.
+attention.blocks cuts such rows off.
 
 Gradients repeat bit for bit on CPU. On CUDA the kernels add dq with atomics unless
 torch.use_deterministic_algorithms(True) is set (flash; cuDNN has its own rules).

@@ -1,6 +1,6 @@
 """A Hugging Face decoder as stages of pipelined backpropagation, on the mesh that the synchronous layouts use.
 
-transformer.py puts a decoder on all four axes and drains its pipeline at every step; here the axes are dp and pp only,
+parallelize.py puts a decoder on all four axes and drains its pipeline at every step; here the axes are dp and pp only,
 a stage is one rank with all of its weights, and the pipeline never drains. Cut, weights and loss are the same: layers
 by grid.layer_ranges, weights drawn by name, the mean over the targets of what an update sees.
 """
@@ -40,7 +40,7 @@ def decoder_stages(
     """Cut a decoder into `num_stages` stages from token ids [B, seq_len] to logits [B, seq_len, vocab].
 
     Args:
-        model: a causal language model of the families in decoder_stage.py; its modules are shared. On the meta device
+        model: a causal language model of the families in decoder.stage; its modules are shared. On the meta device
             each stage draws its own weights, as parallelize does.
         only: make this stage alone, the others are None.
         checkpointing: "none", or "full" to keep each layer's input and recompute the layer.

@@ -47,7 +47,7 @@ def cut_decoder_into_stages(
     The embedding counts with the first layer, norm and head with the last.
 
     Args:
-        model: a causal language model of the families in decoder_stage.py; its modules are shared, not copied.
+        model: a causal language model of the families in decoder.stage; its modules are shared, not copied.
         input_ids: one micro-batch [B, S] int64. The stages are for sequences of this S.
         checkpointing: "none", "full" to recompute each layer in the backward pass, or "stream" to do so in chunks of
             the sequence; logits are whole on the last stage all the same.

@@ -65,7 +65,7 @@ def parallelize(
     layer at a time, the same under every layout.
 
     Args:
-        model: a transformers causal language model of the Llama family (decoder_stage.SUPPORTED_MODEL_TYPES). Its
+        model: a transformers causal language model of the Llama family (decoder.stage.SUPPORTED_MODEL_TYPES). Its
             modules are taken over and changed in place: do not use `model` afterwards.
         mesh: from `init_mesh`. tp cuts matrices (DTensor), cp the sequence (ring attention), pp the layers
             (torch.distributed.pipelining, 1F1B), dp the batch.

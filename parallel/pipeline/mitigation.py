@@ -6,7 +6,7 @@ momentum m, v+ = m v + g, w+ = w - lr v+, Kosson et al. propose
     spike compensation (SC)          w+ = w - lr (a v+ + b g)
     linear weight prediction (LWP)   the forward runs at w - lr T v, or at w + T (w - w_before)
 
-delayed_optimizer.py applies them to SGD and carries them over to Adam, AdamW, NAdam and Muon.
+optimizer.py applies them to SGD and carries them over to Adam, AdamW, NAdam and Muon.
 """
 
 from dataclasses import dataclass

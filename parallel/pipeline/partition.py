@@ -1,6 +1,6 @@
 """Cut a chain of layers into pipeline stages whose slowest is as fast as can be. No torch: layouts uses it too.
 
-grid.layer_ranges counts layers; this weighs them. stage_profiling.py measures the weights.
+grid.layer_ranges counts layers; this weighs them. decoder.balance measures the weights.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """Pipelined backpropagation on ranks: one stage a rank, an update wherever the schedule says, no flush.
 
 torch.distributed.pipelining drains the pipeline at every step, refuses fewer micro-batches than stages in 1F1B, and
-leaves the update to the caller. Here a stage follows its own list of actions (pipeline_schedule.py) through a stream of
+leaves the update to the caller. Here a stage follows its own list of actions (schedule.py) through a stream of
 any length, steps its own optimizer in the middle of it, and reads the weights that the mitigation wants
-(weight_prediction.py). The weights after a run equal PipelinedBackpropEmulator's bit for bit in fp32.
+(mitigation.py). The weights after a run equal PipelinedBackpropEmulator's bit for bit in fp32.
 """
 
 from collections import deque

@@ -2,7 +2,7 @@
 
 torch.distributed.pipelining also has schedules as lists of actions (`2F0`), but only for steps that end in a flush,
 with the update outside of the schedule. Pipelined backpropagation needs the update inside: where a stage updates
-decides how stale a gradient is, and the mitigations of weight_prediction.py must be told exactly that number. So here
+decides how stale a gradient is, and the mitigations of mitigation.py must be told exactly that number. So here
 a schedule is a rule that yields every stage's actions for a stream of any length, and the delay is counted from them.
 
     F  forward    B  backward    I, W  the halves of a backward: input gradient, weight gradient    U  update

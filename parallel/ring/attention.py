@@ -2,7 +2,7 @@
 
 Every rank keeps its queries and sees the keys and values of the others, hop by hop, while the next ones are on their
 way; a fused kernel does each block and the log-sum-exps merge them, so no rank ever holds a row of scores. What the
-mask empties is neither computed nor sent: attention_blocks cuts each hop into unmasked blocks, and only the keys that
+mask empties is neither computed nor sent: attention.blocks cuts each hop into unmasked blocks, and only the keys that
 some block reads travel, straight from the rank that holds them. torch's context_parallel does causal zigzag on
 lengths that divide; ring-flash-attention, yunchang and MagiAttention need CUDA.
 
@@ -66,7 +66,7 @@ def ring_attention(
         ValueError: shapes, dtypes or devices that do not fit together, and anything not supported, with its mend.
     Cost: u = B*H_kv*D*L/N elements, L tokens in all. Without a mask every rank sends 2(N-1)u forward, and backward
         those again and 2(N-1)u in fp32. Masks send less: causal zigzag 3/4 of it in the mean, causal contiguous half,
-        windows and documents only the keys that someone sees; attention_blocks.keys_sent counts them.
+        windows and documents only the keys that someone sees; attention.blocks.keys_sent counts them.
         heads_degree h: N/h - 1 hops of the same bytes instead of N - 1, each with h times the work to hide behind, for
         one swap of (h-1)/h * (2H + 2H_kv) * B*D*L/N elements each way, among neighbours. So take the largest h that
         the key heads allow and one node holds; above H_kv, replicated keys give the gain back.

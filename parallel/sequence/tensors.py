@@ -1,4 +1,4 @@
-"""Shard tensors over a group by the rules of sequence_sharding, gather them back, and what a model needs beside them.
+"""Shard tensors over a group by the rules of sequence.sharding, gather them back, and what a model needs beside them.
 
 The gradient of every function here is that of the sum of all ranks' losses, each rank's inputs being its own: the
 convention under which parameter gradients are summed over the context-parallel group, and never divided by its size.
@@ -36,7 +36,7 @@ def shard_sequence(
     Args:
         x: any shape, the whole sequence along `dim`, any length.
         group: the context-parallel group, or (rank, size); None is torch's default group, or one process alone.
-        sharding, cu_seqlens: see sequence_sharding.shard_ranges.
+        sharding, cu_seqlens: see sequence.sharding.shard_ranges.
     Returns:
         x with its shard along `dim`, contiguous, possibly empty. Differentiable: the rank's own copy of x gets the
         gradient of its shard, zero elsewhere.

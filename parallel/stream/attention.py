@@ -1,9 +1,9 @@
 """Attention of one chunk of a sequence against all keys before it, without a mask.
 
 A chunk of a causal layer is one triangle and the rectangle of its prefix; windows, packed documents and padding cut
-these into more rectangles and triangles (attention_blocks). Each is a plain call of a kernel of attention.py, merged
-by lse. torch's scaled_dot_product_attention would need a [chunk, T] mask for the same, and gives no gradient of a
-prefix that other chunks read too.
+these into more rectangles and triangles (attention.blocks). Each is a plain call of a kernel of attention.backends,
+merged by lse. torch's scaled_dot_product_attention would need a [chunk, T] mask for the same, and gives no gradient of
+a prefix that other chunks read too.
 
 Keys and values live in a `LayerKeys`, whole, once a layer. Chunks go backward last to first, so when a chunk's turn
 comes every later chunk has added its share to the gradient of its keys: one backward of the chunk is final.

@@ -35,7 +35,7 @@ class Head:
         chunk: tokens whose logits HeadLoss has at a time, whole rows.
         tile: (tokens, rows of the vocabulary) that HeadStatistics has at a time.
         autocast: (device type, dtype) of an enabled autocast.
-        passing: see stream_layer.Pass.
+        passing: see layer.Pass.
     """
 
     norm: nn.Module

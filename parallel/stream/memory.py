@@ -132,7 +132,7 @@ def stream_memory(
         device_type: what "auto" chooses for, "cpu" or "cuda".
     Raises:
         ValueError: a length, batch or chunk below 1.
-    Source: derived here; checked against measured peaks in tests/unit/test_stream_memory.py.
+    Source: derived here; checked against measured peaks in tests/unit/stream/test_stream_memory.py.
     """
     if chunk_size == "auto" or mlp_chunk == "auto":
         found = auto_chunks(

@@ -1,8 +1,8 @@
 """StreamBP: a Hugging Face decoder whose ordinary backward goes through long sequences in chunks, exactly.
 
 After `stream_backprop(model)`, `model(input_ids, labels=labels).loss.backward()` gives plain backpropagation's
-gradients while keeping, of all activations over the sequence, the layers' inputs alone: each layer (stream_layer) and
-the head with the loss (stream_head) is recomputed, differentiated and dropped chunk by chunk. torch offers activation
+gradients while keeping, of all activations over the sequence, the layers' inputs alone: each layer (layer.py) and
+the head with the loss (head.py) is recomputed, differentiated and dropped chunk by chunk. torch offers activation
 checkpointing, whose peak is a whole layer and the whole logits; TRL, Liger-Kernel and DeepSpeed's ALST chunk logits
 and MLP, not attention.
 
@@ -81,9 +81,9 @@ def stream_backprop(
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
-        chunk_size: queries of attention a chunk. "auto": by stream_peak.auto_chunks, 256 to 1024 on a CPU, 1024 to
+        chunk_size: queries of attention a chunk. "auto": by stream.memory.auto_chunks, 256 to 1024 on a CPU, 1024 to
             4096 elsewhere.
-        logits_chunk: tokens whose logits exist at a time. "auto": by stream_peak, as many as fit some MiB.
+        logits_chunk: tokens whose logits exist at a time. "auto": by stream.memory, as many as fit some MiB.
         offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory
             and back, beside the computation. On CUDA; elsewhere they stay where they are.
         mlp_chunk: tokens a chunk of all that follows attention. "auto": with chunk_size, at most that.

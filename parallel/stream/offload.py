@@ -1,6 +1,6 @@
 """Layer inputs kept in host memory between forward and backward, copied beside the computation.
 
-At long sequences the layer inputs are what is left of a streamed step's memory (stream_peak). A layer's work on T
+At long sequences the layer inputs are what is left of a streamed step's memory (stream.memory). A layer's work on T
 tokens grows faster than the copy of its input, so on CUDA the copies hide behind it: each layer's input leaves on a
 stream of its own while the next layer computes, and comes back while the layer above goes backward. torch's save_on_cpu
 copies on the computing stream, and waits. Own code, because autograd's saved-tensor hooks know no next tensor to fetch.

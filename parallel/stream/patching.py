@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The name by which transformers finds stream_layer's attention function.
+# The name by which transformers finds stream.layer's attention function.
 NAME = "fourfold_stream"
 
 

@@ -1,6 +1,6 @@
 """One decoder layer over a shard of a sequence, in chunks, its attention around the ring of the shards.
 
-stream_layer's chunks attend to all keys before them; here those lie on other ranks. So a layer is cut twice: q, k and v
+layer.py's chunks attend to all keys before them; here those lie on other ranks. So a layer is cut twice: q, k and v
 of the whole shard are made chunk by chunk, the ring attends for the shard at once (it needs no more than output and lse
 to go back), and all that follows goes in chunks again. Nothing of a chunk but q, k, v and the output lives as long as
 the layer does, and the ring's messages do not count chunks.

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
-from rank_pool import RankPool
+from support.rank_pool import RankPool
 
-# pytest tests/ranks/test_ring_sweep.py -s --hypothesis-profile=thorough
+# pytest tests/ranks/ring/test_ring_sweep.py -s --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=500, deadline=None)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch.distributed as dist
-from rank_pool import RankFailure
+from support.rank_pool import RankFailure
 
 from fourfold.parallel import init_mesh
 from fourfold.parallel.grid import Grid

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankFailure
+from support.rank_pool import RankFailure
 
 
 def add_ranks(offset: int) -> float:

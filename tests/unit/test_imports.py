@@ -21,7 +21,8 @@ def test_import_directions():
 
 
 def test_layouts_and_the_command_line_need_no_torch():
-    modules = [f"fourfold.layouts.{path.stem}" for path in (ROOT / "layouts").glob("*.py") if path.stem != "__init__"]
+    files = [path for path in (ROOT / "layouts").rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(("fourfold", *path.relative_to(ROOT).with_suffix("").parts)) for path in files]
     assert len(modules) > 10
     code = f"import sys, {', '.join(sorted(modules))}, fourfold.launch.cli; sys.exit('torch' in sys.modules)"
     assert run(sys.executable, "-c", code).returncode == 0

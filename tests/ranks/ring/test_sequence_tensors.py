@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankFailure
+from support.rank_pool import RankFailure
 
 from fourfold.parallel import shard_labels, shard_positions, shard_sequence, unshard_sequence
 

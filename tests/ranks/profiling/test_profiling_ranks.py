@@ -141,7 +141,7 @@ def test_another_machines_partial_profile_is_refused(tmp_path):
 
 
 def test_bad_input_ends_with_one_line_and_code_2(tmp_path, capfd, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2] / "src"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3] / "src"))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
     settings = ProfileSettings(out=tmp_path / "c.toml", model=tmp_path / "config.json")
     with pytest.raises(ValueError, match="4 attention heads do not divide into 3"):

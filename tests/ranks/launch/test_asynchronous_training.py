@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankFailure
-from test_pipelined_backprop import digest
+from support.digest import digest
+from support.rank_pool import RankFailure
 
 from fourfold.launch.training.async_loop import (
     AsynchronousModel,
@@ -31,7 +31,7 @@ from fourfold.parallel import PipelinedBackpropEmulator, decoder_stages, init_me
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
 from fourfold.parallel.sequence.tensors import shard_labels
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 256, "tie_word_embeddings": False,

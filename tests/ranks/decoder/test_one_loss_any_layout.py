@@ -5,98 +5,12 @@ compares with it the loss and every gradient of the first step and the losses of
 two orders over fp32's rounding in sums of this length (about 1e-7) and far under any wrong factor or lost term.
 """
 
-from functools import cache
-
 import pytest
 import torch
-from torch import Tensor
+from support.one_loss import GLOBAL_BATCH, assert_one_loss, batches, relative_error, tiny_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from fourfold.parallel import init_mesh, parallelize
-
-GLOBAL_BATCH, SEQ_LEN, STEPS, MAX_NORM = 4, 24, 3, 0.5
-
-
-def tiny_model(family: str = "llama", *, seed: int = 1, double: bool = False, **changes: object) -> torch.nn.Module:
-    sizes = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64,
-        "tie_word_embeddings": False, "initializer_range": 0.1,
-    } | changes  # fmt: skip
-    torch.manual_seed(seed)
-    config = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}[family](**sizes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    return model.double() if double else model
-
-
-def batches(masked: bool) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(64, (STEPS, GLOBAL_BATCH, SEQ_LEN), generator=generator)
-    labels = ids.clone()
-    if masked:  # uneven, so that a mean of means would show
-        labels[:, 0, : SEQ_LEN // 2] = -100
-        labels[:, 1, SEQ_LEN - 5 :] = -100
-    return list(zip(ids, labels, strict=True))
-
-
-def adamw(parameters) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.1)
-
-
-@cache  # in each rank's process, for all layouts of one model
-def single_process(masked: bool, **model_options: object):
-    """Losses, the first step's gradients, and the gradient norms of the plain transformers model."""
-    model, data = tiny_model(**model_options), batches(masked)
-    optimizer = adamw(model.parameters())
-    losses, norms, gradients = [], [], {}
-    for step, (ids, labels) in enumerate(data):
-        loss = model(ids, labels=labels).loss
-        loss.backward()
-        if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, norms, gradients
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
-
-
-def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: bool) -> tuple[dict, set]:
-    """Errors against the single process on this rank, and which parameters it has no part of."""
-    data = batches(masked)
-    truth_losses, truth_norms, truth = single_process(masked, **model_options)
-    mesh = init_mesh(**mesh_shape, device_type="cpu")
-    model = parallelize(tiny_model(**model_options), mesh, **options)
-    optimizer = adamw(model.parameters())
-    rows = model.batch_rows(GLOBAL_BATCH)
-    errors: dict[str, list[float]] = {"gradient": [], "loss": [], "norm": [], "evaluate": []}
-    for step, (ids, labels) in enumerate(data):
-        before = model.evaluate(ids[rows], labels[rows])
-        loss = model.forward_backward(ids[rows], labels[rows])
-        if step == 0:
-            for name, parameter in model.named_parameters():
-                gradient = parameter.grad
-                gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-                errors["gradient"].append(relative_error(gradient, truth[name]))
-        norm = model.clip_grad_norm_(MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        errors["loss"].append(abs(loss.item() / truth_losses[step] - 1))
-        errors["evaluate"].append(abs(before.item() / loss.item() - 1))
-        errors["norm"].append(abs(norm.item() / truth_norms[step] - 1))
-    return errors, set(truth) - {name for name, _ in model.named_parameters()}
-
-
-def assert_one_loss(pool, mesh_shape, *, masked=False, model=None, tolerance=1e-5, **options):
-    results = pool(check_layout, mesh_shape, options, model or {}, masked)
-    for errors, _ in results:
-        assert all(error < tolerance for kind in errors.values() for error in kind), errors  # false for NaN too
-    assert not set.intersection(*(missing for _, missing in results))  # every parameter was compared on some rank
 
 
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}], ids=str)

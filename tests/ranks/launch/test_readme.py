@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_launching import CONFIG
+from support.tiny_config import CONFIG
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split("  #")[0].strip()

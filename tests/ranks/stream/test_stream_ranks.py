@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from benchmarks.stream_backprop.collectives import WHOLE, make_model, step, whole_gradient, wrap
-from rank_pool import RankPool
+from support.rank_pool import RankPool
 
 from fourfold.parallel import stream_backprop
 

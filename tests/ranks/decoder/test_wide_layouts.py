@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from test_one_loss_any_layout import tiny_model
+from support.one_loss import tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fourfold.parallel import init_mesh, parallelize

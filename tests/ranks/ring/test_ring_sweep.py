@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ring_cases import TOLERANCE, compare_all
+from support.ring_cases import TOLERANCE, compare_all
 
 from fourfold.parallel.sequence.sharding import SHARDINGS
 

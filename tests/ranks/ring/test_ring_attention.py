@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ring_cases import TOLERANCE, compare_all, first_ranks
+from support.ring_cases import TOLERANCE, compare_all, first_ranks
 
 from fourfold.parallel import ring_attention
 

@@ -9,11 +9,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import pipeline_models
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankFailure
+from support import pipeline_models
+from support.rank_pool import RankFailure
 from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop

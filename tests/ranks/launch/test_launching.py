@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.tiny_config import CONFIG
 
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.runs import COLUMNS
@@ -17,17 +18,12 @@ from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import Layout, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 256,
-    "max_position_embeddings": 256, "tie_word_embeddings": False,
-}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "support")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 

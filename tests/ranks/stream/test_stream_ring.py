@@ -1,6 +1,7 @@
 """StreamBP around the ring: every rank streams its shard, and the summed gradients are one plain process's, in fp32.
 
-The tolerance is a few roundings of fp32 over sums of some hundred terms, as in tests/unit/test_stream_backprop.py.
+The tolerance is a few roundings of fp32 over sums of some hundred terms, as in tests/unit/stream/
+test_stream_backprop.py.
 """
 
 from itertools import pairwise

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from test_one_loss_any_layout import assert_one_loss, tiny_model
+from support.one_loss import assert_one_loss, tiny_model
 
 from fourfold.parallel import (
     PipelinedBackprop,

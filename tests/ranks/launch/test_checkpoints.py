@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankFailure
-from test_one_loss_any_layout import tiny_model
+from support.one_loss import tiny_model
+from support.rank_pool import RankFailure
 
 from fourfold.launch.training.loop import TrainSettings, train
 from fourfold.launch.training.memory_use import MemoryGauge

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_one_loss_any_layout import tiny_model
+from support.one_loss import tiny_model
 from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize

@@ -1,15 +1,15 @@
 """The runtime reaches, bit for bit, the weights of the emulator; streams, replicas, resuming, evaluation."""
 
 from functools import partial
-from hashlib import sha256
 from itertools import islice
 from typing import Any
 
-import pipeline_models
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankFailure
+from support import pipeline_models
+from support.digest import digest
+from support.rank_pool import RankFailure
 from torch.nn import functional as F
 
 from fourfold.parallel import (
@@ -46,27 +46,6 @@ def same_state(mine: Any, other: Any) -> bool:
     if isinstance(mine, list | tuple):
         return len(mine) == len(other) and all(map(same_state, mine, other))
     return bool(mine == other)
-
-
-def digest(losses: list[float], state: dict[str, Any]) -> str:
-    """Every bit of a stage's weights, optimizer and losses."""
-    summary = sha256(repr(losses).encode())
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            summary.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in value:
-                summary.update(repr(key).encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            for one in value:
-                add(one)
-        else:
-            summary.update(repr(value).encode())
-
-    add(state)
-    return summary.hexdigest()
 
 
 def digests(num_stages: int, cases: list[dict[str, Any]], count: int) -> tuple[list[str], dict[int, list[str]]]:
