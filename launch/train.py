@@ -41,7 +41,8 @@ from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.layouts.inputs.layout import Layout, read_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.parallel import ParallelModel, StreamSettings, init_mesh, parallelize
+from fourfold.parallel import ParallelModel, init_mesh, parallelize
+from fourfold.parallel.stream import StreamSettings
 from fourfold.profiling.refusal import refuse
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fourfold.parallel import PipelinedBackpropEmulator, scale_adam_hyperparameters, scale_hyperparameters
+from fourfold.parallel import PipelinedBackpropEmulator
+from fourfold.parallel.pipeline import scale_adam_hyperparameters, scale_hyperparameters
 
 TABLE = Path(__file__).with_name("accuracy.csv")
 METHODS = {  # the name in the tables: (delays of lock-step pipelined backpropagation?, mitigation)

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining import Schedule1F1B
 
-from fourfold.parallel import PipelinedBackprop, PipelineSchedule
+from fourfold.parallel import PipelinedBackprop
+from fourfold.parallel.pipeline import PipelineSchedule
 from fourfold.parallel.pipeline.schedule import async_speedup
 
 COUNTS = (1, 2, 4, 8)  # micro-batches an update of the flushed pipelines

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fourfold.parallel import balanced_ranges
 from fourfold.parallel.decoder.balance import profile_modules
+from fourfold.parallel.pipeline import balanced_ranges
 
 
 class _Sleep(torch.autograd.Function):

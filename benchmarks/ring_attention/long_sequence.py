@@ -18,7 +18,8 @@ from benchmarks.ring_attention.providers import HEAD_SIZE, leaves
 from benchmarks.ring_attention.run import join_world, peak_bytes, resident_bytes, world
 from benchmarks.rows import measurement, write_rows
 
-from fourfold.parallel import linformer_attention, ring_attention
+from fourfold.parallel import ring_attention
+from fourfold.parallel.ring import linformer_attention
 from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 HERE = Path(__file__).parent

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fourfold.parallel import ring_attention, two_pass_ring_attention
+from fourfold.parallel import ring_attention
+from fourfold.parallel.ring import two_pass_ring_attention
 from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 
 HEADS, HEAD_SIZE = 8, 64

@@ -20,15 +20,8 @@ from benchmarks.stream_backprop.tiny_models import FAMILIES, batch, gradients, t
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fourfold.parallel import (
-    TokenStatistics,
-    dpo_loss,
-    grpo_loss,
-    kto_loss,
-    sft_loss,
-    stream_backprop,
-    token_statistics,
-)
+from fourfold.parallel import stream_backprop
+from fourfold.parallel.stream import TokenStatistics, dpo_loss, grpo_loss, kto_loss, sft_loss, token_statistics
 from fourfold.parallel.stream.checks import SUPPORTED
 from fourfold.parallel.stream.losses import sequence_logprobs
 

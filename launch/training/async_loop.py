@@ -34,8 +34,9 @@ from fourfold.launch.training.loop import (
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.parallel import pipeline_decoder, scale_adam_hyperparameters
+from fourfold.parallel.decoder import pipeline_decoder
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.pipeline import scale_adam_hyperparameters
 from fourfold.parallel.pipeline.links import replica_lost
 from fourfold.parallel.sequence.tensors import shard_labels
 

@@ -1,1 +1,23 @@
 """A Hugging Face decoder on a (dp, pp, cp, tp) mesh: the other packages in one place."""
+
+from typing import TYPE_CHECKING
+
+from fourfold.parallel.lazy import exported
+
+if TYPE_CHECKING:
+    from fourfold.parallel.decoder.async_pipeline import decoder_stages as decoder_stages
+    from fourfold.parallel.decoder.async_pipeline import pipeline_decoder as pipeline_decoder
+    from fourfold.parallel.decoder.balance import cut_decoder_into_stages as cut_decoder_into_stages
+    from fourfold.parallel.decoder.balance import cut_into_stages as cut_into_stages
+    from fourfold.parallel.decoder.parallelize import ParallelModel as ParallelModel
+
+__getattr__, __dir__, __all__ = exported(
+    __name__,
+    {
+        "ParallelModel": "parallelize",
+        "cut_decoder_into_stages": "balance",
+        "cut_into_stages": "balance",
+        "decoder_stages": "async_pipeline",
+        "pipeline_decoder": "async_pipeline",
+    },
+)

@@ -1,7 +1,9 @@
 """Imports run one way, and the planner does without torch."""
 
+import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,10 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_directions():
-    """launch -> layouts -> parallel | profiling, as pyproject.toml has it for import-linter."""
+    """The contracts that pyproject.toml has for import-linter."""
     result = run(sys.executable, "-c", "from importlinter.cli import lint_imports_command as main; main()")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "1 kept, 0 broken" in result.stdout
+    assert "6 kept, 0 broken" in result.stdout
 
 
 def test_layouts_and_the_command_line_need_no_torch():
@@ -36,8 +38,19 @@ def test_a_second_copy_is_refused(folder):
     assert f"import fourfold.{folder}, not '{folder}'" in result.stderr
 
 
-def test_every_exported_name_exists():
-    import fourfold.parallel
+PACKAGES = ["parallel", *(f"parallel/{name}" for name in ("sequence", "ring", "stream", "pipeline", "decoder"))]
 
-    for name in fourfold.parallel.__all__:
-        assert getattr(fourfold.parallel, name).__name__ == name
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_a_package_offers_what_it_lists(folder):
+    """The lazy table, the imports that type checkers read, and the modules themselves agree."""
+    name = "fourfold." + folder.replace("/", ".")
+    package = import_module(name)
+    tree = ast.parse((ROOT / folder / "__init__.py").read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imports = [(line.module, alias.name) for line in typed.body for alias in line.names]
+    assert sorted(exported for _, exported in imports) == package.__all__ == dir(package)
+    for module, exported in imports:
+        assert getattr(package, exported) is getattr(import_module(module), exported)
+    with pytest.raises(AttributeError, match=f"{name} has no 'nothing'"):
+        package.nothing  # noqa: B018

@@ -27,7 +27,8 @@ from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
-from fourfold.parallel import PipelinedBackpropEmulator, decoder_stages, init_mesh
+from fourfold.parallel import PipelinedBackpropEmulator, init_mesh
+from fourfold.parallel.decoder import decoder_stages
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
 from fourfold.parallel.sequence.tensors import shard_labels
 

@@ -12,14 +12,10 @@ from support.digest import digest
 from support.rank_pool import RankFailure
 from torch.nn import functional as F
 
-from fourfold.parallel import (
-    PipelinedBackprop,
-    PipelinedBackpropEmulator,
-    PipelineSchedule,
-    Program,
-    cut_decoder_into_stages,
-)
+from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator
+from fourfold.parallel.decoder import cut_decoder_into_stages
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.pipeline import PipelineSchedule, Program
 from fourfold.parallel.pipeline.schedule import NAMES
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)

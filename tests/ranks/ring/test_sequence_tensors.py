@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from support.rank_pool import RankFailure
 
-from fourfold.parallel import shard_labels, shard_positions, shard_sequence, unshard_sequence
+from fourfold.parallel import shard_sequence, unshard_sequence
+from fourfold.parallel.sequence import shard_labels, shard_positions
 
 SHARDINGS = ("contiguous", "zigzag", "striped")
 

@@ -4,13 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fourfold.parallel import (
-    linformer_attention,
-    ring_attention,
-    shard_sequence,
-    two_pass_ring_attention,
-    unshard_sequence,
-)
+from fourfold.parallel import ring_attention, shard_sequence, unshard_sequence
+from fourfold.parallel.ring import linformer_attention, two_pass_ring_attention
 from fourfold.parallel.testing.reference import attention_reference, linformer_reference
 
 

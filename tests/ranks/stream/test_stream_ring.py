@@ -13,14 +13,8 @@ import torch.distributed as dist
 from benchmarks.stream_backprop.tiny_models import batch, gradients, tiny, worst_error
 from torch import Tensor, nn
 
-from fourfold.parallel import (
-    dpo_loss,
-    shard_batch,
-    stream_backprop,
-    token_logprobs,
-    unshard_sequence,
-    use_ring_attention,
-)
+from fourfold.parallel import shard_batch, stream_backprop, token_logprobs, unshard_sequence, use_ring_attention
+from fourfold.parallel.stream import dpo_loss
 from fourfold.parallel.stream.losses import sequence_logprobs
 
 TOLERANCE, LOSS_TOLERANCE = 2e-6, 1e-6

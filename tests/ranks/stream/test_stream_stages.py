@@ -9,14 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from support.one_loss import assert_one_loss, tiny_model
 
-from fourfold.parallel import (
-    PipelinedBackprop,
-    PipelinedBackpropEmulator,
-    StreamSettings,
-    init_mesh,
-    parallelize,
-)
+from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator, init_mesh, parallelize
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.stream import StreamSettings
 
 CHUNKS = StreamSettings(chunk_size=7, mlp_chunk=4, logits_chunk=5)
 KEPT = replace(CHUNKS, keep_attention=1)

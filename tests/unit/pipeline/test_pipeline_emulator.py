@@ -11,15 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fourfold.parallel import (
-    PipelinedBackpropEmulator,
-    balanced_ranges,
-    cut_decoder_into_stages,
-    cut_into_stages,
-    decoder_stages,
-    stream_backprop,
-    use_ring_attention,
-)
+from fourfold.parallel import PipelinedBackpropEmulator, stream_backprop, use_ring_attention
+from fourfold.parallel.decoder import cut_decoder_into_stages, cut_into_stages, decoder_stages
+from fourfold.parallel.pipeline import balanced_ranges
 from fourfold.parallel.pipeline.schedule import FLUSHED
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)

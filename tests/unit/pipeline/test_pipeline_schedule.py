@@ -179,7 +179,7 @@ def test_a_program_refuses_a_stream_of_another_length():
 
 def test_schedules_do_not_import_torch():
     code = (
-        "import sys; from fourfold.parallel import PipelineSchedule, Mitigation, balanced_ranges; "
+        "import sys; from fourfold.parallel.pipeline import PipelineSchedule, Mitigation, balanced_ranges; "
         "PipelineSchedule.named('lockstep', 4).delays(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"], check=True)

@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fourfold.parallel import (
+from fourfold.parallel import PipelinedBackpropEmulator, spike_compensation
+from fourfold.parallel.pipeline import (
     DelayedOptimizer,
     Mitigation,
-    PipelinedBackpropEmulator,
     equivalent_horizon,
     scale_adam_hyperparameters,
     scale_hyperparameters,
-    spike_compensation,
 )
 from fourfold.parallel.pipeline.stage import PipelineStage
 

@@ -107,5 +107,7 @@ def test_parameters_are_counted():
 
 
 def test_the_closed_form_needs_no_torch():
-    code = "import sys; from fourfold.parallel import stream_memory, max_seq_len; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from fourfold.parallel.stream import stream_memory, max_seq_len; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0

@@ -4,7 +4,8 @@ import pytest
 import torch
 from benchmarks.stream_backprop.tiny_models import batch, gradients, tiny, worst_error
 
-from fourfold.parallel import stream_backprop, token_statistics
+from fourfold.parallel import stream_backprop
+from fourfold.parallel.stream import token_statistics
 from fourfold.parallel.stream.losses import sft_loss
 
 LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6
