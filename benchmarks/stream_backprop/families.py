@@ -13,70 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from benchmarks.rows import measurement, write_rows
-from benchmarks.stream_backprop.tiny_models import FAMILIES, batch, gradients, tiny, worst_error
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fourfold.parallel import stream_backprop
-from fourfold.parallel.stream import TokenStatistics, dpo_loss, grpo_loss, kto_loss, sft_loss, token_statistics
+from fourfold.parallel.stream import token_statistics
 from fourfold.parallel.stream.checks import SUPPORTED
-from fourfold.parallel.stream.losses import sequence_logprobs
-
-CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
-Gradients = dict[str, Tensor]
-
-
-def whole_statistics(model: nn.Module, ids: Tensor, labels: Tensor) -> TokenStatistics:
-    """token_statistics from whole logits."""
-    logits = model(input_ids=ids).logits.float()
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    mask = targets != -100
-    logprobs = logits.log_softmax(-1).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return TokenStatistics(
-        logprobs=logprobs * mask, logsumexp=logits.logsumexp(-1) * mask, mean_logits=logits.mean(-1) * mask, mask=mask
-    )
-
-
-def objectives(statistics: TokenStatistics, fixed: Tensor) -> dict[str, Tensor]:
-    """Each objective of the same four rows; `fixed` [4, T] stands for log-probabilities of other models."""
-    logprobs, mask = statistics.logprobs, statistics.mask
-    assert logprobs is not None
-    assert mask is not None
-    rows, others = sequence_logprobs(logprobs, mask), sequence_logprobs(fixed, mask)
-    gains = torch.tensor([1.0, -0.5, 0.3, -1.2])
-    return {
-        "smoothed, z": sft_loss(statistics, weights=fixed.abs(), label_smoothing=0.1, z_loss=1e-2),
-        "dpo": dpo_loss(rows[:2], rows[2:], others[:2], others[2:], beta=0.1, label_smoothing=0.1),
-        "grpo": grpo_loss(logprobs, fixed, gains, mask, reference_logprobs=fixed, beta=0.04),
-        "ppo": grpo_loss(logprobs, fixed, gains.unsqueeze(-1).expand_as(fixed), mask, per_sequence=False),
-        "kto": kto_loss(rows, others, gains > 0, torch.tensor(0.3), undesirable_weight=1.5),
-    }
-
-
-def masked_batch() -> tuple[Tensor, Tensor]:
-    """(ids, labels), [4, 19]: a prompt masked, and one row shorter."""
-    ids = batch(4, 19)
-    labels = ids.clone()
-    labels[:, :5] = labels[2, 11:] = -100
-    return ids, labels
-
-
-def every_loss(
-    model: nn.Module, fixed: Tensor, statistics: Callable[[nn.Module, Tensor, Tensor], TokenStatistics]
-) -> dict[str, tuple[Tensor, Gradients]]:
-    """Value and gradients of the model's own loss and of each objective."""
-    ids, labels = masked_batch()
-    extra = {"output_router_logits": True} if hasattr(model, "router_aux_loss_coef") else {}
-    model.zero_grad()  # as in a first micro-batch
-    own = model(input_ids=ids, labels=labels, **extra).loss
-    found = {"cross-entropy": (own.detach(), gradients(model, own))}
-    for name in objectives(statistics(model, ids, labels), fixed):
-        loss = objectives(statistics(model, ids, labels), fixed)[name]
-        found[name] = loss.detach(), gradients(model, loss)
-    return found
+from fourfold.parallel.testing.compare import gradients, worst_error
+from fourfold.parallel.testing.objectives import CHUNKS, every_loss, masked_batch, whole_statistics
+from fourfold.parallel.testing.tiny_models import FAMILIES, batch, tiny
 
 
 def compare(family: str) -> dict[str, float]:

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.stream_backprop.collectives import WHOLE, make_model, step, whole_gradient, wrap
 from support.rank_pool import RankPool
 
 from fourfold.parallel import stream_backprop
+from fourfold.parallel.testing.compare import assert_errors, assert_ranks, gradient_errors
+from fourfold.parallel.testing.data_parallel import WHOLE, gradients_of, make_model, step, whole_gradients, wrap
 
 # Sums over ranks in another order than one process's: fp32 roundings.
 TOLERANCE = 2e-6
@@ -19,31 +20,31 @@ def steps(kind, arguments):
     return [step(kind, *each) for each in arguments]
 
 
-def check(answers):
-    for answer in answers:
-        for worst, calls in answer:
-            assert worst <= TOLERANCE
+def check(kind, answers):
+    for rank, answer in enumerate(answers):
+        for errors, calls in answer:
+            assert_errors(errors, TOLERANCE, f"{kind}, rank {rank}")
             assert calls == answer[0][1]
             assert calls
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_gradients_are_one_processes_and_collectives_do_not_count_chunks(ranks, kind):
-    check(ranks(2)(steps, kind, [(WHOLE, False), (5, False), (5, True)]))
+    check(kind, ranks(2)(steps, kind, [(WHOLE, False), (5, False), (5, True)]))
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_deepspeed_reduces_once_and_gathers_a_layer_once_for_all_its_chunks():
     pool = RankPool(2)  # its own: deepspeed changes torch
     try:
-        check(pool(steps, "zero2", [(5,)]))
-        check(pool(steps, "zero3", [(WHOLE,), (5,)]))
+        check("zero2", pool(steps, "zero2", [(5,)]))
+        check("zero3", pool(steps, "zero3", [(WHOLE,), (5,)]))
     finally:
         pool.close()
 
 
-def micro_batches(kind: str) -> float:
-    """Worst relative error after two micro-batches, the first of them unreduced: the second adds to its gradients."""
+def micro_batches(kind: str) -> dict[str, float]:
+    """Each gradient's relative error after two micro-batches: the second adds to what the first left unreduced."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = make_model()
     ids = torch.randint(0, 64, (world_size, 33), generator=torch.Generator().manual_seed(1))
@@ -57,10 +58,10 @@ def micro_batches(kind: str) -> float:
         else:
             streaming.set_requires_gradient_sync(last)
         streaming(input_ids=mine, labels=mine).loss.backward()
-    pairs = zip(model.parameters(), plain.parameters(), strict=True)
-    return max(float((whole_gradient(p, kind) / 2 - q.grad).norm() / q.grad.norm()) for p, q in pairs)
+    mean = {name: gradient / 2 for name, gradient in whole_gradients(model, kind).items()}
+    return gradient_errors(mean, gradients_of(plain))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_micro_batches_accumulate_before_they_are_reduced(ranks, kind):
-    assert max(ranks(2)(micro_batches, kind)) <= TOLERANCE
+    assert_ranks(ranks(2)(micro_batches, kind), TOLERANCE, kind)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.stream_backprop.tiny_models import batch, gradients, tiny, worst_error
 from torch import Tensor, nn
 
 from fourfold.parallel import shard_batch, stream_backprop, token_logprobs, unshard_sequence, use_ring_attention
 from fourfold.parallel.stream import dpo_loss
 from fourfold.parallel.stream.losses import sequence_logprobs
+from fourfold.parallel.testing.compare import assert_errors, assert_ranks, gradient_errors, gradients
+from fourfold.parallel.testing.tiny_models import batch, tiny
 
 TOLERANCE, LOSS_TOLERANCE = 2e-6, 1e-6
 CHUNKS = {"chunk_size": 6, "mlp_chunk": 4, "logits_chunk": 5}
@@ -46,8 +47,8 @@ def streamed(model: nn.Module, group: Any, ring: dict[str, Any], stream: dict[st
     return stream_backprop(model, **{**CHUNKS, **stream})
 
 
-def compare(case: tuple[Any, ...], group: dist.ProcessGroup | None) -> tuple[float, float]:
-    """(loss error, worst gradient error)."""
+def compare(case: tuple[Any, ...], group: dist.ProcessGroup | None) -> tuple[float, dict[str, float]]:
+    """The loss's error and each gradient's."""
     family, rows, tokens, ring, stream, extra = case
     ids = batch(rows, tokens)
     labels = prompt_masked(ids)
@@ -58,26 +59,26 @@ def compare(case: tuple[Any, ...], group: dist.ProcessGroup | None) -> tuple[flo
     sharding = {"sharding": ring["sharding"]} if "sharding" in ring else {}
     loss = model(**shard_batch({"input_ids": ids, "labels": labels}, group, **sharding), **extra).loss
     mine = {name: summed(grad, group) for name, grad in gradients(model, loss).items()}
-    return float(abs(summed(loss, group) - truth.detach()) / truth.detach()), worst_error(mine, expected)
+    return float(abs(summed(loss, group) - truth.detach()) / truth.detach()), gradient_errors(mine, expected)
 
 
-def compare_all(cases: list[tuple[Any, ...]]) -> list[tuple[float, float]]:
+def compare_all(cases: list[tuple[Any, ...]]) -> list[tuple[float, dict[str, float]]]:
     return [compare(case, None) for case in cases]
 
 
 @pytest.mark.parametrize(("size", "cases"), [(2, CASES), (4, CASES[:2])])
 def test_shards_that_stream_have_plain_gradients(ranks, size, cases):
-    for errors in ranks(size)(compare_all, cases):
-        for case, (loss_error, gradient_error) in zip(cases, errors, strict=True):
-            print(case, loss_error, gradient_error)
-            assert loss_error <= LOSS_TOLERANCE, case
-            assert gradient_error <= TOLERANCE, case
+    for rank, answers in enumerate(ranks(size)(compare_all, cases)):
+        for case, (loss_error, errors) in zip(cases, answers, strict=True):
+            where = f"{case}, rank {rank} of {size}"
+            assert_errors({"loss": loss_error}, LOSS_TOLERANCE, where)
+            assert_errors(errors, TOLERANCE, where)
 
 
 CU_SEQLENS = (0, 11, 12, 40)
 
 
-def packed() -> float:
+def packed() -> dict[str, float]:
     """Packed documents and a tail of padding against each document alone."""
     ids, plain = batch(1, 45), tiny("qwen2")
     total, count = torch.zeros(()), 0
@@ -92,10 +93,10 @@ def packed() -> float:
     model = streamed(tiny("qwen2"), None, {}, {})
     arguments = shard_batch({"input_ids": ids, "labels": ids}, None, cu_seqlens=CU_SEQLENS)
     mine = {name: summed(grad, None) for name, grad in gradients(model, model(**arguments).loss).items()}
-    return worst_error(mine, expected)
+    return gradient_errors(mine, expected)
 
 
-def preference() -> float:
+def preference() -> dict[str, float]:
     """A loss of whole rows: each rank gathers the log-probabilities and takes its part of the loss."""
     ids = batch(2, 29)
     plain, reference = tiny("llama"), torch.tensor([-90.0, -95.0])
@@ -109,16 +110,12 @@ def preference() -> float:
     model = streamed(tiny("llama"), None, {}, {})
     logprobs = token_logprobs(model, **shard_batch({"input_ids": ids, "labels": ids}, None))
     part = loss(unshard_sequence(logprobs, None, dim=1)) / dist.get_world_size()
-    return worst_error({name: summed(grad, None) for name, grad in gradients(model, part).items()}, expected)
-
-
-def packed_and_preference() -> tuple[float, float]:
-    return packed(), preference()
+    return gradient_errors({name: summed(grad, None) for name, grad in gradients(model, part).items()}, expected)
 
 
 def test_packed_documents_and_losses_of_whole_rows(ranks):
-    for errors in ranks(2)(packed_and_preference):
-        assert max(errors) <= TOLERANCE
+    assert_ranks(ranks(2)(packed), TOLERANCE, "packed documents")
+    assert_ranks(ranks(2)(preference), TOLERANCE, "preference of rows")
 
 
 def refusals() -> list[str]:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from benchmarks.stream_backprop.tiny_models import batch, gradients, tiny, worst_error
 
 from fourfold.parallel import stream_backprop
 from fourfold.parallel.stream import token_statistics
 from fourfold.parallel.stream.losses import sft_loss
+from fourfold.parallel.testing.compare import assert_gradients, gradients, worst_error
+from fourfold.parallel.testing.tiny_models import batch, tiny
 
 LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6
 CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
@@ -28,14 +29,14 @@ def test_mean_over_all_tokens_in_chunks(family, padded):
     streamed = stream_backprop(model, **CHUNKS)(**arguments)
     assert torch.isclose(streamed.loss, plain.loss, rtol=LOSS_TOLERANCE, atol=0)
     assert torch.isclose(streamed.aux_loss, plain.aux_loss, rtol=LOSS_TOLERANCE, atol=0)
-    assert worst_error(gradients(model, streamed.loss), expected) <= TOLERANCE
+    assert_gradients(gradients(model, streamed.loss), expected, TOLERANCE)
 
 
 def test_dense_layers_have_no_router_and_the_config_may_ask():
     model, ids = tiny("qwen3_moe", mlp_only_layers=[0], output_router_logits=True, **LARGE), batch(1, 21)
     expected = gradients(model, model(input_ids=ids, labels=ids).loss)
     stream_backprop(model, **CHUNKS)
-    assert worst_error(gradients(model, model(input_ids=ids, labels=ids).loss), expected) <= TOLERANCE
+    assert_gradients(gradients(model, model(input_ids=ids, labels=ids).loss), expected, TOLERANCE)
     without = model(input_ids=ids, labels=ids, output_router_logits=False)
     assert worst_error(gradients(model, without.loss), expected) > 0.1
 
@@ -45,7 +46,7 @@ def test_losses_of_tokens_may_add_it():
     expected = gradients(model, model(input_ids=ids, labels=ids, output_router_logits=True).loss)
     statistics = token_statistics(stream_backprop(model, **CHUNKS), ids, ids, output_router_logits=True)
     loss = sft_loss(statistics) + 0.5 * statistics.aux_loss
-    assert worst_error(gradients(model, loss), expected) <= TOLERANCE
+    assert_gradients(gradients(model, loss), expected, TOLERANCE)
 
 
 def test_the_noise_that_routers_see_is_repeated():
@@ -58,7 +59,7 @@ def test_the_noise_that_routers_see_is_repeated():
 
     expected = step()
     stream_backprop(model, chunk_size=64, mlp_chunk=64)  # one chunk: the noise is drawn in plain's order
-    assert worst_error(step(), expected) <= TOLERANCE
+    assert_gradients(step(), expected, TOLERANCE)
 
 
 def test_a_model_without_routers_is_refused():

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.stream_backprop.families import CHUNKS, every_loss, masked_batch, whole_statistics
-from benchmarks.stream_backprop.tiny_models import batch, tiny, worst_error
 
 from fourfold.parallel.stream.losses import dpo_loss, grpo_loss, kto_loss, sft_loss
 from fourfold.parallel.stream.model import TokenStatistics, stream_backprop, token_logprobs, token_statistics
+from fourfold.parallel.testing.compare import assert_gradients
+from fourfold.parallel.testing.objectives import CHUNKS, every_loss, masked_batch, whole_statistics
+from fourfold.parallel.testing.tiny_models import batch, tiny
 
 TOLERANCE = 2e-6  # fp32 against fp32, see test_stream_backprop.py
 
@@ -21,7 +22,7 @@ def test_every_objective_has_plain_gradients(family):
     streamed = every_loss(stream_backprop(model, **CHUNKS), fixed, token_statistics)
     for name, (loss, found) in streamed.items():
         torch.testing.assert_close(loss, plain[name][0], rtol=2e-6, atol=1e-6)
-        assert worst_error(found, plain[name][1]) <= TOLERANCE, name
+        assert_gradients(found, plain[name][1], TOLERANCE, name)
 
 
 def test_token_logprobs_are_the_losses_own():

@@ -1,6 +1,5 @@
-"""Tiny models of every supported family, and the comparison with plain backpropagation."""
+"""Tiny decoders, one of every family that StreamBP runs, and token ids for them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WINDOWED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+# The words after a comma say what the entry is there for.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
@@ -37,7 +37,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny(family: str, **changes: Any) -> nn.Module:
-    """A model with weights large enough that attention is not uniform, fp32."""
+    """Build a decoder of two layers, fp32, whose weights are large enough that attention is not uniform.
+
+    Args:
+        family: a key of FAMILIES.
+        changes: fields of the config that differ from the family's.
+    Returns:
+        A transformers model in training mode, the same weights at every call.
+    """
     name, extra = FAMILIES[family]
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     config = config_class(**{**SMALL, **extra, **changes})
@@ -47,32 +54,11 @@ def tiny(family: str, **changes: Any) -> nn.Module:
     )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model.train()
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def worst_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative L2 error of any parameter's gradient; they must have the same ones.
-
-    A gradient that is zero but for rounding (queries of a token that sees one key), below 1e-6 of the largest one,
-    has no relative error: its difference counts against the largest.
-    """
-    assert found.keys() == expected.keys()
-    norms = {name: float(grad.double().norm()) for name, grad in expected.items()}
-    largest = max(norms.values())
-    return max(
-        float((found[name].double() - grad.double()).norm())
-        / (norms[name] if norms[name] > 1e-6 * largest else largest)
-        for name, grad in expected.items()
-    )
-
-
 def batch(rows: int, length: int, vocab: int = 97) -> Tensor:
+    """[rows, length] of token ids from 3 (no padding, start or end) below `vocab`, the same at every call."""
     generator = torch.Generator().manual_seed(rows * 1000 + length)
     return torch.randint(3, vocab, (rows, length), generator=generator)
