@@ -17,7 +17,7 @@ COLUMNS = (
     "global_batch", "micro_batch", "tp", "pp", "vp", "cp", "ep", "dp", "grad_accum", "zero_stage",
     "activation_checkpointing", "kernel", "sequence_parallel", "precision", "step_time_s", "mfu", "hfu",
     "tflops_per_gpu", "tflops_kind", "tokens_per_s_per_gpu", "mem_gib", "oom", "status", "source", "notes",
-    "stream_chunks", "first_less", "last_less", "schedule", "mitigation",
+    "stream_chunks", "embedding_counts_as", "head_counts_as", "schedule", "mitigation",
 )  # fmt: skip
 
 _CHECKPOINTING = {"none": "disabled", "full": "full", "stream": "stream"}
@@ -62,7 +62,8 @@ def run_row(
         "tflops_kind": "model", "tokens_per_s_per_gpu": tokens_per_s / layout.world_size,
         "mem_gib": result["peak_bytes"] / 2**30, "oom": False, "status": "ok",
         "source": f"fourfold, torch {result['torch']}", "notes": notes,
-        "stream_chunks": layout.stream_chunks, "first_less": layout.first_less, "last_less": layout.last_less,
+        "stream_chunks": layout.stream_chunks, "embedding_counts_as": layout.embedding_counts_as,
+        "head_counts_as": layout.head_counts_as,
         "schedule": layout.schedule, "mitigation": layout.mitigation if layout.asynchronous else "",
     }  # fmt: skip
 

@@ -95,8 +95,8 @@ def _parallel_model(
         zero_stage=layout.zero_stage,
         dtype=dtype,
         seed=settings.seed,
-        first_less=layout.first_less,
-        last_less=layout.last_less,
+        embedding_counts_as=layout.embedding_counts_as,
+        head_counts_as=layout.head_counts_as,
     )
 
 
@@ -118,7 +118,7 @@ def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
         "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width, "num_hidden_layers": layout.pp,
         "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
-    settings, layout = TrainSettings(steps=1), replace(layout, first_less=0, last_less=0)
+    settings, layout = TrainSettings(steps=1), replace(layout, embedding_counts_as=0, head_counts_as=0)
     if layout.asynchronous:
         layout = replace(layout, seq_len=4)
         late = _parallel_model(layout, {**model.config, **small}, mesh, settings)

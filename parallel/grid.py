@@ -49,32 +49,34 @@ class Grid:
         return prod(self.shape[AXES.index(axis) + 1 :])
 
 
-def layer_ranges(num_layers: int, num_stages: int, first_less: int = 0, last_less: int = 0) -> list[range]:
+def layer_ranges(
+    num_layers: int, num_stages: int, embedding_counts_as: int = 0, head_counts_as: int = 0
+) -> list[range]:
     """Cut `num_layers` decoder layers into `num_stages` runs as even as can be.
 
     The stages that get one layer fewer come last, then first: the last stage also holds the output head and the loss,
     the first the embedding.
 
     Args:
-        first_less, last_less: layers that the embedding and the head count for, as torchtitan's
+        embedding_counts_as, head_counts_as: layers that the embedding and the head count for, as torchtitan's
             pipeline_parallel_first_stage_less_layers and last_stage_less_layers: their stages get so many fewer.
     Raises:
         ValueError: fewer layers than stages, or a stage without one.
     """
     if num_layers < num_stages:
         raise ValueError(f"{num_layers} layers cannot fill pp={num_stages} stages: choose pp of at most {num_layers}")
-    base, extra = divmod(num_layers + first_less + last_less, num_stages)
+    base, extra = divmod(num_layers + embedding_counts_as + head_counts_as, num_stages)
     # Middle stages take the extra layers, so that the ends, which hold more than layers, stay light.
     order = sorted(range(num_stages), key=lambda stage: (stage == num_stages - 1, stage == 0, stage))
     sizes = [base] * num_stages
     for stage in order[:extra]:
         sizes[stage] += 1
-    sizes[0] -= first_less
-    sizes[-1] -= last_less
+    sizes[0] -= embedding_counts_as
+    sizes[-1] -= head_counts_as
     if min(sizes) < 1:
         raise ValueError(
-            f"first_less={first_less}, last_less={last_less}: of {num_layers} layers in pp={num_stages} stages that "
-            f"leaves one with {min(sizes)}; choose less"
+            f"embedding_counts_as={embedding_counts_as}, head_counts_as={head_counts_as}: of {num_layers} layers in "
+            f"pp={num_stages} stages that leaves one with {min(sizes)}; choose less"
         )
     starts = [sum(sizes[:stage]) for stage in range(num_stages)]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]

@@ -144,7 +144,7 @@ def parse_fix(words: list[str]) -> dict[str, Any]:
                 raise ValueError(f"--fix {word}: give true or false")
             fixed[key] = _FLAGS[value.lower()]
         else:
-            least = 0 if key in ("zero_stage", "first_less", "last_less") else 1
+            least = 0 if key in ("zero_stage", "embedding_counts_as", "head_counts_as") else 1
             if not value.isdecimal() or int(value) < least:
                 raise ValueError(f"--fix {word}: give a whole number of at least {least}")
             fixed[key] = int(value)

@@ -92,8 +92,8 @@ class AsynchronousModel:
             checkpointing=layout.checkpointing,
             dtype=dtype,
             seed=settings.seed,
-            first_less=layout.first_less,
-            last_less=layout.last_less,
+            embedding_counts_as=layout.embedding_counts_as,
+            head_counts_as=layout.head_counts_as,
         )
         self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
         self.device = next(self.stage.parameters()).device

@@ -20,7 +20,7 @@ FLUSHED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
 _DEFAULTS: dict[str, Any] = {
     "dp": 1, "pp": 1, "cp": 1, "tp": 1, "micro_batch": 1, "checkpointing": NONE, "zero_stage": 0, "vp": 1, "ep": 1,
     "cp_heads": 1, "sequence_parallel": False, "checkpoint_every": 1, "stream_chunks": 1, "offload": False,
-    "first_less": 0, "last_less": 0, "schedule": np.int8(FLUSHED),
+    "embedding_counts_as": 0, "head_counts_as": 0, "schedule": np.int8(FLUSHED),
 }  # fmt: skip
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
 
@@ -44,8 +44,8 @@ class Candidates:
     checkpoint_every: Column
     stream_chunks: Column
     offload: Column
-    first_less: Column
-    last_less: Column
+    embedding_counts_as: Column
+    head_counts_as: Column
     schedule: Column
     global_batch: int
     seq_len: int

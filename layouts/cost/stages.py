@@ -26,15 +26,17 @@ class Stages:
     """Layer inputs held at the peak, in micro-batches' worth of this stage's layers (a fraction with interleaving)."""
 
 
-def layers_of(num_layers: int, pp: Column, first_less: Column, last_less: Column) -> tuple[Column, Column, Column]:
+def layers_of(
+    num_layers: int, pp: Column, embedding_counts_as: Column, head_counts_as: Column
+) -> tuple[Column, Column, Column]:
     """Layers of the first stage, of the largest between, and of the last."""
-    base, extra = np.divmod(num_layers + first_less + last_less, pp)
-    first = base + (extra > pp - 2) * (extra > 0) - first_less
-    return first, np.where(pp > 2, base + (extra > 0), first), np.where(pp > 1, base - last_less, first)
+    base, extra = np.divmod(num_layers + embedding_counts_as + head_counts_as, pp)
+    first = base + (extra > pp - 2) * (extra > 0) - embedding_counts_as
+    return first, np.where(pp > 2, base + (extra > 0), first), np.where(pp > 1, base - head_counts_as, first)
 
 
 def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
-    """(first_less, last_less) that cut embedding, layers and head into stages whose first ones get what is left over.
+    """(embedding_counts_as, head_counts_as) of a cut that leaves what is over to the first stages.
 
     Ours gives that to the middle stages; where the first gets one more as well, the embedding counts for nothing.
     """
@@ -51,7 +53,7 @@ def stages_of(model: ModelConfig, c: Candidates) -> Stages:
     in_flight = np.where(c.vp > 1, np.minimum(chunks / c.vp, m), one_f_one_b)
     return Stages(
         index=index,
-        layers=np.stack(layers_of(model.num_layers, c.pp, c.first_less, c.last_less)),
+        layers=np.stack(layers_of(model.num_layers, c.pp, c.embedding_counts_as, c.head_counts_as)),
         has_embedding=index == 0,
         has_head=index == c.pp - 1,
         in_flight=asynchronous_in_flight(c, index, in_flight) if c.any_asynchronous else in_flight,

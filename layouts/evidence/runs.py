@@ -114,15 +114,15 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
     # Where a 3D-parallel run does not tell, it is on: Megatron-LM's recommendation since it has it.
     parallel = tp > 1 and (sequence == "true" or (not sequence and stack.name == MEGATRON.name))
     vp = _whole(row, "vp", default=1)
-    first_less, last_less = (0, 0)
+    embedding_counts_as, head_counts_as = (0, 0)
     if stack.ends_in_cut and pp > 1 and vp == 1 and model.num_layers >= 2 * pp:
-        first_less, last_less = ends_in_cut(model.num_layers, pp)
+        embedding_counts_as, head_counts_as = ends_in_cut(model.num_layers, pp)
     layout = Layout(
         dp=dp, pp=pp, cp=cp, tp=tp, micro_batch=_whole(row, "micro_batch", default=1), checkpointing=kind,
         checkpoint_every=every, zero_stage=zero, vp=vp, ep=_whole(row, "ep", default=1),
         sequence_parallel=parallel, stream_chunks=_whole(row, "stream_chunks", default=1),
-        first_less=_whole(row, "first_less", default=first_less, least=0),
-        last_less=_whole(row, "last_less", default=last_less, least=0),
+        embedding_counts_as=_whole(row, "embedding_counts_as", default=embedding_counts_as, least=0),
+        head_counts_as=_whole(row, "head_counts_as", default=head_counts_as, least=0),
         schedule=row.get("schedule") or SCHEDULES[0], mitigation=row.get("mitigation") or MITIGATION,
         global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
     )  # fmt: skip
@@ -153,7 +153,7 @@ def _alternatives(row: Mapping[str, str], layout: Layout, model: ModelConfig) ->
         for vp in chunks:
             option = replace(layout, micro_batch=size or layout.micro_batch)
             if vp > 1:
-                option = replace(option, vp=vp, first_less=0, last_less=0)
+                option = replace(option, vp=vp, embedding_counts_as=0, head_counts_as=0)
             whole = option.vp == 1 or (
                 model.num_layers >= option.pp * option.vp and option.num_micro_batches % option.pp == 0
             )

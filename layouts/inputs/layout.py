@@ -52,9 +52,9 @@ class Layout:
     """Into how many chunks StreamBP cuts the sequence."""
     offload: bool = False
     """Checkpointed layer inputs wait in host memory."""
-    first_less: int = 0
+    embedding_counts_as: int = 0
     """Layers that the embedding counts for when stages are cut: the first stage gets so many fewer."""
-    last_less: int = 0
+    head_counts_as: int = 0
     """The same of the head and the loss, for the last stage."""
     schedule: str = SCHEDULES[0]
     """1f1b drains before every update; lockstep and 1f1b-async update at every micro-batch of a stream that never
@@ -70,7 +70,7 @@ class Layout:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: a layout's {name} is a whole number of at least 1")
-        for name in ("first_less", "last_less"):
+        for name in ("embedding_counts_as", "head_counts_as"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: a number of layers, at least 0")
@@ -162,7 +162,9 @@ class Layout:
         """dp2 tp4 mb1 z3 full: what is at its default is left out, the micro-batch never."""
         axes = [f"{axis}{size}" for axis, size in zip(AXES, self.grid.shape, strict=True) if size > 1] or ["dp1"]
         words = [*axes, f"mb{self.micro_batch}"]
-        words += [f"less{self.first_less}+{self.last_less}"] * (self.first_less + self.last_less > 0)
+        words += [f"less{self.embedding_counts_as}+{self.head_counts_as}"] * (
+            self.embedding_counts_as + self.head_counts_as > 0
+        )
         words += [f"vp{self.vp}"] * (self.vp > 1) + [f"ep{self.ep}"] * (self.ep > 1)
         words += [f"heads{self.cp_heads}"] * (self.cp_heads > 1) + ["sp"] * self.sequence_parallel
         words += [f"z{self.zero_stage}"] * (self.zero_stage > 0)
@@ -201,8 +203,8 @@ def check(layout: Layout, model: ModelConfig) -> None:
         raise ValueError(
             f"{model.num_layers} layers cannot fill {stages} stages: choose at most {model.num_layers} stages"
         )
-    if layout.first_less or layout.last_less:
-        layer_ranges(model.num_layers, layout.pp, layout.first_less, layout.last_less)
+    if layout.embedding_counts_as or layout.head_counts_as:
+        layer_ranges(model.num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)
     pieces = 2 * layout.cp if layout.cp > 1 else 1  # zigzag gives each rank two pieces
     if layout.seq_len % pieces:
         raise ValueError(

@@ -33,7 +33,7 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
             fields["checkpoint_every"] = int(checkpointing[2] or 1)
             fields["stream_chunks"] = int(checkpointing[3] or 1)
         elif cut:
-            fields |= {"first_less": int(cut[1]), "last_less": int(cut[2])}
+            fields |= {"embedding_counts_as": int(cut[1]), "head_counts_as": int(cut[2])}
         elif number and number[1] in _NUMBERS:
             fields[_NUMBERS[number[1]]] = int(number[2])
         else:

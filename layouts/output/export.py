@@ -92,13 +92,15 @@ def _uneven_ends(layout: Layout, model: ModelConfig) -> tuple[int, int] | None:
     if len(set(sizes[1:-1])) > 1:
         raise ValueError(
             f"megatron cuts the layers between first and last stage evenly, and {layout} has stages of {sizes} layers: "
-            "choose another pp, or first_less and last_less"
+            "choose another pp, or embedding_counts_as and head_counts_as"
         )
     return (sizes[0], sizes[-1]) if len(set(sizes)) > 1 else None
 
 
 def _stage_sizes(layout: Layout, model: ModelConfig) -> list[int]:
-    return [len(s) for s in layer_ranges(model.num_layers, layout.pp, layout.first_less, layout.last_less)]
+    return [
+        len(s) for s in layer_ranges(model.num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)
+    ]
 
 
 def _torchtitan_less(layout: Layout, model: ModelConfig) -> tuple[int, int]:
@@ -110,8 +112,8 @@ def _torchtitan_less(layout: Layout, model: ModelConfig) -> tuple[int, int]:
     """
     if layout.vp > 1:
         return 0, 0
-    extra = (model.num_layers + layout.first_less + layout.last_less) % layout.pp
-    return layout.first_less + (0 < extra < layout.pp - 1), layout.last_less
+    extra = (model.num_layers + layout.embedding_counts_as + layout.head_counts_as) % layout.pp
+    return layout.embedding_counts_as + (0 < extra < layout.pp - 1), layout.head_counts_as
 
 
 def megatron_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Neighbour:
     """Why it is worse or better, or why it cannot be."""
 
 
-EVEN = {"first_less": 0, "last_less": 0}
+EVEN = {"embedding_counts_as": 0, "head_counts_as": 0}
 
 
 def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,9 +67,9 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     if layout.pp > 1:
         yield "interleaving x2", {"vp": layout.vp * 2, **EVEN}
         if layout.vp == 1:
-            yield "the head counts for a layer more", {"last_less": layout.last_less + 1}
-            if layout.last_less:
-                yield "the head counts for a layer less", {"last_less": layout.last_less - 1}
+            yield "the head counts for a layer more", {"head_counts_as": layout.head_counts_as + 1}
+            if layout.head_counts_as:
+                yield "the head counts for a layer less", {"head_counts_as": layout.head_counts_as - 1}
         if layout.vp % 2 == 0:
             yield "interleaving /2", {"vp": layout.vp // 2}
 

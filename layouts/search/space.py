@@ -220,14 +220,14 @@ def _expand_cuts(columns: _Columns, reasons: dict[str, int], model: ModelConfig,
     """
     head = round(model.head_params * model.num_layers / model.layers_params)
     cuts = [(0, 0), (0, 1), (1, 1), (0, head), (1, head)]
-    fixed = {place: fix[name] for place, name in enumerate(("first_less", "last_less")) if name in fix}
+    fixed = {place: fix[name] for place, name in enumerate(("embedding_counts_as", "head_counts_as")) if name in fix}
     if max(fixed.values(), default=0) >= model.num_layers:
-        raise ValueError(f"first_less, last_less: give less than the model's {model.num_layers} layers")
+        raise ValueError(f"embedding_counts_as, head_counts_as: give less than the model's {model.num_layers} layers")
     cuts = list(dict.fromkeys((fixed.get(0, first), fixed.get(1, last)) for first, last in cuts))
     shape = len(columns["dp"]), len(cuts)
     for name in columns:
         columns[name] = np.repeat(columns[name], len(cuts))
-    less = columns["first_less"], columns["last_less"] = np.tile(np.array(cuts).T, shape[0])
+    less = columns["embedding_counts_as"], columns["head_counts_as"] = np.tile(np.array(cuts).T, shape[0])
     pp = columns["pp"]
     first, _, last = layers_of(model.num_layers, pp, *less)
     whole = columns.get("vp", np.ones_like(pp)) == 1

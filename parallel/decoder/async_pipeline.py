@@ -34,8 +34,8 @@ def decoder_stages(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     seed: int = 0,
-    first_less: int = 0,
-    last_less: int = 0,
+    embedding_counts_as: int = 0,
+    head_counts_as: int = 0,
 ) -> list[nn.Module | None]:
     """Cut a decoder into `num_stages` stages from token ids [B, seq_len] to logits [B, seq_len, vocab].
 
@@ -46,7 +46,7 @@ def decoder_stages(
         checkpointing: "none", or "full" to keep each layer's input and recompute the layer.
         dtype: what matrix products run in (torch.bfloat16, by autocast); None for the weights' own.
         seed: of the weights of a model on the meta device.
-        first_less, last_less: layers that the embedding and the head count for in the cut, see layer_ranges.
+        embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     Raises:
         ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
             window without ring attention (pipeline_decoder sets it).
@@ -64,7 +64,9 @@ def decoder_stages(
     if not windows:
         whole.set_attn_implementation("sdpa")
     stages: list[nn.Module | None] = []
-    for index, layers in enumerate(layer_ranges(whole.config.num_hidden_layers, num_stages, first_less, last_less)):
+    for index, layers in enumerate(
+        layer_ranges(whole.config.num_hidden_layers, num_stages, embedding_counts_as, head_counts_as)
+    ):
         if only not in (None, index):
             stages.append(None)
             continue
@@ -90,8 +92,8 @@ def pipeline_decoder(
     checkpointing: str = "none",
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    first_less: int = 0,
-    last_less: int = 0,
+    embedding_counts_as: int = 0,
+    head_counts_as: int = 0,
 ) -> PipelinedBackprop:
     """Put a decoder on a (dp, pp) mesh as an asynchronous pipeline; every rank calls.
 
@@ -101,7 +103,7 @@ def pipeline_decoder(
     Args:
         mesh: from init_mesh, with cp and tp of 1. Replicas average gradients at every update.
         optimizer, schedule, mitigation, scheduler: as for PipelinedBackprop.
-        seq_len, checkpointing, dtype, seed, first_less, last_less: as for decoder_stages.
+        seq_len, checkpointing, dtype, seed, embedding_counts_as, head_counts_as: as for decoder_stages.
     Raises:
         ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
             with a dtype; as decoder_stages.
@@ -134,8 +136,8 @@ def pipeline_decoder(
         dtype=dtype,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type),
         seed=seed,
-        first_less=first_less,
-        last_less=last_less,
+        embedding_counts_as=embedding_counts_as,
+        head_counts_as=head_counts_as,
     )
     return PipelinedBackprop(
         stages,

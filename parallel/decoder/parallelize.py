@@ -56,8 +56,8 @@ def parallelize(
     zero_stage: int = 0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    first_less: int = 0,
-    last_less: int = 0,
+    embedding_counts_as: int = 0,
+    head_counts_as: int = 0,
 ) -> "ParallelModel":
     """Put a decoder on a mesh; every rank calls, and where their weights differ, the first dp x cp rank's count.
 
@@ -76,7 +76,7 @@ def parallelize(
         zero_stage: 0 keeps weights on every dp x cp rank (DDP), 3 shards them there (FSDP2).
         dtype: what matrix products run in (torch.bfloat16, say); weights and gradient sums stay as they are.
         seed: of the weights of a model on the meta device; the weights of any other are kept.
-        first_less, last_less: layers that the embedding and the head count for in the cut, see layer_ranges.
+        embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     Returns:
         A ParallelModel that holds this rank's part.
     Raises:
@@ -108,7 +108,7 @@ def parallelize(
             f"tie_word_embeddings=true with pp={pp}: the first and the last stage would each hold a copy; "
             "use pp=1 or untie them"
         )
-    layers = layer_ranges(config.num_hidden_layers, pp, first_less, last_less)[mesh.get_local_rank("pp")]
+    layers = layer_ranges(config.num_hidden_layers, pp, embedding_counts_as, head_counts_as)[mesh.get_local_rank("pp")]
     # Without a mask torch's kernel sees the whole sequence; the ring's blocks know windows, also on one rank.
     windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
     ring = mesh.get_group("cp") if cp > 1 or windows else None

@@ -42,7 +42,7 @@ def test_the_ends_stay_light(num_layers, num_stages, sizes):
 )
 def test_the_ends_count_for_layers(num_layers, num_stages, less, sizes):
     assert [len(stage) for stage in layer_ranges(num_layers, num_stages, *less)] == sizes
-    with pytest.raises(ValueError, match="last_less=9"):
+    with pytest.raises(ValueError, match="head_counts_as=9"):
         layer_ranges(8, 2, 0, 9)
 
 

@@ -83,7 +83,7 @@ def test_two_ranks(ranks, mesh_shape, options):
 
 @pytest.mark.parametrize("less", [(0, 1), (2, 0)], ids=str)
 def test_an_uneven_pipeline(ranks, less):
-    cut = {"first_less": less[0], "last_less": less[1]}
+    cut = {"embedding_counts_as": less[0], "head_counts_as": less[1]}
     assert_one_loss(ranks(2), {"pp": 2}, masked=True, micro_batch=1, checkpointing="full", **cut)
 
 

@@ -76,7 +76,11 @@ def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float
 def emulated(plan: Layout) -> tuple[list[float], float, list[list[torch.Tensor]]]:
     """The same in one process; replicas' micro-batches of one update side by side."""
     cut_model = decoder_stages(
-        meta_model(), plan.pp, seq_len=SEQ_LEN, checkpointing=plan.checkpointing, first_less=plan.first_less
+        meta_model(),
+        plan.pp,
+        seq_len=SEQ_LEN,
+        checkpointing=plan.checkpointing,
+        embedding_counts_as=plan.embedding_counts_as,
     )
     stages = [stage for stage in cut_model if stage is not None]
     emulator = PipelinedBackpropEmulator(
@@ -106,7 +110,7 @@ def emulated(plan: Layout) -> tuple[list[float], float, list[list[torch.Tensor]]
         {},
         {"mitigation": "lwpw+sc", "schedule": "1f1b-async", "micro_batch": 2},
         {"mitigation": "pipemare-dc", "checkpointing": "full"},
-        {"schedule": "2bw", "mitigation": "none", "first_less": 1},
+        {"schedule": "2bw", "mitigation": "none", "embedding_counts_as": 1},
     ],
     ids=str,
 )

@@ -139,7 +139,7 @@ def test_layout_files_carry_the_schedule(tmp_path):
 
 def test_the_commands_say_what_changes(tmp_path):
     words = ["--cluster", "A100-80GB", "--gpus", "8", "--global-batch", "32", "--seq-len", "2048"]
-    fixed = ["--fix", "pp=8", "--fix", "first_less=0", "--fix", "last_less=0"]
+    fixed = ["--fix", "pp=8", "--fix", "embedding_counts_as=0", "--fix", "head_counts_as=0"]
     runner = CliRunner(env={"COLUMNS": "120"})
     asked = runner.invoke(
         app, ["plan", "llama-3.1-8b", *words, "--async", "--top", "3", "--out", str(tmp_path), *fixed]

@@ -31,15 +31,17 @@ BYTES = load_model("tiny-llama-bytes")
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 24), st.integers(1, 40), st.integers(0, 2), st.integers(0, 3))
-def test_stages_are_those_of_layer_ranges(num_layers, num_stages, num_micro_batches, first_less, last_less):
+def test_stages_are_those_of_layer_ranges(
+    num_layers, num_stages, num_micro_batches, embedding_counts_as, head_counts_as
+):
     if num_stages == 1:
-        first_less = last_less = 0
+        embedding_counts_as = head_counts_as = 0
     model = replace(BYTES, num_layers=num_layers)
-    less = {"first_less": np.array([first_less]), "last_less": np.array([last_less])}
+    less = {"embedding_counts_as": np.array([embedding_counts_as]), "head_counts_as": np.array([head_counts_as])}
     columns = {"pp": np.array([num_stages]), **less}
     stages = stages_of(model, Candidates.from_columns(columns, global_batch=num_micro_batches, seq_len=8))
     try:
-        sizes = [len(stage) for stage in layer_ranges(num_layers, num_stages, first_less, last_less)]
+        sizes = [len(stage) for stage in layer_ranges(num_layers, num_stages, embedding_counts_as, head_counts_as)]
     except ValueError:
         assert num_layers < num_stages or stages.layers.min() < 1
         return

@@ -49,11 +49,11 @@ def test_uneven_stages_reach_the_tools():
     layout = Layout(dp=8, pp=16, tp=8, sequence_parallel=True, zero_stage=1, global_batch=512, seq_len=8192)
     fields = megatron_config(layout, model)
     assert (fields["num_layers_in_first_pipeline_stage"], fields["num_layers_in_last_pipeline_stage"]) == (7, 7)
-    words = dict(itertools.pairwise(megatron_arguments(replace(layout, last_less=1), model)))
+    words = dict(itertools.pairwise(megatron_arguments(replace(layout, head_counts_as=1), model)))
     assert (words["--decoder-first-pipeline-num-layers"], words["--decoder-last-pipeline-num-layers"]) == ("8", "6")
     assert "--decoder-first-pipeline-num-layers" not in megatron_arguments(replace(layout, pp=14), model)
     for pp, less, expected in ((16, 0, (1, 0)), (14, 0, (0, 0)), (14, 2, (1, 2))):
-        sharded = replace(layout, pp=pp, last_less=less, zero_stage=3)
+        sharded = replace(layout, pp=pp, head_counts_as=less, zero_stage=3)
         parallelism = torchtitan_config(sharded, model)["parallelism"]
         written = [parallelism[f"pipeline_parallel_{end}_stage_less_layers"] for end in ("first", "last")]
         assert tuple(written) == expected

@@ -87,7 +87,7 @@ def test_heads_experts_and_stages_must_fit():
         Layout(dp=2, pp=4, schedule="lockstep", checkpointing="full", global_batch=8, seq_len=64),
         Layout(pp=4, schedule="1f1b-async", mitigation="stash+sc", global_batch=8, seq_len=64),
         Layout(pp=4, schedule="2bw", mitigation="none", global_batch=8, seq_len=64),
-        Layout(pp=4, first_less=1, last_less=12, global_batch=8, seq_len=64),
+        Layout(pp=4, embedding_counts_as=1, head_counts_as=12, global_batch=8, seq_len=64),
     ],
 )
 def test_a_printed_name_reads_back(layout):

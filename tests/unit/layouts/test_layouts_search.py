@@ -69,16 +69,20 @@ def test_a_heavy_head_gets_fewer_layers():
     fix = {"pp": 8, "micro_batch": 1, "checkpointing": "none"}
     batch = {"global_batch": 32, "seq_len": 2048}
     best, *others = plan(LLAMA, A100, num_devices=8, fix=fix, **batch).layouts
-    assert best.layout.last_less == 2
-    even = next(p for p in others if p.layout.first_less == p.layout.last_less == 0)
+    assert best.layout.head_counts_as == 2
+    even = next(p for p in others if p.layout.embedding_counts_as == p.layout.head_counts_as == 0)
     assert even.step_s > 1.05 * best.step_s
-    cuts = [(p.layout.first_less, p.layout.last_less) for p in (best, *others) if p.layout.zero_stage == 0]
+    cuts = [
+        (p.layout.embedding_counts_as, p.layout.head_counts_as) for p in (best, *others) if p.layout.zero_stage == 0
+    ]
     stages = [tuple(map(len, layer_ranges(LLAMA.num_layers, 8, *cut))) for cut in cuts]
     assert len(set(stages)) == len(stages) > 3  # each once
     with pytest.raises(ValueError, match="less than the model's 32 layers"):
-        plan(LLAMA, A100, num_devices=8, fix={"last_less": 10**30}, **batch)
-    asked = plan(LLAMA, A100, num_devices=8, fix={**fix, "first_less": 3, "last_less": 1}, **batch).layouts
-    assert {(p.layout.first_less, p.layout.last_less) for p in asked} == {(3, 1)}
+        plan(LLAMA, A100, num_devices=8, fix={"head_counts_as": 10**30}, **batch)
+    asked = plan(
+        LLAMA, A100, num_devices=8, fix={**fix, "embedding_counts_as": 3, "head_counts_as": 1}, **batch
+    ).layouts
+    assert {(p.layout.embedding_counts_as, p.layout.head_counts_as) for p in asked} == {(3, 1)}
 
 
 def test_fixed_fields_are_held():

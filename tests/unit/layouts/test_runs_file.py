@@ -20,7 +20,7 @@ CPU = replace(A100, device=replace(A100.device, name="cpu", type="cpu"))
     "fields",
     [
         {},
-        {"pp": 4, "first_less": 1, "last_less": 2, "checkpointing": "full"},
+        {"pp": 4, "embedding_counts_as": 1, "head_counts_as": 2, "checkpointing": "full"},
         {"pp": 2, "checkpointing": "stream", "stream_chunks": 8, "cp": 2},
         {"pp": 2, "schedule": "2bw", "mitigation": "sc"},
         {"pp": 2, "schedule": "lockstep", "mitigation": "none"},
