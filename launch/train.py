@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fourfold.launch.refusal import refuse
 from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
 from fourfold.launch.training.data import byte_frequency_loss, read_standard_library
 from fourfold.launch.training.loop import (
@@ -43,7 +44,6 @@ from fourfold.layouts.inputs.layout import Layout, read_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
 from fourfold.parallel.stream import StreamSettings
-from fourfold.profiling.refusal import refuse
 
 
 def build(

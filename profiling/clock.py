@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 class Clock:
     """`perf_counter` on a CPU, CUDA events on a GPU. Read seconds only after `wait()`."""

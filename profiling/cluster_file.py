@@ -25,6 +25,8 @@ import tomli_w
 
 from fourfold.profiling.fitting import fit_latency_bandwidth
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 OPERATIONS = ("send", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SAMPLE_TABLES = (
     "matmul", "attention", "elementwise", "copy", "layer", "ends", "tp_layer", "tp_ends", "cp_layer", "optimizer"

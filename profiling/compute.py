@@ -10,6 +10,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.session import Case
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 class OperandPool:
     """One flat block of random numbers from which the operands of all cases are cut.

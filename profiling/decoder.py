@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fourfold.profiling.shapes import model_shape
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 CHECKPOINTING = ("none", "full")
 
 

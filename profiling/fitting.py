@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from statistics import median, quantiles
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 def fit_latency_bandwidth(sizes_bytes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     """Fit seconds = latency + bytes / bandwidth by the least sum of absolute relative errors.

@@ -18,11 +18,11 @@ checkpointing, gradients put into new memory as in a step's first micro-batch. a
 storages that one layer's forward pass keeps for its backward pass, its input among them, weights not; peak_bytes is the
 most that one layer's forward and backward pass hold at a time, its input, weights and their gradients included.
 [[ends]]: embedding with the rotary tables; final norm, head and the summed cross-entropy of fp32 logits.
-[[tp_layer]] and [[tp_ends]], for tp > 1 within a host: the whole model's layer cut by the functions named in the
-settings, as training cuts it. What they take beyond [[layer]] and four all-reduces is DTensor's own work on the host.
-[[cp_layer]], for cp > 1 within a host: a layer on seq_len / cp tokens a rank, attending by the ring of the module named
-in the settings. What it takes beyond [[layer]] on as many tokens is the ring: its messages, its smaller blocks, and
-the attention to the other ranks' tokens.
+[[tp_layer]] and [[tp_ends]], for tp > 1 within a host: the whole model's layer cut as training cuts it (see
+parallelism.py). What they take beyond [[layer]] and four all-reduces is DTensor's own work on the host.
+[[cp_layer]], for cp > 1 within a host: a layer on seq_len / cp tokens a rank, attending by training's ring. What it
+takes beyond [[layer]] on as many tokens is the ring: its messages, its smaller blocks, and the attention to the other
+ranks' tokens.
 [[optimizer]]: one AdamW step and one gradient-norm clipping on `parameters` weights in `tensors` tensors of the model's
 shapes (at most MAX_PARAMETERS of them); fused is torch's option, false its default.
 dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 weights, as in training.
@@ -43,8 +43,11 @@ from torch.distributed.tensor.parallel import loss_parallel
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model, loss_of_logits, run_layers
 from fourfold.profiling.memory import AllocationPeak
+from fourfold.profiling.parallelism import Parallelism
 from fourfold.profiling.session import Case
 from fourfold.profiling.shapes import ModelShape
+
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 
 DEPTH = 2
 MAX_PARAMETERS = 100_000_000
@@ -72,20 +75,21 @@ def layer_cases(
 
 
 def tensor_parallel_cases(
-    config: dict[str, Any], device: torch.device, cutter: Any, *, tp: int, micro_batches: tuple[int, ...], seq_len: int
+    config: dict[str, Any],
+    device: torch.device,
+    parallelism: Parallelism,
+    *,
+    tp: int,
+    micro_batches: tuple[int, ...],
+    seq_len: int,
 ) -> list[Case]:
-    """[[tp_layer]] and [[tp_ends]] for groups of `tp` neighbouring ranks; every rank of the world must call.
-
-    Args:
-        cutter: has `cut_layer(layer, mesh)` and `cut_ends(model, mesh)`, which replace parameters by DTensors.
-    """
+    """[[tp_layer]] and [[tp_ends]] for groups of `tp` neighbouring ranks; every rank of the world must call."""
     mesh = init_device_mesh(device.type, (dist.get_world_size() // tp, tp), mesh_dim_names=("outer", "tp"))["tp"]
     with device:
         model = local_model(config, num_layers=DEPTH)
     for layer in model.model.layers:
-        cutter.cut_layer(layer, mesh)
-    model.is_first = model.is_last = True
-    cutter.cut_ends(model, mesh)
+        parallelism.cut_layer(layer, mesh)
+    parallelism.cut_ends(model, mesh)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = []
     for micro_batch in micro_batches:
@@ -97,18 +101,23 @@ def tensor_parallel_cases(
 
 
 def context_parallel_cases(
-    config: dict[str, Any], device: torch.device, ring: Any, *, cp: int, micro_batches: tuple[int, ...], seq_len: int
+    config: dict[str, Any],
+    device: torch.device,
+    parallelism: Parallelism,
+    *,
+    cp: int,
+    micro_batches: tuple[int, ...],
+    seq_len: int,
 ) -> list[Case]:
     """[[cp_layer]] for groups of `cp` neighbouring ranks; every rank of the world must call.
 
     Args:
-        ring: has `use_ring_attention(model, group)`.
         seq_len: tokens of the whole sequence, a multiple of 2 * cp: every rank holds seq_len / cp.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size() // cp, cp), mesh_dim_names=("outer", "cp"))["cp"]
     with device:
         model = local_model(config, num_layers=DEPTH)
-    ring.use_ring_attention(model, mesh.get_group())
+    parallelism.put_ring_around(model, mesh.get_group())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = []
     for micro_batch in micro_batches:

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.session import Case
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 # torch 2.13 renames the two and warns of the names that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -10,6 +10,7 @@ fragmentation, library workspaces, and communication buffers outside torch.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fourfold.profiling.decoder import CHECKPOINTING, local_model, summed_loss
 from fourfold.profiling.shapes import read_config
+
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 
 
 class AllocationPeak:
@@ -195,9 +198,13 @@ def main() -> None:
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = vars(parser.parse_args())
-    config = read_config(options.pop("config"))
     options["dtype"] = getattr(torch, options["dtype"])
-    print(json.dumps(asdict(step_memory(config, **options)), indent=1))
+    try:
+        answer = step_memory(read_config(options.pop("config")), **options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(json.dumps(asdict(answer), indent=1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from fourfold.profiling.cluster_file import write_atomically
 from fourfold.profiling.session import Case, Timings
 from fourfold.profiling.settings import ProfileSettings
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 class StaleProfileError(ValueError):
     """What an interrupted profile left does not fit this one."""

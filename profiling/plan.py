@@ -1,8 +1,8 @@
 """Which cases a profile measures: general curves, and the shapes of the model at hand."""
 
 import os
-from importlib import import_module
 from itertools import product
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,30 +17,37 @@ from fourfold.profiling.compute import (
 )
 from fourfold.profiling.layer import context_parallel_cases, layer_cases, optimizer_cases, tensor_parallel_cases
 from fourfold.profiling.links import Tier, link_cases
+from fourfold.profiling.parallelism import Parallelism
 from fourfold.profiling.session import Case
 from fourfold.profiling.settings import ProfileSettings
 from fourfold.profiling.shapes import ModelShape, matmul_shapes, model_shape, read_config
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 KIB, MIB = 1024, 1024 * 1024
 
 
-def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[Tier]) -> list[Case]:
-    """All cases of this profile, the same on every rank."""
+def profile_cases(
+    settings: ProfileSettings, device: torch.device, tiers: list[Tier], parallelism: Parallelism | None = None
+) -> list[Case]:
+    """All cases of this profile, the same on every rank.
+
+    Args:
+        parallelism: how training spreads a layer over ranks; None leaves the layers that need it out.
+    """
     config = read_config(settings.model) if settings.model else None
     model = model_shape(config) if config else None
     on_gpu = device.type == "cuda"
     world_size = dist.get_world_size()
+    # Matrix products: squares and wide ones for any model, of which one is essential, and all of the model at hand.
     general = [256, 512, 1024, 2048] + ([4096, 8192] if on_gpu else [])
     wanted: dict[tuple[int, int, int, str], bool] = {(size, size, size, "nt"): False for size in general}
     wanted[1024, 1024, 1024, "nt"] = True
     wanted |= {(tokens, 4 * width, width, "nt"): False for tokens in (64, 1024) for width in general[:-1]}
-    messages = [KIB, 16 * KIB, 128 * KIB, MIB, 4 * MIB, 16 * MIB] + ([64 * MIB, 256 * MIB] if on_gpu else [])
-    ours = [KIB, MIB]
     if model:
         for tokens, tp in product(_token_counts(settings, world_size), model.tp_degrees(world_size)):
             wanted |= dict.fromkeys(matmul_shapes(model, tokens, tp), True)
-        ours += [4 * model.hidden * tokens for tokens in _token_counts(settings, world_size)]
-        ours.append(min(25 * MIB, 4 * model.layer_parameters))
+    # Training's dtype gets all of them and the streaming operators, the other one the squares alone.
     cases = [overhead_case(device)]
     training = torch.bfloat16 if on_gpu else torch.float32
     for dtype in (torch.float32, torch.bfloat16):
@@ -52,27 +59,41 @@ def profile_cases(settings: ProfileSettings, device: torch.device, tiers: list[T
             cases.append(copy_case(pool, (64 if on_gpu else 4) * MIB))
             cases += [elementwise_case(pool, 4**power * KIB) for power in range(1, 7 if not on_gpu else 9)]
     cases += _attention_cases(settings, model, device, training, world_size)
+    # Whole layers, alone and spread over ranks, and the optimizer.
     if config and model and settings.layers:
-        for tp in model.tp_degrees(world_size):
-            cases += layer_cases(config, device, tp=tp, micro_batches=settings.micro_batches, seq_len=settings.seq_len)
-        per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        if settings.context_parallel:
-            ring = import_module(settings.context_parallel)
-            for cp in _ring_sizes(per_host, settings.seq_len):
-                cases += context_parallel_cases(
-                    config, device, ring, cp=cp, micro_batches=settings.micro_batches, seq_len=settings.seq_len
-                )
-        if settings.tensor_parallel:
-            cutter = import_module(settings.tensor_parallel)
-            for tp in model.tp_degrees(per_host)[1:]:
-                if model.vocab % tp == 0:
-                    cases += tensor_parallel_cases(
-                        config, device, cutter, tp=tp, micro_batches=settings.micro_batches, seq_len=settings.seq_len
-                    )
-        cases += optimizer_cases(model, device)
+        cases += _model_cases(settings, config, model, device, parallelism)
+    # Messages of general sizes, and essential ones of the sizes that this model sends.
+    messages = [KIB, 16 * KIB, 128 * KIB, MIB, 4 * MIB, 16 * MIB] + ([64 * MIB, 256 * MIB] if on_gpu else [])
+    ours = [KIB, MIB]
+    if model:
+        ours += [4 * model.hidden * tokens for tokens in _token_counts(settings, world_size)]
+        ours.append(min(25 * MIB, 4 * model.layer_parameters))
     for tier in tiers:
         cases += link_cases(tier, device, sorted({*messages, *ours}), ours)
     return list({case.key: case for case in cases}.values())
+
+
+def _model_cases(
+    settings: ProfileSettings,
+    config: dict[str, Any],
+    model: ModelShape,
+    device: torch.device,
+    parallelism: Parallelism | None,
+) -> list[Case]:
+    """The model's layers and ends on one rank, its layers cut over the ranks of a host, and its optimizer."""
+    world_size = dist.get_world_size()
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    sizes: dict[str, Any] = {"micro_batches": settings.micro_batches, "seq_len": settings.seq_len}
+    cases = []
+    for tp in model.tp_degrees(world_size):
+        cases += layer_cases(config, device, tp=tp, **sizes)
+    if parallelism is not None:
+        for cp in _ring_sizes(per_host, settings.seq_len):
+            cases += context_parallel_cases(config, device, parallelism, cp=cp, **sizes)
+        for tp in model.tp_degrees(per_host)[1:]:
+            if model.vocab % tp == 0:
+                cases += tensor_parallel_cases(config, device, parallelism, tp=tp, **sizes)
+    return cases + optimizer_cases(model, device)
 
 
 def _token_counts(settings: ProfileSettings, num_ranks: int) -> list[int]:

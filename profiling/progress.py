@@ -7,6 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 class ProgressLine:
     """Shows a fraction and a text on stderr. Does nothing where not enabled."""

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileSettings:
@@ -16,10 +18,6 @@ class ProfileSettings:
         seq_len: tokens a sequence of that model.
         micro_batches: sequences a micro-batch, each measured.
         layers: also time whole decoder layers, embedding, head and optimizer of that model.
-        tensor_parallel: name of a module whose `cut_layer(layer, mesh)` and `cut_ends(model, mesh)` make a layer and
-            the ends of a model tensor-parallel: they are timed so too. None measures no tensor-parallel layers.
-        context_parallel: name of a module whose `use_ring_attention(model, group)` makes a model's attention a ring's,
-            which takes `ring_seq_len`: layers are timed so too. None measures no context-parallel layers.
         resume: take over what an interrupted profile with the same options has measured.
         device: "cuda" or "cpu"; None takes CUDA where this host has a device.
     """
@@ -30,8 +28,6 @@ class ProfileSettings:
     seq_len: int = 512
     micro_batches: tuple[int, ...] = (1, 2)
     layers: bool = True
-    tensor_parallel: str | None = None
-    context_parallel: str | None = None
     resume: bool = False
     device: str | None = None
 
@@ -58,10 +54,6 @@ class ProfileSettings:
             words += ["--model", str(self.model)]
         if self.device is not None:
             words += ["--device", self.device]
-        if self.tensor_parallel is not None:
-            words += ["--tensor-parallel", self.tensor_parallel]
-        if self.context_parallel is not None:
-            words += ["--context-parallel", self.context_parallel]
         if not self.layers:
             words.append("--no-layers")
         if self.resume:
@@ -91,8 +83,6 @@ def parse_settings(arguments: list[str] | None = None) -> ProfileSettings:
         help="sequences a micro-batch; repeat for more",
     )
     parser.add_argument("--no-layers", action="store_false", dest="layers", help="shapes of --model, no whole layers")
-    parser.add_argument("--tensor-parallel", help="module with cut_layer and cut_ends, timed over the ranks")
-    parser.add_argument("--context-parallel", help="module with use_ring_attention, timed over the ranks")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted profile")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:

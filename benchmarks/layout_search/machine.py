@@ -19,7 +19,7 @@ from statistics import median
 from benchmarks.rows import commit
 
 from fourfold.launch.commands.launch import run_layout
-from fourfold.launch.commands.profile import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
+from fourfold.launch.commands.profile import profile_machine
 from fourfold.launch.runs import read_result, typical_step_s
 from fourfold.layouts.cost.price import PricedLayout, price
 from fourfold.layouts.evidence.validation import spearman
@@ -39,10 +39,7 @@ Row = dict[str, str]
 
 
 def profiled(out: Path, config: Path, seq_len: int, seconds: float) -> Cluster:
-    settings = ProfileSettings(
-        out=out, seconds=seconds, model=config, seq_len=seq_len, tensor_parallel=TENSOR_PARALLEL,
-        context_parallel=CONTEXT_PARALLEL,
-    )  # fmt: skip
+    settings = ProfileSettings(out=out, seconds=seconds, model=config, seq_len=seq_len)
     profile_machine(settings, num_ranks=2)
     return load_cluster(out)
 

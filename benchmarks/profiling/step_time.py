@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fourfold.launch.profile_ranks import TrainingParallelism
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.decoder import tensor_parallel
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.compute import OperandPool, attention_case, matmul_case
 from fourfold.profiling.fitting import fit_latency_bandwidth
@@ -101,7 +101,7 @@ def main() -> None:
     parameters = shape.num_layers * shape.layer_parameters + 2 * shape.vocab * shape.hidden + shape.hidden
     optimizer = optimizer_cases(shape, CPU)[1]
     layers = {"dp": layer_cases(config, CPU, tp=1, micro_batches=(1,), seq_len=seq_len)}
-    layers["tp"] = tensor_parallel_cases(config, CPU, tensor_parallel, tp=2, micro_batches=(1,), seq_len=seq_len)
+    layers["tp"] = tensor_parallel_cases(config, CPU, TrainingParallelism(), tp=2, micro_batches=(1,), seq_len=seq_len)
     pool = OperandPool(16 * KIB * KIB, FP32, CPU)
     matmuls = {
         pair: [

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.launch.commands.launch import fresh_folder, run_layout
-from fourfold.launch.commands.profile import CONTEXT_PARALLEL, TENSOR_PARALLEL, profile_machine
+from fourfold.launch.commands.profile import profile_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
@@ -98,14 +98,7 @@ def _measured_cluster(
         if cluster.resolve() != target.resolve():
             target.write_text(cluster.read_text())
         return machine
-    settings = ProfileSettings(
-        out=target,
-        seconds=seconds,
-        model=config,
-        seq_len=seq_len,
-        tensor_parallel=TENSOR_PARALLEL,
-        context_parallel=CONTEXT_PARALLEL,
-    )
+    settings = ProfileSettings(out=target, seconds=seconds, model=config, seq_len=seq_len)
     profile_machine(settings, num_ranks=ranks)
     return load_cluster(target)
 

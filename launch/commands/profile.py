@@ -8,9 +8,6 @@ import typer
 from fourfold.launch.processes import start_ranks
 from fourfold.profiling.settings import ProfileSettings
 
-# profiling imports no sibling: it is told what to measure.
-TENSOR_PARALLEL, CONTEXT_PARALLEL = "fourfold.parallel.decoder.tensor_parallel", "fourfold.parallel.ring.transformers"
-
 
 def profile(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("cluster.toml"),
@@ -42,8 +39,6 @@ def profile(
         layers=layers,
         resume=resume,
         device=device,
-        tensor_parallel=TENSOR_PARALLEL,
-        context_parallel=CONTEXT_PARALLEL,
     )
     profile_machine(settings, num_ranks=ranks)
 
@@ -70,4 +65,4 @@ def profile_machine(settings: ProfileSettings, *, num_ranks: int | None = None) 
         raise ValueError(f"--ranks {num_ranks}: choose at least 1, and on CUDA at most one a device ({available} here)")
     if settings.model:
         model_shape(read_config(settings.model))  # told here, not by a rank's traceback
-    start_ranks("fourfold.profiling.run", settings.arguments(), num_ranks=num_ranks, device_type=device_type)
+    start_ranks("fourfold.launch.profile_ranks", settings.arguments(), num_ranks=num_ranks, device_type=device_type)

@@ -38,6 +38,26 @@ def test_a_second_copy_is_refused(folder):
     assert f"import fourfold.{folder}, not '{folder}'" in result.stderr
 
 
+def test_a_second_copy_of_profiling_is_refused_by_each_module():
+    """The folder has no __init__.py that could: the standard library has a package of its name (PEP 799)."""
+    assert not (ROOT / "profiling" / "__init__.py").exists()
+    names = sorted(path.stem for path in (ROOT / "profiling").glob("*.py"))
+    assert {"session", "run", "memory", "clock"} < set(names)
+    code = f"""
+from importlib import import_module
+for name in {names}:
+    try:
+        import_module(f"profiling.{{name}}")
+        print(name, "was imported")
+    except ImportError as error:
+        print(name, error)
+"""
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    refusal = "import fourfold.profiling, not 'profiling': a second copy would make second classes"
+    assert result.stdout.splitlines() == [f"{name} {refusal}" for name in names]
+
+
 PACKAGES = ["parallel", *(f"parallel/{name}" for name in ("sequence", "ring", "stream", "pipeline", "decoder"))]
 
 

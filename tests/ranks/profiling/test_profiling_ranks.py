@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from torch.distributed.fsdp import fully_shard
 
 from fourfold.launch.commands.profile import profile_machine
 from fourfold.launch.processes import RankFailure, start_ranks
+from fourfold.launch.profile_ranks import TrainingParallelism
 from fourfold.layouts.inputs.cluster import load_cluster
-from fourfold.profiling import run
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model
+from fourfold.profiling.links import find_tiers
 from fourfold.profiling.memory import AllocationPeak, _LossModel, step_memory
 from fourfold.profiling.partial import PartialProfile
+from fourfold.profiling.ranks import profile_ranks
 from fourfold.profiling.session import LATE_ROUNDS, Case, Timings, measure
 from fourfold.profiling.settings import ProfileSettings
 
@@ -36,13 +40,11 @@ def write_profile(folder: str, ranks_per_host: int, seconds: float, model: bool)
         config.write_text(json.dumps(CONFIG))
     dist.barrier()
     try:
-        run.profile_ranks(
-            ProfileSettings(
-                out=Path(folder) / "cluster.toml", seconds=seconds, model=config if model else None, seq_len=32,
-                micro_batches=(1,), device="cpu", tensor_parallel="fourfold.parallel.decoder.tensor_parallel",
-                context_parallel="fourfold.parallel.ring.transformers",
-            )
+        settings = ProfileSettings(
+            out=Path(folder) / "cluster.toml", seconds=seconds, model=config if model else None, seq_len=32,
+            micro_batches=(1,), device="cpu",
         )  # fmt: skip
+        profile_ranks(settings, TrainingParallelism())
     finally:
         del os.environ["LOCAL_WORLD_SIZE"]
 
@@ -77,6 +79,26 @@ def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "cluster.toml."))] == []
 
 
+def test_each_host_of_two_measures_what_cuts_its_layers(ranks, tmp_path):
+    ranks(4)(write_profile, str(tmp_path), 2, 0.1, True)
+    table = tomllib.loads((tmp_path / "cluster.toml").read_text())
+    assert [row["tp"] for row in table["tp_layer"]] == [row["tp"] for row in table["tp_ends"]] == [2]
+    assert [row["cp"] for row in table["cp_layer"]] == [2]
+
+
+def test_torchrun_measures_them_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3] / "src"))
+    config, out = tmp_path / "config.json", tmp_path / "c.toml"
+    config.write_text(json.dumps(CONFIG))
+    words = ["--out", out, "--model", config, "--seq-len", 32, "--micro-batch", 1, "--seconds", 0.1, "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "fourfold.profiling.run", *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    table = tomllib.loads(out.read_text())
+    assert table["tp_layer"][0]["tp"] == table["tp_ends"][0]["tp"] == table["cp_layer"][0]["cp"] == 2
+
+
 def test_one_rank_has_no_links(ranks, tmp_path):
     ranks(1)(write_profile, str(tmp_path), 1, 0.1, False)
     table = tomllib.loads((tmp_path / "cluster.toml").read_text())
@@ -87,7 +109,7 @@ def test_one_rank_has_no_links(ranks, tmp_path):
 def unequal_hosts() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
     try:
-        run.find_tiers("cpu")
+        find_tiers("cpu")
     finally:
         del os.environ["LOCAL_WORLD_SIZE"]
 

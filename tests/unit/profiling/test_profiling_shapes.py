@@ -53,7 +53,7 @@ def test_settings_survive_the_command_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     settings = ProfileSettings(
         out=tmp_path / "c.toml", seconds=7.5, model=tmp_path / "config.json", seq_len=64, micro_batches=(2, 8),
-        layers=False, resume=True, device="cpu", tensor_parallel="some.module", context_parallel="other.module",
+        layers=False, resume=True, device="cpu",
     )  # fmt: skip
     assert parse_settings(settings.arguments()) == settings
     assert parse_settings([]) == ProfileSettings()
