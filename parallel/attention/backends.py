@@ -1,245 +1,25 @@
-"""Attention of one block of queries to one block of keys, with its log-sum-exp, and the merging of blocks.
+"""Which kernel does a block, and what surrounds one: the cut, the flip of an anticausal triangle, the merge.
 
 Softmax over many blocks needs no more than each block's output and lse: `merge` weighs outputs by them, and a block's
-gradient is exact when its backward is given the merged output and the lse of the whole row. torch's fused kernels all
-work so inside; `scaled_dot_product_attention` hides the lse, the aten operators underneath return it and take it back.
-
-One class a backend, all with the same two methods. Tensors are [B, H, S, D]; k and v may have fewer heads (GQA, MQA):
-consecutive query heads share one. lse is [B, H, S_q], fp32 (fp64 for fp64 inputs), natural log. `causal` masks keys
-after a query, both counted from their first, so it asks for as many keys as queries. No row may be wholly masked:
-attention.blocks cuts such rows off.
-
-Gradients repeat bit for bit on CPU. On CUDA the kernels add dq with atomics unless
-torch.use_deterministic_algorithms(True) is set (flash; cuDNN has its own rules).
+gradient is exact when its backward is given the merged output and the lse of the whole row.
 """
 
-import importlib.util
-from typing import Protocol
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
-Gradients = tuple[Tensor, Tensor, Tensor]
-
-
-class AttentionBackend(Protocol):
-    """What a backend offers.
-
-    Attributes:
-        name: how users ask for it.
-        leaf: the kernel does the whole square of causal blocks up to this size, so larger triangles are worth cutting
-            (0: it skips what is masked by itself).
-    """
-
-    name: str
-    leaf: int
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        """Why this backend cannot take these tensors, or None."""
-        ...
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [B, H, S_q, D] in q.dtype, lse [B, H, S_q])."""
-        ...
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        """(dq, dk, dv) of this block alone, in the inputs' dtype; `out` and `lse` are the merged ones."""
-        ...
-
-
-class MathAttention:
-    """Plain matrix products on any device and dtype; holds S_q * S_k scores a head."""
-
-    name = "math"
-    leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        return None if q.is_floating_point() else f"math attention needs floating-point tensors, not {q.dtype}"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        scores = _scores(q, k, causal, scale)
-        lse = scores.logsumexp(-1)
-        weights = (scores - lse.unsqueeze(-1)).exp()
-        out = weights @ widen(v).unsqueeze(2)
-        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        grad, lse = by_key_head(widen(grad_out), k), by_key_head(lse, k)
-        delta = (grad * by_key_head(widen(out), k)).sum(-1, keepdim=True)
-        weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
-        grad_v = (weights.mT @ grad).sum(2)
-        grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta) * scale
-        grad_q = (grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2)
-        grad_k = (grad_scores.mT @ by_key_head(widen(q), k)).sum(2)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-class CpuFlash:
-    """torch's flash kernel for CPU: fp32, bf16, fp16 and fp64, any head size, fewer key heads as they are.
-
-    It computes causal squares up to 512 whole. From 192 queries on it works on 64 rows at a time, below on 32 and
-    slower: triangles of 192 are the smallest worth cutting.
-    """
-
-    name = "cpu_flash"
-    leaf = 192
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        if q.device.type != "cpu":
-            return f"cpu_flash needs tensors on the CPU, not on {q.device}"
-        return None if q.is_floating_point() else f"cpu_flash needs floating-point tensors, not {q.dtype}"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
-
-
-class CudaFlash:
-    """torch's own flash kernel on CUDA: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
-
-    name = "cuda_flash"
-    leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        return _cuda_refusal(self.name, q, max_head_size=256)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return out, lse
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of dropout, which is off
-        return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
-            grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
-            scale=scale,
-        )  # fmt: skip
-
-
-class CudnnAttention:
-    """cuDNN's fused attention through torch: bf16 and fp16, head sizes that are multiples of 8 up to 128."""
-
-    name = "cudnn"
-    leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        return _cuda_refusal(self.name, q, max_head_size=128)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-        return out, lse.reshape(q.shape[:3])
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        unused = torch.zeros((), dtype=torch.int64, device=q.device)
-        return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None,
-            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
-        )  # fmt: skip
-
-
-class FlashAttn:
-    """The flash-attn package on CUDA: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
-
-    name = "flash_attn"
-    leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        if importlib.util.find_spec("flash_attn") is None:
-            return "flash_attn is not installed: pip install flash-attn, or leave the backend to be chosen"
-        return _cuda_refusal(self.name, q, max_head_size=256)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_forward
-
-        out, lse, *_ = _flash_attn_forward(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
-        )  # fmt: skip
-        return out.transpose(1, 2), lse
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
-        from flash_attn.flash_attn_interface import _flash_attn_backward
-
-        grad_q, grad_k, grad_v = (torch.empty_like(x.transpose(1, 2)) for x in (q, k, v))
-        _flash_attn_backward(
-            grad_out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
-            lse.contiguous(), grad_q, grad_k, grad_v, dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(), rng_state=None,
-        )  # fmt: skip
-        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
-
+from fourfold.parallel.attention.blocks import Block
+from fourfold.parallel.attention.kernels import (
+    AttentionBackend,
+    CpuFlash,
+    CudaFlash,
+    CudnnAttention,
+    FlashAttn,
+    Gradients,
+    MathAttention,
+    SavedAttention,
+)
 
 # In order of preference. cuDNN refuses more shapes, some of them only at run time, so it is asked for by name.
 BACKENDS: dict[str, AttentionBackend] = {
@@ -280,35 +60,39 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
     torch.logaddexp(lse, block_lse.to(lse.dtype), out=lse)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What outputs, lse and gradients are summed in: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def attend_block(
+    backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one block of q, k and v, which are given whole.
+
+    Kernels know "causal" only. An anticausal triangle is a causal one when both orders are reversed:
+
+              keys                 keys reversed
+            # # #                  # . .
+            . # #   queries   ->   # # .   queries reversed
+            . . #                  # # #
+    """
+    queries, keys = slice(*block.q), slice(*block.k)
+    tensors = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+    if block.shape != "anticausal":
+        return backend.forward(*tensors, causal=block.shape == "causal", scale=scale)
+    out, lse = backend.forward(*_flipped(tensors), causal=True, scale=scale)
+    return out.flip(2), lse.flip(2)
 
 
-def widen(x: Tensor) -> Tensor:
-    """x in the dtype that is summed in."""
-    return x.to(accumulation_dtype(x.dtype))
+def attend_block_backward(
+    backend: AttentionBackend, grad_out: Tensor, saved: SavedAttention, block: Block, scale: float
+) -> Gradients:
+    """(dq, dk, dv) of the block's own queries and keys; grad_out and `saved` are given whole."""
+    queries, keys = (slice(None), slice(None), slice(*block.q)), (slice(None), slice(None), slice(*block.k))
+    grad_out, q, k, v = grad_out[queries], saved.q[queries], saved.k[keys], saved.v[keys]
+    here = SavedAttention(q, k, v, saved.out[queries], saved.lse[queries])
+    if block.shape != "anticausal":
+        return backend.backward(grad_out, here, causal=block.shape == "causal", scale=scale)
+    dq, dk, dv = backend.backward(grad_out.flip(2), SavedAttention(*_flipped(here)), causal=True, scale=scale)
+    return dq.flip(2), dk.flip(2), dv.flip(2)
 
 
-def by_key_head(x: Tensor, k: Tensor) -> Tensor:
-    """[B, H, ...] -> [B, H_kv, H // H_kv, ...]."""
-    return x.reshape(x.shape[0], k.shape[1], -1, *x.shape[2:])
-
-
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    """[B, H_kv, H // H_kv, S_q, S_k], masked with -inf."""
-    scores: Tensor = by_key_head(widen(q), k) @ widen(k).unsqueeze(2).mT * scale
-    if causal:
-        masked = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
-        scores.masked_fill_(masked, -torch.inf)
-    return scores
-
-
-def _cuda_refusal(name: str, q: Tensor, max_head_size: int) -> str | None:
-    if q.device.type != "cuda":
-        return f"{name} needs tensors on a CUDA device, not on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{name} takes bf16 and fp16, not {q.dtype}: cast, or ask for backend='math'"
-    if q.shape[-1] % 8 or q.shape[-1] > max_head_size:
-        return f"{name} takes head sizes that are multiples of 8 up to {max_head_size}, not {q.shape[-1]}"
-    return None
+def _flipped(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Each tensor with its tokens in reverse order."""
+    return tuple(x.flip(2) for x in tensors)

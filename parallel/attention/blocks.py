@@ -15,12 +15,11 @@ from typing import Literal
 
 from fourfold.parallel.sequence.sharding import (
     Shard,
+    ShardedSequence,
     document_ranges,
     index_from,
-    join_ranges,
     mask_reach,
     shard_length,
-    shard_ranges,
 )
 
 Shape = Literal["full", "causal", "anticausal"]
@@ -68,33 +67,25 @@ class Hop:
 
 
 @lru_cache(maxsize=256)
-def plan_hops(
-    rank: int,
-    size: int,
-    seq_len: int,
-    sharding: str,
-    causal: bool,
-    window: tuple[int, int] | None,
-    cu_seqlens: tuple[int, ...] | None,
-    heads_degree: int = 1,
-    leaf: int = 0,
-) -> tuple[Hop, ...]:
+def plan_hops(rank: int, sequence: ShardedSequence, leaf: int = 0) -> tuple[Hop, ...]:
     """The whole ring of one rank; hop 0 is its own keys. At hop h keys come from ring rank r-h and go to r+h.
+
+    Keys go straight to the ranks that read them. Who sends to whom, 4 ranks:
+
+        hop 1   0 -> 1 -> 2 -> 3 -> 0
+        hop 2   0 -> 2 -> 0   1 -> 3 -> 1
+        hop 3   0 -> 3 -> 2 -> 1 -> 0
 
     Args:
         rank: among the size/heads_degree ring ranks. Ring rank b stands for ranks b*heads_degree and on, together.
-        size, seq_len, sharding, causal, window, cu_seqlens: as ring_attention's.
         leaf: triangles larger than this are cut into rectangles and smaller triangles (0: never), for kernels that
             do the whole square of a small triangle.
     Cost: O(ring size * ranges of a shard); remembered for the last 256 calls.
     """
-    ring_size = size // heads_degree
-    shards = [
-        join_ranges([tokens for shard in group for tokens in shard])
-        for group in _groups(shard_ranges(seq_len, size, sharding, cu_seqlens), heads_degree)
-    ]
-    documents = document_ranges(seq_len, cu_seqlens)
-    reach = mask_reach(causal, window)
+    shards = sequence.ring_shards
+    ring_size = len(shards)
+    documents = document_ranges(sequence.seq_len, sequence.cu_seqlens)
+    reach = mask_reach(sequence.causal, sequence.window)
     hops = []
     for step in range(ring_size):
         source, target = (rank - step) % ring_size, (rank + step) % ring_size
@@ -275,21 +266,7 @@ def _offsets(shard: Shard) -> list[int]:
     return offsets
 
 
-def _groups(shards: Sequence[Shard], count: int) -> list[Sequence[Shard]]:
-    return [shards[start : start + count] for start in range(0, len(shards), count)]
-
-
-def keys_sent(
-    rank: int,
-    size: int,
-    seq_len: int,
-    sharding: str = "zigzag",
-    *,
-    causal: bool = True,
-    window: tuple[int, int] | None = None,
-    cu_seqlens: tuple[int, ...] | None = None,
-    heads_degree: int = 1,
-) -> tuple[int, int]:
+def keys_sent(rank: int, sequence: ShardedSequence) -> tuple[int, int]:
     """(sent, received): keys that one ring rank sends to all others, and receives, in one pass around the ring.
 
     Forward moves sent * 2 * B * (H_kv / heads_degree) * D * itemsize bytes out of the rank (keys and values; a
@@ -299,6 +276,6 @@ def keys_sent(
 
     Args: as plan_hops', rank among the ring ranks.
     """
-    hops = plan_hops(rank, size, seq_len, sharding, causal, window, cu_seqlens, heads_degree)
+    hops = plan_hops(rank, sequence)
     sent = sum(stop - start for hop in hops for start, stop in hop.send)
     return sent, sum(hop.num_received for hop in hops)

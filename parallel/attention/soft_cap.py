@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import Gradients, MathAttention, by_key_head, widen
+from fourfold.parallel.attention.kernels import Gradients, MathAttention, SavedAttention, by_key_head, widen
 
 
 class SoftCapAttention(MathAttention):
@@ -24,18 +24,8 @@ class SoftCapAttention(MathAttention):
         out = (scores - lse.unsqueeze(-1)).exp() @ widen(v).unsqueeze(2)
         return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> Gradients:
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        q, k, v, out, lse = saved
         queries, grad, result = (by_key_head(widen(x), k) for x in (q, grad_out, out))
         capped = self._capped(q, k, scale)
         weights = (self._masked(capped, causal) - by_key_head(lse, k).unsqueeze(-1)).exp()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import accumulation_dtype
+from fourfold.parallel.attention.kernels import accumulation_dtype
 from fourfold.parallel.communication import Message, Place, exchange
 from fourfold.parallel.sequence.sharding import Shard, join_ranges
 

@@ -9,7 +9,7 @@ do (dropout, padding masks, soft caps, sinks, caches) is refused, never dropped.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.ring.attention import ring_attention
+from fourfold.parallel.ring.attention import ring_attend
 from fourfold.parallel.ring.heads import check_heads
+from fourfold.parallel.ring.options import RingOptions, RingSettings
 from fourfold.parallel.sequence.tensors import (
     IGNORED_LABEL,
     Documents,
@@ -39,16 +40,6 @@ UNSUPPORTED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RingSettings:
-    """What an attention module needs to join the ring; the arguments are ring_attention's."""
-
-    group: dist.ProcessGroup | None
-    sharding: str = "zigzag"
-    heads_degree: int = 1
-    backend: str | None = None
-
-
 def use_ring_attention(
     model: nn.Module,
     group: dist.ProcessGroup | None,
@@ -66,7 +57,8 @@ def use_ring_attention(
         ValueError: the model has no attention modules, cannot take attention functions, or its heads do not fit.
     """
     size = place_in(group).size
-    settings = RingSettings(group=group, sharding=sharding, heads_degree=heads_degree, backend=backend)
+    options = RingOptions(sharding=sharding, heads_degree=heads_degree, backend=backend)
+    settings = RingSettings(group=group, options=options)
     modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
     if not modules or not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
@@ -161,22 +153,16 @@ def ring_attention_forward(
         raise ValueError(
             f"a window of {sliding_window} without causal: models disagree on what it means, so ask for one"
         )
-    query, key, value = _as_autocast_does(query, key, value)
-    out = ring_attention(
-        query,
-        key,
-        value,
-        settings.group,
+    options = replace(
+        settings.options,
         causal=causal,
         scale=scaling,
-        sharding=settings.sharding,
         # transformers counts the query itself among the window's keys.
         window=None if sliding_window is None else (sliding_window - 1, -1),
-        cu_seqlens=ring_cu_seqlens,
-        heads_degree=settings.heads_degree,
-        backend=settings.backend,
+        cu_seqlens=document_ends(ring_cu_seqlens),
         seq_len=ring_seq_len,
     )
+    out = ring_attend(*_as_autocast_does(query, key, value), settings.group, options)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -5,14 +5,21 @@ one with a stride for striped, one or two a document for packed zigzag. Everythi
 sends, position ids, shifted labels) follows from the ranges, so no rule below asks for a length that divides.
 
 Causal attention makes late tokens dearer than early ones. Contiguous shards therefore leave the first rank almost idle;
-zigzag gives rank r pieces r and 2n-1-r of 2n; striped deals tokens out in turn. Packed documents restart the slope, so
-zigzag is cut document by document there. `attended_pairs` says what each rank has to do.
+zigzag gives rank r pieces r and 2n-1-r of 2n; striped deals tokens out in turn. Whose token is whose, 3 ranks:
+
+    contiguous   0 0 0 0 1 1 1 1 2 2 2 2
+    zigzag       0 0 1 1 2 2 2 2 1 1 0 0
+    striped      0 1 2 0 1 2 0 1 2 0 1 2
+
+Packed documents restart the slope, so zigzag is cut document by document there. `attended_pairs` says what each rank
+has to do.
 
 torch's context_parallel has the zigzag ("head-tail") for lengths that divide by 2n; nobody has uneven ones.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -25,6 +32,42 @@ Shard = tuple[range, ...]
 # ranks share it: placing the parts greedily leaves less imbalance than that, and short documents, whole on one rank or
 # on few, need little communication or none.
 SMALL_PART = 1 / 32
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedSequence:
+    """A masked sequence and the group that shares it: with a rank's number, all that its part follows from.
+
+    Attributes:
+        size: ranks of the group.
+        seq_len, sharding, causal, window, cu_seqlens, heads_degree: as ring_attention's arguments.
+    """
+
+    size: int
+    seq_len: int
+    sharding: str = "zigzag"
+    _: KW_ONLY
+    causal: bool = True
+    window: tuple[int, int] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+    heads_degree: int = 1
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Of every rank of the group; see shard_ranges."""
+        return shard_ranges(self.seq_len, self.size, self.sharding, self.cu_seqlens)
+
+    @property
+    def ring_shards(self) -> tuple[Shard, ...]:
+        """Of every ring rank, which is heads_degree ranks together."""
+        shards, degree = self.shards, self.heads_degree
+        groups = [shards[first : first + degree] for first in range(0, self.size, degree)]
+        return tuple(join_ranges([tokens for shard in group for tokens in shard]) for group in groups)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every rank of the group."""
+        return [shard_length(shard) for shard in self.shards]
 
 
 @lru_cache(maxsize=64)

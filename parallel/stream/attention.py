@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import AttentionBackend, Gradients, accumulation_dtype, merge, select_backend
+from fourfold.parallel.attention.backends import attend_block, attend_block_backward, merge, select_backend
 from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
+from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
 from fourfold.parallel.stream.memory import KEYS_A_CALL
 
 
@@ -166,12 +167,7 @@ class LayerKeys:
 
     def _block(self, q: Tensor, rows: slice, block: Block, scale: float) -> tuple[Tensor, Tensor]:
         assert self._k is not None
-        span = slice(*block.k)
-        q, k, v = q[:, :, slice(*block.q)], self._k[rows, :, span], self._v[rows, :, span]
-        if block.shape != "anticausal":
-            return self._backend.forward(q, k, v, causal=block.shape == "causal", scale=scale)
-        out, lse = self._backend.forward(q.flip(2), k.flip(2), v.flip(2), causal=True, scale=scale)
-        return out.flip(2), lse.flip(2)
+        return attend_block(self._backend, q, self._k[rows], self._v[rows], block, scale)
 
     def _backward_rows(
         self, dq: Tensor, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, mask: RowMask, start: int,
@@ -180,16 +176,13 @@ class LayerKeys:
         assert self._k is not None
         assert self._grads is not None
         rows = slice(*mask.rows)
+        saved = SavedAttention(q[rows], self._k[rows], self._v[rows], out[rows], lse[rows])
         for block in chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window, self._backend.leaf):
             queries, keys = (rows, slice(None), slice(*block.q)), (rows, slice(None), slice(*block.k))
-            tensors = [grad_out[queries], q[queries], self._k[keys], self._v[keys], out[queries], lse[queries]]
-            turned = block.shape == "anticausal"
-            if turned:
-                tensors = [x.flip(2) for x in tensors]
-            parts = self._backend.backward(*tensors, causal=block.shape != "full", scale=scale)
+            parts = attend_block_backward(self._backend, grad_out[rows], saved, block, scale)
             totals = (dq[queries], self._grads[0][keys], self._grads[1][keys])
             for total, part in zip(totals, parts, strict=True):
-                total.add_(part.flip(2) if turned else part)
+                total.add_(part)
             del parts, part  # before the next ones are made
 
 

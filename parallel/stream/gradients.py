@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.attention.backends import accumulation_dtype
+from fourfold.parallel.attention.kernels import accumulation_dtype
 from fourfold.parallel.stream.patching import replaced_forward
 
 

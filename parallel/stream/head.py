@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.attention.backends import accumulation_dtype
+from fourfold.parallel.attention.kernels import accumulation_dtype
 from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.passing import PassingGradient
 from fourfold.parallel.stream.patching import aliased, entered_autocast, once

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.attention.backends import AttentionBackend
+from fourfold.parallel.attention.kernels import AttentionBackend
 from fourfold.parallel.attention.soft_cap import SoftCapAttention
 from fourfold.parallel.stream.attention import ChunkAttention, LayerKeys, RowMask
 from fourfold.parallel.stream.embedding import Lookup

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from transformers.utils import ModelOutput
 
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.ring.transformers import RingSettings
+from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents
 from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.checks import causal_lm as find_causal_lm

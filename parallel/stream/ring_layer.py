@@ -10,7 +10,7 @@ it into those of q, k and v; then each chunk's projections are recomputed and go
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.ring.attention import Ring, plan_ring
-from fourfold.parallel.ring.transformers import RingSettings
-from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
+from fourfold.parallel.ring.attention import plan_ring
+from fourfold.parallel.ring.hops import Ring
+from fourfold.parallel.ring.options import RingOptions, RingSettings
 from fourfold.parallel.sequence.tensors import Documents, document_ends
 from fourfold.parallel.stream.gradients import ParameterSums, summed_linears
 from fourfold.parallel.stream.layer import (
@@ -40,13 +40,10 @@ from fourfold.parallel.stream.random_numbers import random_numbers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RingPass(Pass):
-    """What all layers of one pass over a shard share; fields as ring_attention's arguments."""
+    """What all layers of one pass over a shard share: `options` are the ring's, but for what a layer's module says."""
 
     group: dist.ProcessGroup | None
-    sharding: str
-    heads_degree: int
-    seq_len: int | None
-    cu_seqlens: Documents
+    options: RingOptions
 
 
 def around_ring(shared: Pass, ring: RingSettings, seq_len: int | None, cu_seqlens: Documents) -> RingPass:
@@ -58,19 +55,18 @@ def around_ring(shared: Pass, ring: RingSettings, seq_len: int | None, cu_seqlen
     Raises:
         ValueError: some rank would hold no token, which transformers' models cannot take; on every rank.
     """
+    backend = shared.backend if isinstance(shared.backend, str) else ring.options.backend
+    options = replace(ring.options, seq_len=seq_len, cu_seqlens=document_ends(cu_seqlens), backend=backend)
     if seq_len is not None:
-        size, ends = place_in(ring.group).size, document_ends(cu_seqlens)
-        lengths = [shard_length(shard) for shard in shard_ranges(seq_len, size, ring.sharding, ends)]
+        size = place_in(ring.group).size
+        lengths = options.shared_by(size, seq_len).lengths
         if not all(lengths):
             raise ValueError(
-                f"{seq_len} tokens in {ring.sharding} shards are {lengths}, and a model needs at least one on every "
+                f"{seq_len} tokens in {options.sharding} shards are {lengths}, and a model needs at least one on every "
                 f"rank: give longer sequences, or a smaller group than {size}"
             )
     same = {name: getattr(shared, name) for name in Pass.__slots__}
-    return RingPass(
-        **{**same, "backend": shared.backend or ring.backend}, group=ring.group, sharding=ring.sharding,
-        heads_degree=ring.heads_degree, seq_len=seq_len, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    return RingPass(**same, group=ring.group, options=options)
 
 
 class RingLayerStream(LayerStream):
@@ -120,10 +116,11 @@ class _RingLayer(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         begin(ctx, x, stream, arguments, shared, parameters)
         q, k, v, ring = _project(ctx, x, replay=False)
-        kept = ring.forward(q, k, v)
+        attended_to = ring.forward(q, k, v)
         del q, k, v
-        save(ctx, x, lookup, kept if stream.keep else ())
-        attention, out = ring.to_tokens(kept[0]), torch.empty_like(x)
+        save(ctx, x, lookup, (attended_to.out, attended_to.lse) if stream.keep else ())
+        attention, out = ring.to_tokens(attended_to.out), torch.empty_like(x)
+        del attended_to
         for start, stop in chunks_of(0, x.shape[1], shared.chunk):
             with random_numbers(ctx.random, ("resume", start), replay=False):
                 attended = stream.attend(x[:, start:stop], arguments, _Resume(start, attention[:, :, start:stop]))
@@ -144,12 +141,15 @@ class _RingLayer(torch.autograd.Function):
         ):
             with torch.no_grad():
                 q, k, v, ring = _project(ctx, x, replay=True)
-            out, lse = kept or ring.forward(q, k, v)
+                attended_to = ring.saved(q, k, v, *kept) if kept else ring.forward(q, k, v)
+                del q, k, v
             sums, grad_x = ParameterSums(aliases, ctx.parameters), shared.passing.room_for(x, grad)
             with summed_linears(stream.layer, sums):
-                grad_out = _after_attention(ctx, x, ring.to_tokens(out), [grad, *router_grads], grad_x, sums)
-                gradients = ring.backward(grad_out, q, k, v, out, lse)
-                del q, k, v, out, lse, grad_out
+                attention = ring.to_tokens(attended_to.out)
+                grad_out = _after_attention(ctx, x, attention, [grad, *router_grads], grad_x, sums)
+                del attention
+                gradients = ring.backward(grad_out, attended_to)
+                del attended_to, grad_out
                 _before_attention(ctx, x, gradients, grad_x, sums)
         passed = shared.passing.hand_on(grad_x) if ctx.needs_input_grad[0] else None
         return passed, None, None, None, None, *sums.values(ctx.parameters)
@@ -169,13 +169,10 @@ def _project(ctx: Any, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor, Tens
             whole = [part.new_empty(shape).transpose(1, 2) for part, shape in zip(task.taken, shapes, strict=True)]
         for total, part in zip(whole, task.taken, strict=True):
             total[:, :, start:stop] = part
-    ring = plan_ring(
-        whole[0], whole[1], whole[2], shared.group, scale=task.scale, sharding=shared.sharding,
-        # transformers counts the query itself among the window's keys.
-        window=None if task.window is None else (task.window - 1, -1),
-        cu_seqlens=shared.cu_seqlens, heads_degree=shared.heads_degree,
-        backend=shared.backend if isinstance(shared.backend, str) else None, seq_len=shared.seq_len,
-    )  # fmt: skip
+    # transformers counts the query itself among the window's keys.
+    window = None if task.window is None else (task.window - 1, -1)
+    options = replace(shared.options, scale=task.scale, window=window)
+    ring = plan_ring(whole[0], whole[1], whole[2], shared.group, options)
     return whole[0], whole[1], whole[2], ring
 
 

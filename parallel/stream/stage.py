@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.ring.transformers import RingSettings
+from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.layer import LayerStream, Pass
 from fourfold.parallel.stream.patching import attention_function, replaced_forward

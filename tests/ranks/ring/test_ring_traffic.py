@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from fourfold.parallel import ring_attention
-from fourfold.parallel.attention.backends import CpuFlash
 from fourfold.parallel.attention.blocks import keys_sent
-from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
+from fourfold.parallel.attention.kernels import CpuFlash
+from fourfold.parallel.sequence.sharding import ShardedSequence, shard_length, shard_ranges
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
@@ -69,7 +69,7 @@ def sent_bytes(seq_len: int, options: dict[str, Any], dtype: torch.dtype) -> tup
 )
 def test_bytes_sent_are_the_formula(ranks, options, dtype):
     for rank, (forward, backward) in enumerate(ranks(4)(sent_bytes, 640, options, dtype)):
-        sent, received = keys_sent(rank, 4, 640, **options)
+        sent, received = keys_sent(rank, ShardedSequence(4, 640, **options))
         assert forward == sent * 2 * KV_HEADS * SIZE * dtype.itemsize
         assert backward == forward + received * 2 * KV_HEADS * SIZE * 4
 
@@ -78,11 +78,12 @@ def test_the_closed_forms():
     size, length = 8, 1600
     share = length // size
     for rank in range(size):
-        assert keys_sent(rank, size, length, causal=False)[0] == (size - 1) * share
-        assert keys_sent(rank, size, length)[0] == (size - 1 + rank) * share // 2
-        assert keys_sent(rank, size, length, "contiguous")[0] == (size - 1 - rank) * share
+        assert keys_sent(rank, ShardedSequence(size, length, causal=False))[0] == (size - 1) * share
+        assert keys_sent(rank, ShardedSequence(size, length))[0] == (size - 1 + rank) * share // 2
+        assert keys_sent(rank, ShardedSequence(size, length, "contiguous"))[0] == (size - 1 - rank) * share
         # A window of one shard's length reaches one shard back, whatever the number of ranks.
-        assert keys_sent(rank, size, length, "contiguous", window=(share, 0))[0] == (share if rank < size - 1 else 0)
+        near = ShardedSequence(size, length, "contiguous", window=(share, 0))
+        assert keys_sent(rank, near)[0] == (share if rank < size - 1 else 0)
 
 
 def test_heads_exchange_bytes(ranks):
@@ -90,7 +91,7 @@ def test_heads_exchange_bytes(ranks):
     unit = 640 // 4 * SIZE * 4
     for rank, (forward, _) in enumerate(ranks(4)(sent_bytes, 640, {"heads_degree": 2}, torch.float32)):
         swapped = (2 * HEADS + 2 * KV_HEADS) * unit // 2
-        sent, _ = keys_sent(rank // 2, 4, 640, heads_degree=2)
+        sent, _ = keys_sent(rank // 2, ShardedSequence(4, 640, heads_degree=2))
         assert forward == swapped + sent * 2 * KV_HEADS // 2 * SIZE * 4
 
 

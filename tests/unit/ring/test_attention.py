@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import BACKENDS, CudaFlash, CudnnAttention, merge, select_backend
+from fourfold.parallel.attention.backends import BACKENDS, merge, select_backend
+from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, SavedAttention
 from fourfold.parallel.testing.reference import attention_reference
 
 # Rounding of each dtype: bf16 has 8 bits of mantissa.
@@ -30,7 +31,7 @@ def test_a_square_block_equals_fp64(name, dtype, tolerance, causal):
     q, k, v, grad = block(45, 45, dtype)
     backend = select_backend(name, q, k)
     out, lse = backend.forward(q, k, v, causal=causal, scale=0.2)
-    gradients = backend.backward(grad, q, k, v, out, lse, causal=causal, scale=0.2)
+    gradients = backend.backward(grad, SavedAttention(q, k, v, out, lse), causal=causal, scale=0.2)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     truth = attention_reference(*leaves, causal=causal, scale=0.2)
     truth.backward(grad.double())
@@ -57,7 +58,8 @@ def test_blocks_of_keys_merge_to_the_whole(name):
     assert error(lse, scores.logsumexp(-1)) < 2e-6  # natural log
     dq = torch.zeros_like(q)
     for part in parts:
-        part_dq, dk, dv = backend.backward(grad, q, k[:, :, part], v[:, :, part], out, lse, causal=False, scale=0.2)
+        saved = SavedAttention(q, k[:, :, part], v[:, :, part], out, lse)
+        part_dq, dk, dv = backend.backward(grad, saved, causal=False, scale=0.2)
         dq += part_dq
         assert error(dk, leaves[1].grad[:, :, part]) < 4e-6  # a single key's gradient has few terms to average over
         assert error(dv, leaves[2].grad[:, :, part]) < 4e-6
@@ -102,5 +104,5 @@ def test_cuda_calls_fit_the_operators(backend):
     q, k, v, grad = (x.to("meta") for x in block(16, 16, torch.bfloat16))
     out, lse = backend.forward(q, k, v, causal=True, scale=0.2)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
-    gradients = backend.backward(grad, q, k, v, out, lse, causal=True, scale=0.2)
+    gradients = backend.backward(grad, SavedAttention(q, k, v, out, lse), causal=True, scale=0.2)
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]

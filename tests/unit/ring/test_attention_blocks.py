@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.parallel.attention.blocks import Block, band_blocks, plan_hops, tidy
-from fourfold.parallel.sequence.sharding import SHARDINGS, join_ranges, shard_ranges
+from fourfold.parallel.sequence.sharding import SHARDINGS, ShardedSequence, join_ranges, shard_ranges
 
 
 def painted(blocks: list[Block], num_queries: int, num_keys: int) -> np.ndarray:
@@ -35,18 +35,18 @@ def test_a_band_is_covered_once(num_queries, num_keys, lo, hi, leaf):
 
 
 def test_a_causal_zigzag_ring_as_a_literal_table():
-    own, other = plan_hops(0, 2, 8, "zigzag", True, None, None)
+    own, other = plan_hops(0, ShardedSequence(2, 8))
     # Rank 0 holds tokens 0 1 6 7, rank 1 holds 2 3 4 5.
     assert own.blocks == (Block((0, 2), (0, 2), "causal"), Block((2, 4), (0, 2)), Block((2, 4), (2, 4), "causal"))
     assert (other.receive, other.send, other.blocks) == (((0, 4),), ((0, 2),), (Block((2, 4), (0, 4)),))
-    own, other = plan_hops(1, 2, 8, "zigzag", True, None, None)
+    own, other = plan_hops(1, ShardedSequence(2, 8))
     assert own.blocks == (Block((0, 4), (0, 4), "causal"),)
     assert (other.receive, other.send, other.blocks) == (((0, 2),), ((0, 4),), (Block((0, 4), (0, 2)),))
 
 
 def test_a_window_reaches_only_the_ranks_that_hold_it():
     for rank in range(8):
-        hops = plan_hops(rank, 8, 800, "contiguous", True, (30, 0), None)
+        hops = plan_hops(rank, ShardedSequence(8, 800, "contiguous", window=(30, 0)))
         asked = [hop.source for hop in hops if hop.receive]
         assert asked == ([rank - 1] if rank else [])
         assert [hop.receive for hop in hops if hop.receive] == ([((70, 100),)] if rank else [])
@@ -55,7 +55,7 @@ def test_a_window_reaches_only_the_ranks_that_hold_it():
 def test_short_documents_stay_home():
     cu_seqlens = tuple(range(0, 64 * 500 + 1, 500))
     for rank in range(4):
-        hops = plan_hops(rank, 4, 64 * 500, "contiguous", True, None, cu_seqlens)
+        hops = plan_hops(rank, ShardedSequence(4, 64 * 500, "contiguous", cu_seqlens=cu_seqlens))
         assert not any(hop.receive or hop.send or hop.blocks for hop in hops[1:])
 
 
@@ -75,7 +75,6 @@ def tasks(draw: st.DrawFn) -> dict:
         "window": draw(st.none() | st.tuples(reach, reach)),
         "cu_seqlens": draw(st.sampled_from([None, tuple(ends)])),
         "heads_degree": heads_degree,
-        "leaf": draw(st.integers(0, 5)),
     }
 
 
@@ -94,15 +93,15 @@ def dense_mask(task: dict) -> np.ndarray:
     return seen
 
 
-@given(tasks())
-def test_the_ring_covers_the_mask_once_and_sends_what_is_read(task):
+@given(tasks(), st.integers(0, 5))
+def test_the_ring_covers_the_mask_once_and_sends_what_is_read(task, leaf):
     ring_size = task["size"] // task["heads_degree"]
     shards = shard_ranges(task["seq_len"], task["size"], task["sharding"], task["cu_seqlens"])
     held = [
         [token for tokens in join_ranges(sum(shards[first : first + task["heads_degree"]], ())) for token in tokens]
         for first in range(0, task["size"], task["heads_degree"])
     ]
-    plans = [plan_hops(rank, **task) for rank in range(ring_size)]
+    plans = [plan_hops(rank, ShardedSequence(**task), leaf) for rank in range(ring_size)]
     counts = np.zeros((task["seq_len"], task["seq_len"]), dtype=int)
     for rank, plan in enumerate(plans):
         for step, hop in enumerate(plan):

@@ -1,0 +1,229 @@
+"""Kernels: attention of one block of queries to one block of keys, with its log-sum-exp, and the block's backward.
+
+Softmax over many blocks needs no more than each block's output and lse: `merge` weighs outputs by them, and a block's
+gradient is exact when its backward is given the merged output and the lse of the whole row. torch's fused kernels all
+work so inside; `scaled_dot_product_attention` hides the lse, the aten operators underneath return it and take it back.
+
+One class a backend, all with the same two methods. Tensors are [B, H, S, D]; k and v may have fewer heads (GQA, MQA):
+consecutive query heads share one. lse is [B, H, S_q], fp32 (fp64 for fp64 inputs), natural log. `causal` masks keys
+after a query, both counted from their first, so it asks for as many keys as queries. No row may be wholly masked:
+attention.blocks cuts such rows off.
+
+Gradients repeat bit for bit on CPU. On CUDA the kernels add dq with atomics unless
+torch.use_deterministic_algorithms(True) is set (flash; cuDNN has its own rules).
+"""
+
+import importlib.util
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class SavedAttention(NamedTuple):
+    """What the forward of attention leaves for its backward.
+
+    Attributes:
+        q: [B, H, S_q, D]. k, v: [B, H_kv, S_k, D].
+        out: [B, H, S_q, D], merged over all keys that the queries see, in q.dtype.
+        lse: [B, H, S_q], likewise.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class AttentionBackend(Protocol):
+    """What a backend offers.
+
+    Attributes:
+        name: how users ask for it.
+        leaf: the kernel does the whole square of causal blocks up to this size, so larger triangles are worth cutting
+            (0: it skips what is masked by itself).
+    """
+
+    name: str
+    leaf: int
+
+    def refusal(self, q: Tensor, k: Tensor) -> str | None:
+        """Why this backend cannot take these tensors, or None."""
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [B, H, S_q, D] in q.dtype, lse [B, H, S_q])."""
+        ...
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        """(dq, dk, dv) of this block alone, in the inputs' dtype; saved.out and saved.lse are the merged ones."""
+        ...
+
+
+class MathAttention:
+    """Plain matrix products on any device and dtype; holds S_q * S_k scores a head."""
+
+    name = "math"
+    leaf = 0
+
+    def refusal(self, q: Tensor, k: Tensor) -> str | None:
+        return None if q.is_floating_point() else f"math attention needs floating-point tensors, not {q.dtype}"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        scores = _scores(q, k, causal, scale)
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse.unsqueeze(-1)).exp()
+        out = weights @ widen(v).unsqueeze(2)
+        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        q, k, v, out, lse = saved
+        grad, lse = by_key_head(widen(grad_out), k), by_key_head(lse, k)
+        delta = (grad * by_key_head(widen(out), k)).sum(-1, keepdim=True)
+        weights = (_scores(q, k, causal, scale) - lse.unsqueeze(-1)).exp()
+        grad_v = (weights.mT @ grad).sum(2)
+        grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta) * scale
+        grad_q = (grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2)
+        grad_k = (grad_scores.mT @ by_key_head(widen(q), k)).sum(2)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+class CpuFlash:
+    """torch's flash kernel for CPU: fp32, bf16, fp16 and fp64, any head size, fewer key heads as they are.
+
+    It computes causal squares up to 512 whole. From 192 queries on it works on 64 rows at a time, below on 32 and
+    slower: triangles of 192 are the smallest worth cutting.
+    """
+
+    name = "cpu_flash"
+    leaf = 192
+
+    def refusal(self, q: Tensor, k: Tensor) -> str | None:
+        if q.device.type != "cpu":
+            return f"cpu_flash needs tensors on the CPU, not on {q.device}"
+        return None if q.is_floating_point() else f"cpu_flash needs floating-point tensors, not {q.dtype}"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+            grad_out, *saved, 0.0, causal, scale=scale
+        )
+
+
+class CudaFlash:
+    """torch's own flash kernel on CUDA: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
+
+    name = "cuda_flash"
+    leaf = 0
+
+    def refusal(self, q: Tensor, k: Tensor) -> str | None:
+        return _cuda_refusal(self.name, q, max_head_size=256)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return out, lse
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        q, k, v, out, lse = saved
+        unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of dropout, which is off
+        return aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            grad_out, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused,
+            scale=scale,
+        )  # fmt: skip
+
+
+class CudnnAttention:
+    """cuDNN's fused attention through torch: bf16 and fp16, head sizes that are multiples of 8 up to 128."""
+
+    name = "cudnn"
+    leaf = 0
+
+    def refusal(self, q: Tensor, k: Tensor) -> str | None:
+        return _cuda_refusal(self.name, q, max_head_size=128)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        return out, lse.reshape(q.shape[:3])
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        q, k, v, out, lse = saved
+        unused = torch.zeros((), dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
+            grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None,
+            q.shape[2], k.shape[2], 0.0, causal, scale=scale,
+        )  # fmt: skip
+
+
+class FlashAttn:
+    """The flash-attn package on CUDA: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
+
+    name = "flash_attn"
+    leaf = 0
+
+    def refusal(self, q: Tensor, k: Tensor) -> str | None:
+        if importlib.util.find_spec("flash_attn") is None:
+            return "flash_attn is not installed: pip install flash-attn, or leave the backend to be chosen"
+        return _cuda_refusal(self.name, q, max_head_size=256)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_forward
+
+        out, lse, *_ = _flash_attn_forward(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=0.0, softmax_scale=scale, causal=causal,
+            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+        )  # fmt: skip
+        return out.transpose(1, 2), lse
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        from flash_attn.flash_attn_interface import _flash_attn_backward
+
+        q, k, v, out, lse = saved
+        grad_q, grad_k, grad_v = (torch.empty_like(x.transpose(1, 2)) for x in (q, k, v))
+        _flash_attn_backward(
+            grad_out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
+            lse.contiguous(), grad_q, grad_k, grad_v, dropout_p=0.0, softmax_scale=scale, causal=causal,
+            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(), rng_state=None,
+        )  # fmt: skip
+        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What outputs, lse and gradients are summed in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype that is summed in."""
+    return x.to(accumulation_dtype(x.dtype))
+
+
+def by_key_head(x: Tensor, k: Tensor) -> Tensor:
+    """[B, H, ...] -> [B, H_kv, H // H_kv, ...]."""
+    return x.reshape(x.shape[0], k.shape[1], -1, *x.shape[2:])
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """[B, H_kv, H // H_kv, S_q, S_k], masked with -inf."""
+    scores: Tensor = by_key_head(widen(q), k) @ widen(k).unsqueeze(2).mT * scale
+    if causal:
+        masked = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(masked, -torch.inf)
+    return scores
+
+
+def _cuda_refusal(name: str, q: Tensor, max_head_size: int) -> str | None:
+    if q.device.type != "cuda":
+        return f"{name} needs tensors on a CUDA device, not on {q.device}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{name} takes bf16 and fp16, not {q.dtype}: cast, or ask for backend='math'"
+    if q.shape[-1] % 8 or q.shape[-1] > max_head_size:
+        return f"{name} takes head sizes that are multiples of 8 up to {max_head_size}, not {q.shape[-1]}"
+    return None
