@@ -5,6 +5,7 @@ because roundings of single elements have no bound relative to themselves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,3 +124,21 @@ def assert_same(
         if not torch.equal(mine[name], value)
     }
     assert_errors(errors, atol, where)
+
+
+def state_differences(found: Any, expected: Any, name: str = "state") -> list[str]:
+    """Where two state dicts differ by as much as a bit, as paths into them (`state['optimizer'][0]`).
+
+    Args:
+        found, expected: tensors, numbers, strings, and dicts and lists of them.
+    """
+    if isinstance(expected, Tensor):
+        equal = isinstance(found, Tensor) and found.dtype == expected.dtype and torch.equal(found, expected)
+        return [] if equal else [name]
+    if isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys():
+        parts = [state_differences(found[key], value, f"{name}[{key!r}]") for key, value in expected.items()]
+        return [path for part in parts for path in part]
+    if isinstance(expected, list | tuple) and isinstance(found, list | tuple) and len(found) == len(expected):
+        pairs = enumerate(zip(found, expected, strict=True))
+        return [path for at, (mine, other) in pairs for path in state_differences(mine, other, f"{name}[{at}]")]
+    return [] if found == expected else [name]

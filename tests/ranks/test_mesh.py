@@ -8,17 +8,18 @@ from fourfold.parallel import init_mesh
 from fourfold.parallel.grid import Grid
 
 
-def coordinates_of(shape: dict[str, int]) -> bool:
+def coordinates_of(shape: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """This rank's coordinates by torch's mesh and by rank arithmetic."""
     mesh = init_mesh(**shape, device_type="cpu")
     assert mesh.mesh_dim_names == ("dp", "pp", "cp", "tp")
-    return dict(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True)) == Grid(**shape).coordinates(
-        dist.get_rank()
-    )
+    of_mesh = dict(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True))
+    return of_mesh, Grid(**shape).coordinates(dist.get_rank())
 
 
 @pytest.mark.parametrize("shape", [{"dp": 4}, {"dp": 2, "tp": 2}, {"pp": 2, "cp": 2}])
 def test_mesh_and_arithmetic_agree(ranks, shape):
-    assert all(ranks(4)(coordinates_of, shape))
+    for rank, (of_mesh, of_grid) in enumerate(ranks(4)(coordinates_of, shape)):
+        assert of_mesh == of_grid, f"rank {rank}"
 
 
 def test_a_grid_of_another_size_is_refused(ranks):

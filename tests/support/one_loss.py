@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from fourfold.parallel import init_mesh, parallelize
+from fourfold.parallel.testing.compare import assert_ranks, relative_error
 
 GLOBAL_BATCH, SEQ_LEN, STEPS, MAX_NORM = 4, 24, 3, 0.5
 
@@ -56,10 +57,6 @@ def single_process(masked: bool, **model_options: object):
     return losses, norms, gradients
 
 
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
-
-
 def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: bool) -> tuple[dict[str, float], set]:
     """This rank's errors against the single process by what is compared, and which parameters it has no part of."""
     data = batches(masked)
@@ -90,10 +87,6 @@ def assert_one_loss(pool, mesh_shape, *, masked=False, model=None, tolerance=1e-
     """Fail with the layout and, of every rank, what differs by more than `tolerance`, the worst first."""
     results = pool(check_layout, mesh_shape, options, model or {}, masked)
     layout = f"mesh {mesh_shape}, options {options}, model {model or 'llama'}, masked={masked}"
-    for rank, (errors, _) in enumerate(results):
-        wrong = {name: error for name, error in errors.items() if not error < tolerance}  # NaN is wrong, too
-        worst = sorted(wrong.items(), key=lambda item: item[1], reverse=True)
-        told = "\n".join(f"  {name}: relative error {error:.3g}" for name, error in worst[:12])
-        assert not wrong, f"{layout}\nrank {rank}: {len(wrong)} figures are off by {tolerance:g} or more\n{told}"
+    assert_ranks([errors for errors, _ in results], tolerance, layout)
     nowhere = set.intersection(*(missing for _, missing in results))
     assert not nowhere, f"{layout}\nno rank compared {sorted(nowhere)}"

@@ -10,6 +10,7 @@ from fourfold.parallel.testing.compare import (
     assert_same,
     gradient_errors,
     relative_error,
+    state_differences,
 )
 
 EXPECTED = {"first.weight": torch.tensor([3.0, 4.0]), "second.bias": torch.tensor([1.0, 0.0])}
@@ -57,3 +58,12 @@ def test_equality_is_of_every_bit_unless_a_difference_is_allowed():
 
 def test_relative_error_of_zeros():
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+
+
+def test_the_place_of_a_difference_in_a_state_is_its_path():
+    state = {"weights": [torch.zeros(2), torch.ones(2)], "step": 3, "lr": {"base": 0.1}}
+    other = {"weights": [torch.zeros(2), torch.tensor([1.0, 1.5])], "step": 3, "lr": {"base": 0.2}}
+    assert state_differences(state, state) == []
+    assert state_differences(other, state) == ["state['weights'][1]", "state['lr']['base']"]
+    assert state_differences({"weights": []}, state, "stage 1") == ["stage 1"]
+    assert state_differences(torch.zeros(2).double(), torch.zeros(2)) == ["state"]

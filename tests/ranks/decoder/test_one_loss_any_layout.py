@@ -7,10 +7,11 @@ two orders over fp32's rounding in sums of this length (about 1e-7) and far unde
 
 import pytest
 import torch
-from support.one_loss import GLOBAL_BATCH, assert_one_loss, batches, relative_error, tiny_model
+from support.one_loss import GLOBAL_BATCH, assert_one_loss, batches, tiny_model
 from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
+from fourfold.parallel.testing.compare import assert_ranks, relative_error
 
 
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}], ids=str)
@@ -62,7 +63,8 @@ def built_unlike(difference: str, zero_stage: int) -> str:
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_replicas_of_different_models_are_refused(ranks, zero_stage):
     for difference, message in (("seed", "from 0 to 1 over the replicas"), ("size", "models differ in names, shapes")):
-        assert all(message in said for said in ranks(2)(built_unlike, difference, zero_stage))
+        for rank, said in enumerate(ranks(2)(built_unlike, difference, zero_stage)):
+            assert message in said, f"rank {rank}, another {difference}"
 
 
 TWO = [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}]
@@ -123,8 +125,8 @@ def test_sliding_window(ranks, mesh_shape):
     assert_one_loss(ranks(2), mesh_shape, model={"family": "mistral", "sliding_window": 5}, micro_batch=1)
 
 
-def accumulate_twice(mesh_shape: dict, options: dict) -> list[float]:
-    """Gradient errors when the batch goes through in two calls, each of which is a mean of its own."""
+def accumulate_twice(mesh_shape: dict, options: dict) -> dict[str, float]:
+    """Each gradient's error when the batch goes through in two calls, each of which is a mean of its own."""
     ids, labels = batches(True)[0]
     plain = tiny_model("qwen3")
     for half in (slice(0, 2), slice(2, 4)):
@@ -135,12 +137,14 @@ def accumulate_twice(mesh_shape: dict, options: dict) -> list[float]:
         model.forward_backward(ids[half][rows], labels[half][rows])
     truth = {name: parameter.grad for name, parameter in plain.named_parameters()}
     full = lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad  # noqa: E731
-    return [relative_error(full(value.grad), truth[name]) for name, value in model.named_parameters()]
+    return {
+        f"gradient of {name}": relative_error(full(value.grad), truth[name]) for name, value in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}], ids=str)
 def test_gradients_add_over_calls(ranks, mesh_shape, zero_stage):
     world = 4 if len(mesh_shape) == 2 else 2
-    for errors in ranks(world)(accumulate_twice, mesh_shape, {"zero_stage": zero_stage}):
-        assert all(error < 1e-5 for error in errors), errors
+    answers = ranks(world)(accumulate_twice, mesh_shape, {"zero_stage": zero_stage})
+    assert_ranks(answers, 1e-5, f"mesh {mesh_shape}, zero_stage {zero_stage}")

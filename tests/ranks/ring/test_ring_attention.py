@@ -6,6 +6,7 @@ import torch.distributed as dist
 from support.ring_cases import TOLERANCE, compare_all, first_ranks
 
 from fourfold.parallel import ring_attention
+from fourfold.parallel.testing.compare import assert_errors
 
 SHARDINGS = ("contiguous", "zigzag", "striped")
 
@@ -13,9 +14,9 @@ SHARDINGS = ("contiguous", "zigzag", "striped")
 def check(ranks, size: int, shapes: list[dict], options: list[dict], dtype=torch.float32) -> None:
     """Every shape with every set of options, in one visit to the ranks."""
     cases = [(shape, option, size, dtype) for shape in shapes for option in options]
-    for answers in ranks(2 if size <= 2 else 4)(compare_all, cases):
+    for rank, answers in enumerate(ranks(2 if size <= 2 else 4)(compare_all, cases)):
         for case, errors in zip(cases, answers, strict=True):
-            assert all(error <= TOLERANCE[dtype] for error in errors.values()), (case, errors)
+            assert_errors(errors, TOLERANCE[dtype], f"{case}, rank {rank}")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -101,9 +102,9 @@ def refusals() -> list[str]:
 
 
 def test_refusals(ranks):
-    for answers in ranks(2)(refusals):
+    for rank, answers in enumerate(ranks(2)(refusals)):
         for answer, (options, message) in zip(answers, REFUSALS, strict=True):
-            assert message in answer, options
+            assert message in answer, f"{options}, rank {rank}"
 
 
 def lose_a_token() -> str:
@@ -116,7 +117,8 @@ def lose_a_token() -> str:
 
 
 def test_a_wrong_shard_is_an_error_on_every_rank_not_a_hang(ranks):
-    assert all("the ranks hold [8, 7] tokens" in answer for answer in ranks(2)(lose_a_token, timeout_s=20))
+    for rank, answer in enumerate(ranks(2)(lose_a_token, timeout_s=20)):
+        assert "the ranks hold [8, 7] tokens" in answer, f"rank {rank}"
 
 
 def outsider() -> str:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fourfold.parallel import shard_batch, use_ring_attention
+from fourfold.parallel.testing.compare import assert_ranks, gradient_errors
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -57,12 +58,8 @@ def summed(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def worst(mine: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
-    return max(((mine[name] - truth[name]).norm() / truth[name].norm()).item() for name in truth)
-
-
-def compare(family: str, options: dict[str, Any], wrap: str) -> tuple[float, float]:
-    """(loss error, worst gradient error) of the ring against the same model whole."""
+def compare(family: str, options: dict[str, Any], wrap: str) -> dict[str, float]:
+    """Errors of the loss and of each gradient of the ring against the same model whole."""
     batch = make_batch()
     whole = make_model(family)
     truth = whole(**batch)
@@ -89,22 +86,21 @@ def compare(family: str, options: dict[str, Any], wrap: str) -> tuple[float, flo
     mine = gradients(getattr(model, "_orig_mod", model))
     if wrap != "fsdp":
         mine = {name: summed(gradient) for name, gradient in mine.items()}
-    return abs(summed(loss) - truth.loss).item(), worst(mine, gradients(whole))
+    return {"loss": abs(summed(loss) - truth.loss).item(), **gradient_errors(mine, gradients(whole))}
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral", "Gemma3"])
 def test_families(ranks, family):
-    for errors in ranks(2)(compare, family, {}, ""):
-        assert max(errors) < TOLERANCE
+    assert_ranks(ranks(2)(compare, family, {}, ""), TOLERANCE, family)
 
 
 @pytest.mark.parametrize("wrap", ["checkpoint", "fsdp", "compile"])
 def test_under_wrappers(ranks, wrap):
-    for errors in ranks(2)(compare, "Llama", {"heads_degree": 2, "sharding": "striped"}, wrap):
-        assert max(errors) < TOLERANCE
+    answers = ranks(2)(compare, "Llama", {"heads_degree": 2, "sharding": "striped"}, wrap)
+    assert_ranks(answers, TOLERANCE, f"Llama, striped, heads_degree 2, {wrap}")
 
 
-def accumulate() -> float:
+def accumulate() -> dict[str, float]:
     """Two micro-batches, gradients left to add up, against both at once."""
     batch = make_batch()
     whole = make_model("Llama")
@@ -115,17 +111,17 @@ def accumulate() -> float:
         arguments = shard_batch({key: value[row : row + 1] for key, value in batch.items()}, None)
         arguments["num_items_in_batch"] = arguments["num_items_in_batch"] * 2
         model(**arguments).loss.backward()
-    return worst({name: summed(gradient) for name, gradient in gradients(model).items()}, gradients(whole))
+    return gradient_errors({name: summed(gradient) for name, gradient in gradients(model).items()}, gradients(whole))
 
 
 def test_gradient_accumulation(ranks):
-    assert max(ranks(2)(accumulate)) < TOLERANCE
+    assert_ranks(ranks(2)(accumulate), TOLERANCE, "two micro-batches")
 
 
 CU_SEQLENS = (0, 11, 12, 40)
 
 
-def packed() -> float:
+def packed() -> dict[str, float]:
     """Documents packed in one row (and a tail of padding) against each document alone."""
     batch = make_batch(batch=1)
     whole = make_model("Mistral")
@@ -140,11 +136,11 @@ def packed() -> float:
     model = make_model("Mistral")
     use_ring_attention(model, None)
     model(**shard_batch(batch, None, cu_seqlens=CU_SEQLENS)).loss.backward()
-    return worst({name: summed(gradient) for name, gradient in gradients(model).items()}, gradients(whole))
+    return gradient_errors({name: summed(gradient) for name, gradient in gradients(model).items()}, gradients(whole))
 
 
 def test_packed_documents_in_a_model(ranks):
-    assert max(ranks(2)(packed)) < TOLERANCE
+    assert_ranks(ranks(2)(packed), TOLERANCE, "packed documents")
 
 
 def complaint(action: Callable[[], Any]) -> str:

@@ -67,6 +67,6 @@ def test_any_case_equals_one_process(ranks, worst, case):
     dtype = case[-1]
     for rank, (errors,) in enumerate(ranks(4)(compare_all, [case])):
         for name, error in errors.items():
-            assert error <= TOLERANCE[dtype], (rank, name, error)
+            assert error <= TOLERANCE[dtype], f"{name} on rank {rank}"
             if error > worst.get(dtype, (-1.0, ""))[0]:
                 worst[dtype] = (error, f"{name}, {case[2]} ranks, {case[0]}, {case[1]}")

@@ -6,14 +6,15 @@ import torch.distributed as dist
 
 from fourfold.parallel import ring_attention, shard_sequence, unshard_sequence
 from fourfold.parallel.ring import linformer_attention, two_pass_ring_attention
+from fourfold.parallel.testing.compare import assert_ranks, relative_error
 from fourfold.parallel.testing.reference import attention_reference, linformer_reference
 
 
-def errors(mine: list[torch.Tensor], truths: list[torch.Tensor]) -> list[float]:
-    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(mine, truths, strict=True)]
+def errors(names: tuple[str, ...], mine: list[torch.Tensor], truths: list[torch.Tensor]) -> dict[str, float]:
+    return {name: relative_error(a, b) for name, a, b in zip(names, mine, truths, strict=True)}
 
 
-def linformer_errors(seq_len: int, sharding: str) -> list[float]:
+def linformer_errors(seq_len: int, sharding: str) -> dict[str, float]:
     generator = torch.Generator().manual_seed(2)
     shapes = [(2, 4, seq_len, 16), (2, 2, seq_len, 16), (2, 2, seq_len, 16), (8, seq_len), (8, seq_len)]
     whole = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -32,13 +33,16 @@ def linformer_errors(seq_len: int, sharding: str) -> list[float]:
     leaves = [x.double().requires_grad_() for x in whole]
     truth = linformer_reference(*leaves)
     truth.backward(grad.double())
-    return errors(mine, [truth.detach(), *(x.grad for x in leaves)])
+    return errors(
+        ("o", "dq", "dk", "dv", "d key_projection", "d value_projection"),
+        mine,
+        [truth.detach(), *(x.grad for x in leaves)],
+    )
 
 
 @pytest.mark.parametrize("sharding", ["contiguous", "zigzag"])
 def test_linformer_equals_one_process(ranks, sharding):
-    for rank in ranks(4)(linformer_errors, 61, sharding):
-        assert max(rank) < 2e-6  # fp32 rounding
+    assert_ranks(ranks(4)(linformer_errors, 61, sharding), 2e-6, sharding)  # fp32 rounding
 
 
 def reduced_bytes(seq_len: int) -> int:
@@ -75,10 +79,11 @@ def linformer_refusal() -> str:
 
 
 def test_linformer_refuses_whole_projections(ranks):
-    assert all("each is [R, 10], this rank's columns" in answer for answer in ranks(2)(linformer_refusal))
+    for rank, answer in enumerate(ranks(2)(linformer_refusal)):
+        assert "each is [R, 10], this rank's columns" in answer, f"rank {rank}"
 
 
-def two_pass_errors(causal: bool) -> list[float]:
+def two_pass_errors(causal: bool) -> dict[str, float]:
     generator = torch.Generator().manual_seed(4)
     q, k, v, grad = (torch.randn(2, 2, 48, 16, generator=generator) for _ in range(4))
     local = [shard_sequence(x, None, dim=2, sharding="contiguous").clone().requires_grad_() for x in (q, k, v)]
@@ -89,14 +94,13 @@ def two_pass_errors(causal: bool) -> list[float]:
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     truth = attention_reference(*leaves, causal=causal)
     truth.backward(grad.double())
-    return errors(mine, [truth.detach(), *(x.grad for x in leaves)])
+    return errors(("o", "dq", "dk", "dv"), mine, [truth.detach(), *(x.grad for x in leaves)])
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_two_pass_ring_equals_one_process(ranks, size, causal):
-    for rank in ranks(size)(two_pass_errors, causal):
-        assert max(rank) < 2e-6  # fp32 rounding
+    assert_ranks(ranks(size)(two_pass_errors, causal), 2e-6, f"{size} ranks, causal={causal}")  # fp32 rounding
 
 
 def window_bytes(seq_len: int) -> int:

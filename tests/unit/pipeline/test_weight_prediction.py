@@ -60,7 +60,7 @@ def test_compensation_of_one_update_is_nesterov():
     compensated = DelayedOptimizer(torch.optim.SGD([one], **arguments), delay=1, mitigation=Mitigation.named("sc"))
     nesterov = torch.optim.SGD([other], nesterov=True, **arguments)
     # fp64; the wrapper reaches the same sum in another order
-    assert torch.allclose(trajectory(one, compensated.step), trajectory(other, nesterov.step), rtol=0, atol=1e-13)
+    torch.testing.assert_close(trajectory(one, compensated.step), trajectory(other, nesterov.step), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -81,8 +81,8 @@ def test_compensated_sgd_is_the_papers_equation(nesterov, dampening):
         g = (1 - dampening) * (g + decay * w)
         v = m * v + g
         w = w - lr * (a * v + b * g)
-        assert torch.allclose(p.detach(), w, rtol=0, atol=1e-13)
-        assert torch.allclose(optimizer.state[p]["momentum_buffer"], v, rtol=0, atol=1e-13)
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-13)
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], v, rtol=0, atol=1e-13)
 
 
 def test_compensated_adamw_takes_the_compensated_mean():
@@ -100,8 +100,8 @@ def test_compensated_adamw_takes_the_compensated_mean():
         u, q = m * u + (1 - m) * g, s * q + (1 - s) * g * g
         mean = a * u / (1 - m**t) + (1 - a) * g
         w = w * (1 - lr * decay) - lr * mean / ((q / (1 - s**t)).sqrt() + eps)
-        assert torch.allclose(p.detach(), w, rtol=0, atol=1e-12)
-        assert torch.allclose(optimizer.state[p]["exp_avg"], u, rtol=0, atol=1e-13)
+        torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], u, rtol=0, atol=1e-13)
 
 
 def test_adam_compensated_by_one_is_nadam_without_its_momentum_schedule():
@@ -212,7 +212,7 @@ def test_both_forms_of_prediction_agree_for_plain_momentum_and_differ_with_compe
         assert ahead is not None
         return ahead[0]
 
-    assert torch.allclose(weights("lwpv"), weights("lwpw"), rtol=0, atol=1e-13)
+    torch.testing.assert_close(weights("lwpv"), weights("lwpw"), rtol=0, atol=1e-13)
     assert not torch.allclose(weights("lwpv+sc"), weights("lwpw+sc"), atol=1e-3)
 
 
@@ -235,7 +235,7 @@ def test_velocity_prediction_is_the_step_without_a_new_gradient(kind):
         assert F.cosine_similarity(moved.flatten(), predicted.flatten(), dim=0) > 0.999
     else:
         # steps of about 0.1 in fp32; Muon's Newton-Schulz runs in bfloat16
-        assert torch.allclose(moved, predicted, rtol=0, atol=5e-3 if kind == "Muon" else 1e-6)
+        torch.testing.assert_close(moved, predicted, rtol=0, atol=5e-3 if kind == "Muon" else 1e-6)
 
 
 def test_scaling_rule():
