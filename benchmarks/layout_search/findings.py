@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 
 from fourfold.layouts.cost.price import PricedLayout, price
-from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.evidence.study import shipped_study, study_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
-from fourfold.layouts.inputs.software import STUDY
-from fourfold.layouts.search.rank import plan
+from fourfold.layouts.search.rank import rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 
-A100 = load_cluster("A100-80GB")
+A100 = study_cluster()
+STUDY = shipped_study().software("flash_attention2 + rms kernel")
 SIZES = {"13b": 64, "30b": 128, "65b": 128}
 
 
@@ -17,15 +18,13 @@ def _best(size: str, gpus: int, *, global_batch: int = 2048, seq_len: int = 2048
     """The best 1F1B layout of the study's space (ZeRO 1, no interleaving, no cp) in its software, that fits."""
     model = load_model(f"llama-{size}-128k-vocabulary")
     held = {"cp": 1, "vp": 1, "zero_stage": 1, "cp_heads": 1, "offload": False, "checkpoint_every": 1, **fix}
-    result = plan(
-        model, A100, num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space="full", fix=held, stack=STUDY,
-        top=1,
-    )  # fmt: skip
+    request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space="full", fix=held)
+    result = rank_layouts(model, A100, request, software=STUDY, top=1)
     return result.layouts[0] if result.layouts else None
 
 
 def _mfu(layout: Layout, size: str) -> float:
-    return price(load_model(f"llama-{size}-128k-vocabulary"), A100, [layout], stack=STUDY)[0].mfu
+    return price(load_model(f"llama-{size}-128k-vocabulary"), A100, [layout], software=STUDY)[0].mfu
 
 
 def findings() -> Iterator[tuple[str, str, float, bool]]:

@@ -26,7 +26,8 @@ from fourfold.layouts.evidence.validation import spearman
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
-from fourfold.layouts.search.rank import plan
+from fourfold.layouts.search.rank import rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.profiling.settings import ProfileSettings
 
 HERE = Path(__file__).parent
@@ -47,7 +48,7 @@ def profiled(out: Path, config: Path, seq_len: int, seconds: float) -> Cluster:
 def layouts(model: ModelConfig, machine: Cluster, global_batch: int, seq_len: int, every: int) -> list[PricedLayout]:
     """Of the layouts that drain every `every`-th by price, the cheapest first; of the others likewise, and streamed."""
     batch = {"global_batch": global_batch, "seq_len": seq_len}
-    found = plan(model, machine, num_devices=machine.num_devices, asynchronous=True, **batch)
+    found = rank_layouts(model, machine, SearchRequest(num_devices=machine.num_devices, asynchronous=True, **batch))
     chosen = []
     for late in (False, True):
         chosen += [priced for priced in found.layouts if priced.layout.asynchronous == late][::every]

@@ -16,13 +16,14 @@ from benchmarks.rows import measurement, write_rows
 
 from fourfold.layouts.cost.price import PricedLayout
 from fourfold.layouts.evidence.calibration import cross_validate
+from fourfold.layouts.evidence.fit import load_prior_fit
 from fourfold.layouts.evidence.runs import Run, read_runs
+from fourfold.layouts.evidence.study import STUDY
 from fourfold.layouts.evidence.validation import Scores, price_runs, score
 from fourfold.layouts.inputs.cluster import load_cluster
-from fourfold.layouts.inputs.constants import load_constants, load_prior
 from fourfold.layouts.inputs.model import load_model
-from fourfold.layouts.inputs.software import STUDY
-from fourfold.layouts.search.rank import plan
+from fourfold.layouts.search.rank import rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 
 HERE = Path(__file__).parent
 FILES = ("hagemann2023_main_sweep.csv", "llm_foundry_a100_80gb.csv", "megatron_core_h100_weak_scaling.csv")
@@ -39,9 +40,9 @@ def accuracy(folder: Path) -> list[dict[str, object]]:
         runs += read_runs(folder / name)[1]
     rows: list[dict[str, object]] = []
     together: dict[str, list[tuple[Run, PricedLayout]]] = {"flash2": [], "flash1": []}
-    for fold in cross_validate(runs, load_prior()):
+    for fold in cross_validate(runs, load_prior_fit()):
         for kernel in ("flash2", "flash1", "triton"):
-            pairs = [(r, p) for r, p in zip(fold.runs, fold.prices, strict=True) if r.stack.attention == kernel]
+            pairs = [(r, p) for r, p in zip(fold.runs, fold.prices, strict=True) if r.software.attention == kernel]
             if not pairs:
                 continue
             if kernel in together and len(pairs) > 20:
@@ -52,9 +53,11 @@ def accuracy(folder: Path) -> list[dict[str, object]]:
     # What the sheet costs whose pipelines behave as if a step held an eighth of its batch: see README.md.
     kept = [(r, p) for r, p in together["flash2"] if not (r.model.name == "LLAMA-13B" and r.layout.pp == 2)]
     rows += _rows("held out: all sweeps, flash2, less 13B 2k pp2", score(*map(list, zip(*kept, strict=True))))
-    prices = price_runs(runs, load_constants())
-    for name in sorted({run.sweep for run in runs if run.oom is not None and run.stack.name == STUDY.name}):
-        pairs = [(r, p) for r, p in zip(runs, prices, strict=True) if r.sweep == name and r.stack.attention == "flash2"]
+    prices = price_runs(runs)
+    for name in sorted({run.sweep for run in runs if run.oom is not None and run.software.name == STUDY.name}):
+        pairs = [
+            (r, p) for r, p in zip(runs, prices, strict=True) if r.sweep == name and r.software.attention == "flash2"
+        ]
         rows += _rows(f"shipped constants: {name}, flash2", score(*map(list, zip(*pairs, strict=True))))
     return rows + bubbles(runs)
 
@@ -64,14 +67,14 @@ def bubbles(runs: list[Run]) -> list[dict[str, object]]:
 
     Least squares of measured / predicted on the shares of the bubble and of the rest, by the shipped constants.
     """
-    prices = price_runs(runs, load_constants())
+    prices = price_runs(runs)
     rows = []
-    for name in sorted({run.sweep for run in runs if run.stack.name == STUDY.name}):
+    for name in sorted({run.sweep for run in runs if run.software.name == STUDY.name}):
         for kernel in ("flash2", "flash1"):
             pairs = [
                 (run.step_s / priced.step_s, priced.time_parts_s["bubble"] / priced.step_s)
                 for run, priced in zip(runs, prices, strict=True)
-                if run.sweep == name and run.stack.attention == kernel and run.step_s
+                if run.sweep == name and run.software.attention == kernel and run.step_s
             ]
             ratio, share = np.array(pairs).T
             design = np.stack([share, 1 - share], axis=1)
@@ -105,7 +108,8 @@ def speed(repeats: int) -> list[dict[str, object]]:
         seconds, count = [], 0
         for _ in range(repeats):
             start = time.process_time()
-            result = plan(model, cluster, num_devices=gpus, global_batch=batch, seq_len=seq_len, space="full", top=10)
+            request = SearchRequest(num_devices=gpus, global_batch=batch, seq_len=seq_len, space="full")
+            result = rank_layouts(model, cluster, request, top=10)
             seconds.append(time.process_time() - start)
             count = result.num_candidates
         case = f"model={name} gpus={gpus} layouts={count}"

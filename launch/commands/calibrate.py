@@ -1,6 +1,5 @@
 """`layout-advisor calibrate`: fit the model's constants to measured runs."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +8,11 @@ import typer
 from rich.console import Console
 
 from fourfold.launch.commands.validate import score_table
-from fourfold.layouts.evidence.calibration import MEMORY_SPREAD, PRIOR_SPREAD, cross_validate, get_constant
-from fourfold.layouts.evidence.calibration import calibrate as fit
+from fourfold.layouts.evidence.calibration import MEMORY_SPREAD, PRIOR_SPREAD, cross_validate
+from fourfold.layouts.evidence.calibration import calibrate as fit_to
+from fourfold.layouts.evidence.fit import Fit, load_fit, load_prior_fit
 from fourfold.layouts.evidence.runs import Run, read_runs
 from fourfold.layouts.evidence.validation import price_runs, score
-from fourfold.layouts.inputs.constants import Constants, constants_from, constants_to, load_constants, load_prior
 
 
 def calibrate(
@@ -39,42 +38,26 @@ def calibrate(
             console.print(f"{path}: {len(refused)} rows cannot be priced, line {min(refused)}: {refused[min(refused)]}")
     if not usable:
         raise ValueError(f"{', '.join(map(str, runs))}: no row that can be priced")
-    prior = load_prior() if from_prior else load_constants()
-    fitted = fit(usable, prior, report=console.print)
+    prior = load_prior_fit() if from_prior else load_fit()
+    fitted = fit_to(usable, prior, report=console.print)
     for name in (*PRIOR_SPREAD, *MEMORY_SPREAD):
-        before, after = get_constant(prior, name), get_constant(fitted, name)
+        before, after = prior.get(name), fitted.get(name)
         if abs(after / before - 1) > 0.01:
             console.print(f"  {name}: {before:.4g} -> {after:.4g}")
     console.print(score_table({"all, as fitted": score(usable, price_runs(usable, fitted))}))
     if cross_validation:
-        folds = {fold.name: score(fold.runs, fold.prices) for fold in cross_validate(usable, load_prior())}
+        folds = {fold.name: score(fold.runs, fold.prices) for fold in cross_validate(usable, load_prior_fit())}
         console.print(score_table(folds))
     if out is not None:
-        write_constants(
-            out, fitted, f"fitted by `calibrate` on {len(usable)} runs of {', '.join(p.name for p in runs)}"
-        )
+        write_fit(out, fitted, f"fitted by `calibrate` on {len(usable)} runs of {', '.join(p.name for p in runs)}")
         console.print(f"Constants: {out}")
 
 
-def write_constants(path: Path, constants: Constants, provenance: str) -> None:
-    """Write constants in the form of data/constants.toml: four digits, and where they come from."""
+def write_fit(path: Path, fit: Fit, provenance: str) -> None:
+    """Write a fit in the form of data/constants.toml: four digits, and where they come from."""
 
     def rounded(value: object) -> object:
         return {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else float(f"{value:.4g}")
 
-    table = {name: rounded(value) for name, value in constants_to(constants).items()}
-    path.write_text(tomli_w.dumps({"provenance": provenance, "constants": table}), encoding="utf-8")
-
-
-def read_constants(path: Path | None) -> Constants:
-    """Constants from a file of `calibrate`, or the shipped ones.
-
-    Raises:
-        ValueError: the file is missing, broken, or lacks a constant.
-    """
-    if path is None:
-        return load_constants()
-    try:
-        return constants_from(tomllib.loads(path.read_text(encoding="utf-8"))["constants"])
-    except (OSError, tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a file of constants ({error}): write it with `calibrate --out`") from None
+    tables = {name: rounded(dict(value)) for name, value in fit.as_dict().items()}
+    path.write_text(tomli_w.dumps({"provenance": provenance, **tables}), encoding="utf-8")

@@ -23,8 +23,8 @@ from fourfold.layouts.inputs.layout import write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.output.report import write_report
 from fourfold.layouts.output.tables import gib_text, plan_table, seconds_text, why_not, write_csv
-from fourfold.layouts.search.rank import Plan, advice
-from fourfold.layouts.search.rank import plan as rank_layouts
+from fourfold.layouts.search.rank import Plan, advice, rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.profiling.settings import ProfileSettings
 
 NUM_MEASURED = 3
@@ -59,9 +59,10 @@ def demo(
     _show_machine(console, machine)
 
     _headline(console, "2. plan", f"every layout of {machine.num_devices} ranks, priced")
-    plan = rank_layouts(decoder, machine, num_devices=machine.num_devices, global_batch=global_batch, seq_len=seq_len)
+    request = SearchRequest(num_devices=machine.num_devices, global_batch=global_batch, seq_len=seq_len)
+    plan = rank_layouts(decoder, machine, request)
     if not plan.layouts:
-        raise ValueError(advice(plan, global_batch=global_batch, seq_len=seq_len))
+        raise ValueError(advice(plan))
     write_csv(out / "plan.csv", plan.layouts)
     console.print(plan_table(plan, plan.layouts[:10]))
     if why_not(plan):

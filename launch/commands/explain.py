@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.layouts.cost.asynchronous import convergence_text, schedule_of
-from fourfold.layouts.cost.price import GIB, PricedLayout, price, stack_for
+from fourfold.layouts.cost.price import GIB, PricedLayout, price, software_for
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.layout_words import parse_layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.output.tables import seconds_text
 from fourfold.layouts.search.explain import TERMS, difference, draw_schedule, neighbours
-from fourfold.layouts.search.rank import advice, plan
+from fourfold.layouts.search.rank import advice, rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 
 Config = Annotated[str, typer.Argument(help="A Hugging Face config.json, or a preset such as llama-3.1-8b.")]
 ClusterName = Annotated[str, typer.Option(help="A measured cluster.toml, or a preset such as A100-80GB.")]
@@ -37,13 +38,14 @@ def explain(
 ) -> None:
     """Show where a layout's step time and memory go, its schedule, and what each neighbouring layout would change."""
     model, machine = load_model(config), load_cluster(cluster)
-    stack = stack_for(machine, space)
+    software = software_for(machine, space)
     if layout:
         priced = _price(layout, model, machine, gpus, global_batch, seq_len, space)
     else:
-        result = plan(model, machine, num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space, top=1)
+        request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
+        result = rank_layouts(model, machine, request, top=1)
         if not result.layouts:
-            raise ValueError(advice(result, global_batch=global_batch, seq_len=seq_len, space=space))
+            raise ValueError(advice(result))
         priced = result.layouts[0]
     console = Console()
     console.print(f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)}, MFU {priced.mfu:.1%}")
@@ -67,7 +69,7 @@ def explain(
     table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("change", "step", "GiB", "why"):
         table.add_column(name)
-    for near in neighbours(priced, model, machine, stack=stack):
+    for near in neighbours(priced, model, machine, software=software):
         step = f"{near.priced.step_s / priced.step_s - 1:+.1%}" if near.priced else "-"
         memory = f"{near.priced.peak_bytes / GIB:.3g}" if near.priced else "-"
         table.add_row(near.change, step, memory, near.reason)
@@ -110,7 +112,7 @@ def _price(
 ) -> PricedLayout:
     layout = parse_layout(words, num_devices=gpus, global_batch=global_batch, seq_len=seq_len)
     check(layout, model)
-    return price(model, cluster, [layout], stack=stack_for(cluster, space))[0]
+    return price(model, cluster, [layout], software=software_for(cluster, space))[0]
 
 
 def _bars(title: str, parts: dict[str, float], text: Callable[[float], str]) -> Table:

@@ -10,11 +10,11 @@ from rich.console import Console
 from fourfold.layouts.cost.asynchronous import convergence_text
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
-from fourfold.layouts.inputs.model import ModelConfig, load_model
+from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.output.report import write_report
 from fourfold.layouts.output.tables import describe, plan_table, why_not, write_csv
-from fourfold.layouts.search.rank import Plan, advice
-from fourfold.layouts.search.rank import plan as rank
+from fourfold.layouts.search.rank import Plan, advice, rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
@@ -46,14 +46,15 @@ def plan(
     """Rank the layouts of MODEL on CLUSTER by predicted step time; show what fits, and how surely."""
     if not 0 <= tokens < float("inf"):
         raise ValueError(f"--tokens {tokens:g}: give a number of at least 0")
-    result = make_plan(
-        load_model(config), load_cluster(cluster), gpus=gpus, global_batch=global_batch, seq_len=seq_len,
-        gpus_per_node=gpus_per_node, top=top, space=space, fix=fix or [], asynchronous=asynchronous,
+    if top < 1:
+        raise ValueError(f"--top {top}: give a whole number of at least 1")
+    request = SearchRequest(
+        num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space, fix=parse_fix(fix or []),
+        asynchronous=asynchronous,
     )  # fmt: skip
+    result = rank_layouts(load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node), request, top=top)
     if not result.layouts and not as_json:  # before any file: a folder never holds half a plan
-        raise ValueError(
-            advice(result, global_batch=global_batch, seq_len=seq_len, space=space, fix=parse_fix(fix or []))
-        )
+        raise ValueError(advice(result))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_csv(out / "plan.csv", result.layouts)
@@ -78,34 +79,18 @@ def plan(
         console.print(f"Report: {html}")
 
 
-def make_plan(
-    model: ModelConfig,
-    cluster: Cluster,
-    *,
-    gpus: int,
-    global_batch: int,
-    seq_len: int,
-    gpus_per_node: int = 0,
-    top: int | None = 10,
-    space: str = "runtime",
-    fix: list[str],
-    asynchronous: bool = False,
-) -> Plan:
-    """What the command does before it prints.
+def cluster_in_nodes(path_or_preset: str, gpus: int, gpus_per_node: int) -> Cluster:
+    """The cluster, in nodes of another size where one is asked for (0: as the cluster says).
 
     Raises:
-        ValueError: a value that makes no sense; names it and the mend.
+        ValueError: no such cluster, or devices that do not fill the nodes.
     """
-    if gpus_per_node:
-        cluster = cluster.with_devices_per_node(gpus_per_node)
-        if gpus > gpus_per_node and gpus % gpus_per_node:
-            raise ValueError(f"--gpus {gpus} does not fill nodes of {gpus_per_node}: give a multiple")
-    if top is not None and top < 1:
-        raise ValueError(f"--top {top}: give a whole number of at least 1")
-    return rank(
-        model, cluster, num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space,
-        fix=parse_fix(fix), top=top, asynchronous=asynchronous,
-    )  # fmt: skip
+    cluster = load_cluster(path_or_preset)
+    if not gpus_per_node:
+        return cluster
+    if gpus > gpus_per_node and gpus % gpus_per_node:
+        raise ValueError(f"--gpus {gpus} does not fill nodes of {gpus_per_node}: give a multiple")
+    return cluster.with_devices_per_node(gpus_per_node)
 
 
 def late_layouts(result: Plan) -> list[Layout]:
@@ -159,7 +144,7 @@ def as_document(result: Plan) -> dict[str, Any]:
         "cluster": result.cluster.name,
         "device": result.cluster.device.name,
         "num_devices": result.num_devices,
-        "stack": result.stack.name,
+        "software": result.software.name,
         "num_candidates": result.num_candidates,
         "num_fitting": result.num_fitting,
         "infeasible": dict(result.infeasible),

@@ -16,7 +16,6 @@ from rich.table import Table
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.evidence.runs import Run, read_runs
 from fourfold.layouts.evidence.validation import LEAST_RUNS, Scores, price_runs, score
-from fourfold.layouts.inputs.constants import load_constants
 
 PREDICTED = ("step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred")
 
@@ -28,7 +27,7 @@ def validate(
 ) -> None:
     """Price every row of RUNS and compare with what was measured: time, order, what fits, and the pick."""
     rows, usable, refused = read_runs(runs)
-    prices = price_runs(usable, load_constants())
+    prices = price_runs(usable)
     if predictions is not None:
         write_predictions(predictions, rows, usable, prices)
     table = scores_by_sweep(usable, prices)

@@ -28,32 +28,35 @@ DRIFT_PASSES = {"update": 10.0, "backward": 5.0}
 weights that a backward reads by it."""
 
 
-def asynchronous_in_flight(c: Candidates, stage: Column, drained: Column) -> Column:
+def asynchronous_in_flight(layouts: Candidates, stage: Column, drained: Column) -> Column:
     """Micro-batches whose activations a stage holds; `drained` where the pipeline drains. [stages, candidates]."""
-    behind = (c.pp - 1 - stage).astype(float)
-    return np.where(c.schedule == FLUSHED, drained, np.where(c.schedule == LOCKSTEP, 2 * behind, behind) + 1)
+    stages_after = (layouts.pp - 1 - stage).astype(float)
+    held = np.where(layouts.schedule == LOCKSTEP, 2 * stages_after, stages_after) + 1
+    return np.where(layouts.schedule == FLUSHED, drained, held)
 
 
-def delays(c: Candidates, stage: Column) -> Column:
+def delays(layouts: Candidates, stage: Column) -> Column:
     """D of each stage's gradients, in updates; [stages, candidates]."""
-    behind = c.pp - 1 - stage
-    late = np.where(c.schedule == LOCKSTEP, 2 * behind, np.where(c.schedule == DOUBLE_BUFFERED, 1, behind))
-    return np.where(c.schedule == FLUSHED, 0, late)
+    stages_after = layouts.pp - 1 - stage
+    buffered = np.where(layouts.schedule == DOUBLE_BUFFERED, 1, stages_after)
+    late = np.where(layouts.schedule == LOCKSTEP, 2 * stages_after, buffered)
+    return np.where(layouts.schedule == FLUSHED, 0, late)
 
 
-def updates_per_step(c: Candidates) -> Column:
+def updates_per_step(layouts: Candidates) -> Column:
     """Optimizer updates in a global batch."""
-    return np.where((c.schedule == FLUSHED) | (c.schedule == DOUBLE_BUFFERED), 1, c.num_micro_batches)
+    once = (layouts.schedule == FLUSHED) | (layouts.schedule == DOUBLE_BUFFERED)
+    return np.where(once, 1, layouts.num_micro_batches)
 
 
-def weight_copies(c: Candidates, stage: Column) -> Column:
+def weight_copies(layouts: Candidates, stage: Column) -> Column:
     """Copies of a stage's weights besides those and the optimizer's states: kept apart, predicted, stashed.
 
     The moment that spike compensation sets aside during an update takes the place that predicted weights have then
     left, or one of its own.
     """
-    mitigation = Mitigation.named(c.mitigation)
-    late, buffered = np.broadcast_arrays(delays(c, stage), c.schedule == DOUBLE_BUFFERED)
+    mitigation = Mitigation.named(layouts.mitigation)
+    late, buffered = np.broadcast_arrays(delays(layouts, stage), layouts.schedule == DOUBLE_BUFFERED)
     copies = np.zeros(late.shape)
     for delay in np.unique(late[late > 0]):
         for double_buffered in (False, True):
@@ -63,26 +66,31 @@ def weight_copies(c: Candidates, stage: Column) -> Column:
     return copies + spike * (late > 0)
 
 
-def mitigation_seconds(c: Candidates, params: Column, stage: Column, bandwidth_bytes_per_s: float) -> Column:
+def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandwidth_bytes_per_s: float) -> Column:
     """Of one update: what the mitigation reads and writes besides the optimizer; [stages, candidates].
 
     PipelineStage's copies: weights go into the module and out again at every micro-batch, for its forward where those
     are not the present ones, for its backward where that reads a version kept, or weights of its own.
     """
-    mitigation = Mitigation.named(c.mitigation)
-    stashes = (c.schedule == DOUBLE_BUFFERED) | mitigation.stash
-    forward = stashes | mitigation.predicts
+    mitigation = Mitigation.named(layouts.mitigation)
+    stashes = (layouts.schedule == DOUBLE_BUFFERED) | mitigation.stash
+    own_forward = stashes | mitigation.predicts
     follows = mitigation.correction > 0
+    # At every update: spike compensation, the running mean of updates, the prediction, and copies kept of the weights.
+    predict = PREDICTION_PASSES["velocity"] if mitigation.spectrain else PREDICTION_PASSES[mitigation.predict]
     passes = SPIKE_PASSES * bool(mitigation.spike) + DRIFT_PASSES["update"] * follows
-    ahead = PREDICTION_PASSES["velocity"]
-    passes += ahead if mitigation.spectrain else PREDICTION_PASSES[mitigation.predict]
-    passes = passes + COPY_PASSES * ((forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
-    behind = (delays(c, 0 * stage) - delays(c, stage)) // 2  # pipeline.schedule.updates_behind
-    own = ~stashes & (follows | (mitigation.spectrain & (behind > 0)))
-    backward = EXCHANGE_PASSES * (stashes | own) + own * (DRIFT_PASSES["backward"] if follows else ahead)
-    passes = passes + c.num_micro_batches / updates_per_step(c) * (EXCHANGE_PASSES * forward + backward)
-    late = (delays(c, stage) > 0) | (mitigation.spectrain & (behind > 0))
-    return np.where(late, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
+    passes += predict
+    passes = passes + COPY_PASSES * ((own_forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
+    # At every micro-batch: weights of its own for the forward, and for the backward where that reads others.
+    late = delays(layouts, stage)
+    lag_updates = (delays(layouts, 0 * stage) - late) // 2  # pipeline.schedule.updates_behind
+    own_backward = ~stashes & (follows | (mitigation.spectrain & (lag_updates > 0)))
+    made = DRIFT_PASSES["backward"] if follows else PREDICTION_PASSES["velocity"]
+    backward = EXCHANGE_PASSES * (stashes | own_backward) + own_backward * made
+    each_update = layouts.num_micro_batches / updates_per_step(layouts)
+    passes = passes + each_update * (EXCHANGE_PASSES * own_forward + backward)
+    mitigated = (late > 0) | (mitigation.spectrain & (lag_updates > 0))
+    return np.where(mitigated, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
 
 
 def schedule_of(layout: Layout) -> PipelineSchedule:

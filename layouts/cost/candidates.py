@@ -94,6 +94,12 @@ class Candidates:
         return bool(self.schedule.any())
 
     @property
+    def recomputed_share(self) -> Column:
+        """Of the layers, how many run their whole forward again in backward: full checkpointing and StreamBP."""
+        whole = (self.checkpointing == FULL) | (self.checkpointing == STREAM)
+        return np.where(whole, 1.0 / self.checkpoint_every, 0.0)
+
+    @property
     def tokens(self) -> Column:
         """Tokens of one micro-batch on one cp rank."""
         return self.micro_batch * (self.seq_len // self.cp)

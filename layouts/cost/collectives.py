@@ -9,10 +9,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import Column
+from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.inputs.cluster import Cluster, Link
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.software import Software
 
 _PASSES = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class RankDistance:
+    """How far apart in rank numbers the neighbours of an axis stand, a candidate."""
+
+    tp: Column
+    cp: Column
+    pp: Column
+    dp: Column
+
+    @classmethod
+    def of(cls, layouts: Candidates, software: Software) -> "RankDistance":
+        """From the order in which the software numbers its ranks: tp, then cp, then pp and dp, either of them first."""
+        one = np.ones_like(layouts.tp)
+        inner = layouts.tp * layouts.cp
+        pp, dp = (inner * layouts.dp, inner) if software.pp_outermost else (inner, inner * layouts.pp)
+        return cls(one, layouts.tp, pp, dp)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +41,19 @@ class Network:
 
     cluster: Cluster
     efficiency: tuple[float, ...] = (1.0, 1.0)
+
+    @classmethod
+    def of(cls, cluster: Cluster, constants: Constants, *, reducing: bool) -> "Network":
+        """The links of a cluster, with the shares of a preset's bandwidths that the constants or its own links state.
+
+        Args:
+            reducing: for gradient reduction and weight gathering, which some networks carry worse than the rest.
+        """
+        if cluster.measured:
+            return cls(cluster=cluster)
+        outer = cluster.links[-1]
+        reached = outer.reduction_share if reducing else outer.share
+        return cls(cluster=cluster, efficiency=(constants.inner_link, reached or constants.outer_link))
 
     def _tier(self, index: int) -> tuple[Link, float]:
         links = self.cluster.links

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import FULL, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.cost.candidates import FULL, SELECTIVE, STREAM, Column
 from fourfold.layouts.cost.kernels import Kernels
-from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Stack
+from fourfold.layouts.inputs.software import Software
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +22,12 @@ class Times:
     forward: Column
     backward: Column
 
+    def scaled(self, factor: Column | float) -> "Times":
+        return Times(factor * self.forward, factor * self.backward)
+
 
 def _linear(kernels: Kernels, tokens: Column, k: Column, n: Column) -> Times:
-    """A linear layer: one matmul forward, two backward (gradient of the input, of the weight)."""
+    """A linear layer [tokens, k] @ [k, n]: one matmul forward, two backward (gradient of the input, of the weight)."""
     forward = kernels.matmul_s(tokens, n, k)
     return Times(forward, kernels.matmul_s(tokens, k, n) + kernels.matmul_s(k, n, tokens))
 
@@ -33,66 +36,64 @@ def _sum(parts: list[Times]) -> Times:
     return Times(sum(p.forward for p in parts), sum(p.backward for p in parts))  # type: ignore[arg-type]
 
 
-def score_length(model: ModelConfig, seq_len: int) -> float:
-    """Keys that a query meets on average over layers: half the sequence (causal), less with a sliding window."""
-    causal = seq_len / 2
-    if not model.sliding_window or model.sliding_window >= seq_len:
-        return causal
-    window = model.sliding_window
-    windowed = window - window**2 / (2 * seq_len)
-    share = model.num_windowed_layers / model.num_layers
-    return share * windowed + (1 - share) * causal
-
-
-def layer_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Times:
+def layer_times(pricing: Pricing) -> Times:
     """Compute of an average layer, without recomputation and communication."""
-    h, t, tp = model.hidden_size, c.tokens, c.tp
-    q, kv = model.q_size // tp, model.kv_size // tp
-    parts = [_linear(kernels, t, np.full_like(t, h), q + 2 * kv), _linear(kernels, t, q, np.full_like(t, h))]
-    parts.append(_mlp_times(model, c, kernels))
-    parts.append(attention_times(model, c, kernels, stack, k))
-    parts.append(_memory_bound(model, c, kernels, stack, k))
-    return _sum(parts)
+    model, layouts, kernels = pricing.model, pricing.layouts, pricing.kernels
+    tokens, wide = layouts.tokens, np.full_like(layouts.tokens, model.hidden_size)
+    q, kv = model.q_size // layouts.tp, model.kv_size // layouts.tp
+    projections = [_linear(kernels, tokens, wide, q + 2 * kv), _linear(kernels, tokens, q, wide)]
+    return _sum([*projections, _mlp_times(pricing), attention_times(pricing), _memory_bound(pricing)])
 
 
-def attention_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Times:
+def attention_times(pricing: Pricing) -> Times:
     """The attention core. Of the causal triangle a cp rank computes its even share, block by block, hop by hop."""
-    keys = np.full(len(c), score_length(model, c.seq_len))
-    block = keys / np.maximum(c.cp // c.cp_heads, 1)
-    forward, backward = kernels.attention_s(
-        c.micro_batch, model.num_heads // c.tp, c.seq_len / c.cp, keys, block, model.head_dim
+    model, layouts, constants = pricing.model, pricing.layouts, pricing.constants
+    keys = np.full(len(layouts), model.score_length(layouts.seq_len))
+    block = keys / np.maximum(layouts.cp // layouts.cp_heads, 1)
+    forward, backward = pricing.kernels.attention_s(
+        layouts.micro_batch, model.num_heads // layouts.tp, layouts.seq_len / layouts.cp, keys, block, model.head_dim
     )
     # Kernels that store the scores compute the masked half too, as plain batched matmuls.
-    slower = {"flash1": k.flash1, "triton": k.triton, "fused": 0.5, "eager": 0.5}.get(stack.attention, 1.0)
-    return Times(forward / slower, backward / slower)
+    rates = {"flash1": constants.flash1, "triton": constants.triton, "fused": 0.5, "eager": 0.5}
+    rate = rates.get(pricing.software.attention, 1.0)
+    return Times(forward / rate, backward / rate)
 
 
-def _mlp_times(model: ModelConfig, c: Candidates, kernels: Kernels) -> Times:
-    h, t, tp = model.hidden_size, c.tokens, c.tp
-    ups = 2 if model.gated_mlp else 1
-    wide = np.full_like(t, h)
+def _mlp_times(pricing: Pricing) -> Times:
+    """The feed-forward of an average layer: dense layers and mixtures in the shares that the model has of them."""
+    model, layouts = pricing.model, pricing.layouts
     moe = model.num_moe_layers / model.num_layers
-    total = Times(np.zeros(len(t)), np.zeros(len(t)))
+    total = Times(np.zeros(len(layouts)), np.zeros(len(layouts)))
     if moe < 1:
-        f = model.ffn_size // tp
-        dense = _sum([_linear(kernels, t, wide, ups * f), _linear(kernels, t, f, wide)])
-        total = Times(total.forward + (1 - moe) * dense.forward, total.backward + (1 - moe) * dense.backward)
+        dense = _gated(pricing, layouts.tokens, model.ffn_size // layouts.tp)
+        total = _sum([total, dense.scaled(1 - moe)])
     if moe:
-        f = np.maximum(model.expert_ffn_size // tp, 1)
-        local = np.maximum(model.num_experts // c.ep, 1)
-        # Tokens of all ep ranks spread over local experts, evenly at best.
-        each = np.maximum(t * model.experts_per_token * c.ep // model.num_experts, 1)
-        one = _sum([_linear(kernels, each, wide, ups * f), _linear(kernels, each, f, wide)])
-        parts = [
-            Times(local * one.forward, local * one.backward),
-            _linear(kernels, t, wide, np.full_like(t, model.num_experts)),
-        ]
-        if model.shared_expert_ffn_size:
-            shared = np.maximum(model.shared_expert_ffn_size // tp, 1)
-            parts += [_linear(kernels, t, wide, ups * shared), _linear(kernels, t, shared, wide)]
-        experts = _sum(parts)
-        total = Times(total.forward + moe * experts.forward, total.backward + moe * experts.backward)
+        total = _sum([total, _moe_times(pricing).scaled(moe)])
     return total
+
+
+def _gated(pricing: Pricing, tokens: Column, width: Column) -> Times:
+    """A feed-forward of `width`: up (and gate) in one matmul, then down."""
+    ups = 2 if pricing.model.gated_mlp else 1
+    wide = np.full_like(pricing.layouts.tokens, pricing.model.hidden_size)
+    return _sum([_linear(pricing.kernels, tokens, wide, ups * width), _linear(pricing.kernels, tokens, width, wide)])
+
+
+def _moe_times(pricing: Pricing) -> Times:
+    """Router, routed experts and the shared expert of one mixture-of-experts layer."""
+    model, layouts, kernels = pricing.model, pricing.layouts, pricing.kernels
+    tokens, tp = layouts.tokens, layouts.tp
+    local = np.maximum(model.num_experts // layouts.ep, 1)
+    # Tokens of all ep ranks spread over local experts, evenly at best.
+    each = np.maximum(tokens * model.experts_per_token * layouts.ep // model.num_experts, 1)
+    one = _gated(pricing, each, np.maximum(model.expert_ffn_size // tp, 1))
+    wide = np.full_like(tokens, model.hidden_size)
+    parts = [one.scaled(local), _linear(kernels, tokens, wide, np.full_like(tokens, model.num_experts))]
+    if model.shared_expert_ffn_size:
+        shared = np.maximum(model.shared_expert_ffn_size // tp, 1)
+        ups = 2 if model.gated_mlp else 1
+        parts += [_linear(kernels, tokens, wide, ups * shared), _linear(kernels, tokens, shared, wide)]
+    return _sum(parts)
 
 
 def active_ffn(model: ModelConfig) -> float:
@@ -103,102 +104,140 @@ def active_ffn(model: ModelConfig) -> float:
     )
 
 
-def _memory_bound(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Times:
+@dataclass(frozen=True, slots=True)
+class _Traffic:
+    """What a kind of operator reads and writes an element, in bytes or elements, and how many operators it is."""
+
+    forward: float
+    backward: float
+    forward_operators: float
+    backward_operators: float
+
+
+def _norm_traffic(pricing: Pricing) -> _Traffic:
+    """Bytes an element of a norm."""
+    itemsize = pricing.software.compute_bytes
+    if pricing.software.fused_norm:
+        return _Traffic(2.0 * itemsize, 4.0 * itemsize, 1.0, 2.0)
+    if pricing.software.launched:
+        whole = pricing.constants.norm_bytes
+        return _Traffic(whole / 4, whole * 3 / 4, 6.0, 12.0)
+    # fp32, one operator after the other: square, mean, add, rsqrt, scale, weight
+    return _Traffic(7.0 * itemsize, 15.0 * itemsize, 6.0, 10.0)
+
+
+def _rotary_traffic(model: ModelConfig, software: Software) -> _Traffic:
+    """Elements read and written an element of q or k."""
+    if not model.rotary:
+        return _Traffic(0.0, 0.0, 0.0, 0.0)
+    return _Traffic(2.0, 2.0, 1.0, 1.0) if software.fused_ops else _Traffic(9.0, 9.0, 7.0, 7.0)
+
+
+def _activation_traffic(model: ModelConfig, software: Software) -> _Traffic:
+    """Elements read and written an element of the feed-forward's width."""
+    ups = 2 if model.gated_mlp else 1
+    if software.fused_ops:
+        return _Traffic(1.0 + ups, 1.0 + 2.0 * ups, 1.0, 1.0)
+    return _Traffic(2.0 * ups + 1, 4.0 * ups, 1.0 * ups, 1.5 * ups)
+
+
+def _memory_bound(pricing: Pricing) -> Times:
     """Norms, residuals, rotary embedding and the activation function, by elements read and written a token."""
-    t, tp, b = c.tokens, c.tp, stack.compute_bytes
-    wide = t / np.where(c.sequence_parallel, tp, 1) * model.hidden_size
-    qk = t * (model.q_size + model.kv_size) / tp
-    ffn = t * active_ffn(model) / tp
+    model, layouts, software, memory_s = pricing.model, pricing.layouts, pricing.software, pricing.kernels.memory_s
+    itemsize = software.compute_bytes
+    wide = layouts.tokens / np.where(layouts.sequence_parallel, layouts.tp, 1) * model.hidden_size
+    qk = layouts.tokens * (model.q_size + model.kv_size) / layouts.tp
+    ffn = layouts.tokens * active_ffn(model) / layouts.tp
     norms = model.norms_per_layer + (0.25 if model.qk_norm else 0)
-    up = 2 if model.gated_mlp else 1
-    if stack.fused_norm:
-        norm = (2.0 * b, 4.0 * b, 1.0, 2.0)
-    elif stack.launched:
-        norm = (k.norm_bytes / 4, k.norm_bytes * 3 / 4, 6.0, 12.0)
-    else:  # fp32, one operator after the other: square, mean, add, rsqrt, scale, weight
-        norm = (7.0 * b, 15.0 * b, 6.0, 10.0)
-    rope = ((2.0, 2.0, 1.0, 1.0) if stack.fused_ops else (9.0, 9.0, 7.0, 7.0)) if model.rotary else (0.0,) * 4
-    act = (1.0 + up, 1.0 + 2.0 * up, 1.0, 1.0) if stack.fused_ops else (2.0 * up + 1, 4.0 * up, 1.0 * up, 1.5 * up)
-    forward = kernels.memory_s(norms * wide * norm[0], norms * norm[2])
-    forward = forward + kernels.memory_s(2 * 3.0 * wide * b, 2) + kernels.memory_s(qk * rope[0] * b, 2 * rope[2])
-    forward = forward + kernels.memory_s(ffn * act[0] * b, act[2])
-    backward = kernels.memory_s(norms * wide * norm[1], norms * norm[3])
-    backward = backward + kernels.memory_s(2 * 3.0 * wide * b, 2) + kernels.memory_s(qk * rope[1] * b, 2 * rope[3])
-    backward = backward + kernels.memory_s(ffn * act[1] * b, act[3])
-    if stack.attention in ("eager", "fused"):
+    norm, rotary = _norm_traffic(pricing), _rotary_traffic(model, software)
+    activation = _activation_traffic(model, software)
+    residuals = memory_s(2 * 3.0 * wide * itemsize, 2)
+    forward = memory_s(norms * wide * norm.forward, norms * norm.forward_operators)
+    forward = forward + residuals + memory_s(qk * rotary.forward * itemsize, 2 * rotary.forward_operators)
+    forward = forward + memory_s(ffn * activation.forward * itemsize, activation.forward_operators)
+    backward = memory_s(norms * wide * norm.backward, norms * norm.backward_operators)
+    backward = backward + residuals + memory_s(qk * rotary.backward * itemsize, 2 * rotary.backward_operators)
+    backward = backward + memory_s(ffn * activation.backward * itemsize, activation.backward_operators)
+    if software.attention in ("eager", "fused"):
         # Scores written, scaled, masked, softmaxed in fp32 and cast back, read; or one fused kernel for all between.
-        reads = 14.0 if stack.attention == "eager" else 4.0
-        scores = c.micro_batch * model.num_heads / tp * (c.seq_len / c.cp) * c.seq_len * b
-        forward = forward + kernels.memory_s(scores * reads, 7 if stack.attention == "eager" else 2)
-        backward = backward + kernels.memory_s(scores * reads, 7 if stack.attention == "eager" else 2)
+        reads, operators = (14.0, 7) if software.attention == "eager" else (4.0, 2)
+        scores = _stored_scores(pricing) * itemsize
+        forward = forward + memory_s(scores * reads, operators)
+        backward = backward + memory_s(scores * reads, operators)
     return Times(forward, backward)
 
 
-def embedding_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack) -> Times:
+def _stored_scores(pricing: Pricing) -> Column:
+    """Attention scores that a kernel without online softmax writes, of one micro-batch on one rank."""
+    layouts = pricing.layouts
+    heads = layouts.micro_batch * pricing.model.num_heads / layouts.tp
+    return heads * (layouts.seq_len / layouts.cp) * layouts.seq_len
+
+
+def embedding_times(pricing: Pricing) -> Times:
     """Look-up, and its scattered gradient (dense, as wide as the vocabulary)."""
-    wide = c.tokens * model.hidden_size * stack.compute_bytes
-    table = model.vocab_size / c.tp * model.hidden_size * stack.grad_bytes
-    return Times(kernels.memory_s(2.0 * wide, 2), kernels.memory_s(2.0 * wide + 2.0 * table, 3))
+    model, layouts, software, memory_s = pricing.model, pricing.layouts, pricing.software, pricing.kernels.memory_s
+    wide = layouts.tokens * model.hidden_size * software.compute_bytes
+    table = model.vocab_size / layouts.tp * model.hidden_size * software.grad_bytes
+    return Times(memory_s(2.0 * wide, 2), memory_s(2.0 * wide + 2.0 * table, 3))
 
 
-def head_times(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack) -> Times:
+def head_times(pricing: Pricing) -> Times:
     """Final norm, projection to the vocabulary, softmax and loss."""
-    t = c.tokens
-    local = model.vocab_size // (c.tp if stack.head_sharded else 1) + 0 * c.tp
-    projection = _linear(kernels, t, np.full_like(t, model.hidden_size), local)
-    entries = t * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
-    loss = kernels.memory_s(entries * 4.0 * stack.logits_passes / 2, 4)
+    model, layouts, software = pricing.model, pricing.layouts, pricing.software
+    tokens = layouts.tokens
+    local = model.vocab_size // (layouts.tp if software.head_sharded else 1) + 0 * layouts.tp
+    projection = _linear(pricing.kernels, tokens, np.full_like(tokens, model.hidden_size), local)
+    entries = tokens * (model.vocab_size / layouts.tp if software.logits_sharded else model.vocab_size)
+    loss = pricing.kernels.memory_s(entries * 4.0 * software.logits_passes / 2, 4)
     return Times(projection.forward + loss, projection.backward + loss)
 
 
-def recomputed(model: ModelConfig, c: Candidates, forward: Column, attention_forward: Column) -> Column:
+def recomputed(pricing: Pricing, forward: Column, attention_forward: Column) -> Column:
     """Seconds of forward work done again in a layer's backward, by checkpointing."""
-    again = np.select(
-        [c.checkpointing == FULL, c.checkpointing == STREAM, c.checkpointing == SELECTIVE],
-        [forward, forward, attention_forward],
-        0.0,
-    )
-    return again / c.checkpoint_every
+    kind = pricing.layouts.checkpointing
+    again = np.select([kind == FULL, kind == STREAM, kind == SELECTIVE], [forward, forward, attention_forward], 0.0)
+    return again / pricing.layouts.checkpoint_every
 
 
-def streaming(model: ModelConfig, c: Candidates, kernels: Kernels, stack: Stack, k: Constants) -> Column:
+def stream_overhead_s(pricing: Pricing) -> Column:
     """Seconds that StreamBP's pieces cost a layer besides: its recomputed forward and its backward, chunk by chunk.
 
     Each piece launches every operator again, on matmuls that are shorter by the number of chunks.
     """
-    extra = np.zeros(len(c))
-    rows = np.flatnonzero((c.checkpointing == STREAM) & (c.stream_chunks > 1))
+    layouts = pricing.layouts
+    extra = np.zeros(len(layouts))
+    rows = np.flatnonzero((layouts.checkpointing == STREAM) & (layouts.stream_chunks > 1))
     if len(rows):
-        some = c.take(rows)
-        whole = layer_times(model, some, kernels, stack, k)
-        piece = layer_times(model, replace(some, micro_batch=some.micro_batch / some.stream_chunks), kernels, stack, k)
+        some = layouts.take(rows)
+        whole = layer_times(pricing.of(some))
+        piece = layer_times(pricing.of(replace(some, micro_batch=some.micro_batch / some.stream_chunks)))
         pieces = some.stream_chunks * (piece.forward + piece.backward)
         extra[rows] = np.maximum(pieces - whole.forward - whole.backward, 0.0)
     return extra
 
 
-def saved_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> tuple[Column, Column]:
+def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:
     """Bytes that autograd keeps for one micro-batch in an average layer: (with everything kept, layer input alone).
 
-    Counted from the operators: what each needs for its backward, a token. h: hidden, q, kv: query and key widths,
-    f: feed-forward. A norm keeps its input and hands its output on; unfused it keeps more, as the
-    stack says (Korthikanti et al. 2022, arXiv 2205.05198, section 4, for the rest).
+    Counted from the operators: what each needs for its backward, a token. A norm keeps its input and hands its output
+    on; unfused it keeps more, as the software says (Korthikanti et al. 2022, arXiv 2205.05198, section 4, for the
+    rest).
     """
-    b, tp = stack.compute_bytes, c.tp
-    split = np.where(c.sequence_parallel, tp, 1)
-    h = model.hidden_size
-    norm_kept = 0.0 if stack.fused_norm else stack.norm_kept_bytes
-    wide = model.norms_per_layer * h * (2.0 * b + norm_kept)
-    qk = (2.0 * model.q_size + 2.0 * model.kv_size) * b + model.num_heads * 4.0  # q, output; k, v; log-sum-exp
-    acts = (4.0 if not stack.fused_ops else 3.0) if model.gated_mlp else 2.0
-    ffn = active_ffn(model) * acts * b
-    per_token = wide / split + (qk + ffn) / tp + np.where(tp > 1, stack.tp_kept * h * b, 0.0)
-    kept = c.tokens * per_token
-    if stack.attention in ("eager", "fused"):
-        copies = 8.0 if stack.attention == "eager" else 2.0
-        kept = kept + np.where(
-            c.checkpointing == SELECTIVE,
-            0.0,
-            c.micro_batch * model.num_heads / tp * (c.seq_len / c.cp) * c.seq_len * copies,
-        )
-    return kept, c.tokens * h * b / split
+    model, layouts, software = pricing.model, pricing.layouts, pricing.software
+    itemsize, tp = software.compute_bytes, layouts.tp
+    split = np.where(layouts.sequence_parallel, tp, 1)
+    hidden = model.hidden_size
+    norm_kept = 0.0 if software.fused_norm else software.norm_kept_bytes
+    wide = model.norms_per_layer * hidden * (2.0 * itemsize + norm_kept)
+    # q, output; k, v; log-sum-exp
+    qk = (2.0 * model.q_size + 2.0 * model.kv_size) * itemsize + model.num_heads * 4.0
+    gates = (4.0 if not software.fused_ops else 3.0) if model.gated_mlp else 2.0
+    ffn = active_ffn(model) * gates * itemsize
+    per_token = wide / split + (qk + ffn) / tp + np.where(tp > 1, software.tp_kept * hidden * itemsize, 0.0)
+    kept = layouts.tokens * per_token
+    if software.attention in ("eager", "fused"):
+        copies = 8.0 if software.attention == "eager" else 2.0
+        scores = np.where(layouts.checkpointing == SELECTIVE, 0.0, _stored_scores(pricing) * copies)
+        kept = kept + scores
+    return kept, layouts.tokens * hidden * itemsize / split

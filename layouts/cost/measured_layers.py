@@ -8,91 +8,126 @@ the same work on one is the price of splitting it, messages and the host's own w
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates, Column
-from fourfold.layouts.cost.layer import Times, saved_bytes
+from fourfold.layouts.cost.layer import Times, embedding_times, head_times, layer_times, saved_bytes
+from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.inputs.cluster import Cluster
-from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Stack
 
 Formula = Callable[[Candidates], Times]
 Cost = Callable[[Candidates], Column]
+Row = Mapping[str, Any]
 
 
-def rows_for(model: ModelConfig, cluster: Cluster, table: str, stack: Stack) -> list[Mapping[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of the model that a profile times: its columns, the tables that hold them, and its formula."""
+
+    forward: str
+    backward: str
+    table: str
+    split_table: str
+    formula: Callable[[Pricing], Times]
+
+
+LAYER = Piece("forward_s", "backward_s", "layer", "tp_layer", layer_times)
+EMBEDDING = Piece("embedding_forward_s", "embedding_backward_s", "ends", "tp_ends", embedding_times)
+HEAD = Piece("head_forward_s", "head_backward_s", "ends", "tp_ends", head_times)
+
+
+def measured_rows(pricing: Pricing, table: str) -> list[Row]:
     """Rows of a table that were measured of this very model, in the training dtype.
 
     The rows do not name their model; they are its own when the bytes that a layer keeps for backward agree within a
     tenth with the count of operators.
     """
+    cluster = pricing.cluster
     layers = [row for row in cluster.tables.get("layer", ()) if row.get("dtype") == cluster.device.dtype]
     if not layers:
         return []
-    row = layers[0]
-    counted = float(saved_bytes(model, _of_row(row), stack)[0][0])
-    if abs(float(row.get("activation_bytes", 0)) / counted - 1) > 0.1:
+    counted = float(saved_bytes(pricing.of(_of_row(layers[0])))[0][0])
+    if abs(float(layers[0].get("activation_bytes", 0)) / counted - 1) > 0.1:
         return []
     return [row for row in cluster.tables.get(table, ()) if row.get("dtype") == cluster.device.dtype]
 
 
-def _of_row(row: Mapping[str, Any]) -> Candidates:
+def _of_row(row: Row) -> Candidates:
     columns = {name: np.array([row.get(name, 1)]) for name in ("tp", "cp", "micro_batch")}
     return Candidates.from_columns(columns, global_batch=row["micro_batch"], seq_len=row["seq_len"])
 
 
-def corrected(rows: list[Mapping[str, Any]], names: tuple[str, str], formula: Formula, c: Candidates) -> Times:
+def piece_times(pricing: Pricing, piece: Piece) -> Times:
+    """Seconds of a piece on one rank, without communication: measured where the cluster has it, else its formula."""
+    rows = measured_rows(pricing, piece.table)
+    return scaled_to_measurement(rows, piece, lambda layouts: piece.formula(pricing.of(layouts)), pricing.layouts)
+
+
+def scaled_to_measurement(rows: list[Row], piece: Piece, formula: Formula, layouts: Candidates) -> Times:
     """The formula's seconds, times measured over formula at the nearest tp, interpolated over tokens in between."""
-    priced = formula(c)
-    usable = [row for row in rows if all(name in row for name in names)]
+    priced = formula(layouts)
+    usable = [row for row in rows if piece.forward in row and piece.backward in row]
     if not usable:
         return priced
     points: dict[int, list[tuple[float, ...]]] = {}
     for row in usable:
-        at = _of_row(row)
-        alike = formula(at)
-        ratio = (float(row[names[0]]) / float(alike.forward[0]), float(row[names[1]]) / float(alike.backward[0]))
-        points.setdefault(row["tp"], []).append((float(at.tokens[0]), *ratio))
-    forward, backward = _interpolated(points, c.tp, c)
-    return Times(priced.forward * forward, priced.backward * backward)
+        same = _of_row(row)
+        alike = formula(same)
+        forward = float(row[piece.forward]) / float(alike.forward[0])
+        backward = float(row[piece.backward]) / float(alike.backward[0])
+        points.setdefault(row["tp"], []).append((float(same.tokens[0]), forward, backward))
+    forward_ratio, backward_ratio = _interpolated(points, layouts.tp, layouts)
+    return Times(priced.forward * forward_ratio, priced.backward * backward_ratio)
 
 
-def beyond(
-    rows: list[Mapping[str, Any]], axis: str, names: tuple[str, str], apart: Formula, formula: Cost, c: Candidates
-) -> Column:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """A piece of the model cut over the ranks of an axis ("tp" or "cp"), and what is known of it.
+
+    `alone` prices the same work where nothing is communicated; `communication` is above 0 for every row.
+    """
+
+    piece: Piece
+    axis: str
+    alone: Formula
+    communication: Cost
+
+
+def extra_seconds_of_splitting(rows: list[Row], split: Split, layouts: Candidates) -> Column:
     """Seconds, forward and backward, that splitting a piece of the model over ranks adds to its work.
 
-    The formula's seconds, times what the rows took beyond `apart` over the formula, at the nearest degree of `axis`
-    and interpolated over tokens. A row quicker than `apart` is noise, not a free exchange: there the formula holds.
+    The formula of the communication, times what the rows took beyond their work alone over that formula, at the
+    nearest degree of the axis and interpolated over tokens. A row quicker than its work alone is noise, not a free
+    exchange: there the formula holds.
 
     Args:
-        rows: of a table measured on groups of `axis` ("tp" or "cp") ranks; those of fewer than 2 tell nothing.
-        apart: the seconds of the same work where nothing is communicated.
-        formula: a cost of the communication, above 0 for every row.
+        rows: of a table measured on groups of the axis' ranks; those of fewer than 2 tell nothing.
     """
     points: dict[int, list[tuple[float, ...]]] = {}
     for row in rows:
-        if row[axis] < 2:
+        if row[split.axis] < 2:
             continue
-        at = _of_row(row)
-        alone = apart(at)
-        more = float(row[names[0]]) + float(row[names[1]]) - float(alone.forward[0]) - float(alone.backward[0])
-        ratio = more / float(formula(at)[0]) if more > 0 else 1.0
-        points.setdefault(row[axis], []).append((float(at.tokens[0]), ratio))
+        same = _of_row(row)
+        alone = split.alone(same)
+        together = float(row[split.piece.forward]) + float(row[split.piece.backward])
+        more = together - float(alone.forward[0]) - float(alone.backward[0])
+        ratio = more / float(split.communication(same)[0]) if more > 0 else 1.0
+        points.setdefault(row[split.axis], []).append((float(same.tokens[0]), ratio))
     if not points:
-        return formula(c)
-    (ratios,) = _interpolated(points, getattr(c, axis), c)
-    return formula(c) * ratios
+        return split.communication(layouts)
+    (ratios,) = _interpolated(points, getattr(layouts, split.axis), layouts)
+    return split.communication(layouts) * ratios
 
 
-def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column, c: Candidates) -> list[Column]:
+def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column, layouts: Candidates) -> list[Column]:
     """Each value of the points (tokens, value, ...) at the nearest measured degree, interpolated over log tokens."""
     measured = np.array(sorted(points))
     nearest = measured[np.abs(np.log2(degree[:, None] / measured[None])).argmin(axis=1)]
-    tokens = np.log(np.asarray(c.tokens, float))
-    values = [np.ones(len(c)) for _ in points[int(measured[0])][0][1:]]
+    tokens = np.log(np.asarray(layouts.tokens, float))
+    values = [np.ones(len(layouts)) for _ in points[int(measured[0])][0][1:]]
     for at in measured:
         table = np.array(sorted(points[int(at)]))
         chosen = nearest == at

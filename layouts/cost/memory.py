@@ -11,13 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.cost.asynchronous import weight_copies
-from fourfold.layouts.cost.candidates import FLUSHED, FULL, STREAM, Candidates, Column
+from fourfold.layouts.cost.candidates import FLUSHED, STREAM, Column
 from fourfold.layouts.cost.layer import active_ffn, saved_bytes
-from fourfold.layouts.cost.stages import Stages, stages_of
-from fourfold.layouts.inputs.cluster import Cluster
-from fourfold.layouts.inputs.constants import Constants
-from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Stack
+from fourfold.layouts.cost.pricing import Pricing
+from fourfold.layouts.cost.stages import Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,97 +76,136 @@ def _normal_cdf(z: Column) -> Column:
     return np.where(z >= 0, 1.0 - tail, tail)
 
 
-def stage_params(model: ModelConfig, c: Candidates, stages: Stages) -> tuple[Column, Column]:
-    """Parameters a rank holds of its stage: (all but routed experts, routed experts), before ZeRO."""
-    moe = model.num_moe_layers / model.num_layers
-    experts = moe * model.expert_params
-    dense = model.layers_params / model.num_layers - experts
-    norms = model.layer_norm_params
-    layer = (dense - norms) / c.tp + norms
-    tied = model.tied_embeddings & (c.pp == 1)
-    ends = stages.has_embedding * (model.vocab_size / c.tp + model.learned_positions) * model.hidden_size
-    ends = ends + stages.has_head * np.where(tied, 0.0, model.head_params / c.tp)
-    ends = ends + stages.has_head * model.final_norm_params
-    return stages.layers * layer + ends, stages.layers * experts / (c.tp * c.ep)
-
-
-def _loss_bytes(model: ModelConfig, c: Candidates, stack: Stack) -> Column:
-    """Logits, their softmax and gradient, and what the final norm keeps, of one micro-batch."""
-    entries = c.tokens * (model.vocab_size / c.tp if stack.logits_sharded else model.vocab_size)
-    # Gathering shards over tp holds the pieces and their concatenation for a moment.
-    gather = 0.0 if stack.logits_sharded else np.where(c.tp > 1, 2.0 * stack.compute_bytes, 0.0)
-    norm = (
-        c.tokens * model.hidden_size * (2.0 * stack.compute_bytes + (0 if stack.fused_norm else stack.norm_kept_bytes))
-    )
-    return entries * (stack.logits_bytes + gather) + norm
-
-
-def memory_of(model: ModelConfig, c: Candidates, cluster: Cluster, stack: Stack, k: Constants) -> Memory:
+def memory_of(pricing: Pricing) -> Memory:
     """Peak memory of the kinds of stage of every candidate."""
-    stages = stages_of(model, c)
-    shared, experts = stage_params(model, c, stages)
-    d, expert_d = c.shards, np.maximum(c.shards // c.ep, 1)
-
-    def sharded(from_stage: int) -> Column:
-        yes = c.zero_stage >= from_stage
-        return shared / np.where(yes, d, 1) + experts / np.where(yes, expert_d, 1)
-
-    full3 = c.zero_stage == 3
-    held = shared + experts
-    several = c.num_micro_batches > 1
-    weights = sharded(3) * stack.weight_bytes
-    if c.any_asynchronous:
-        weights = weights + held * weight_copies(c, stages.index) * stack.weight_bytes
-    gradients = np.where(full3 & several & stack.accumulates_whole, held, sharded(2)) * stack.grad_bytes
-    optimizer = sharded(1) * stack.state_bytes
-    kept, layer_input = saved_bytes(model, c, stack)
-    checkpointed = (c.checkpointing == FULL) | (c.checkpointing == STREAM)
-    share = np.where(checkpointed, 1.0 / c.checkpoint_every, 0.0)
-    per_layer = share * np.where(c.offload, 0.0, layer_input) + (1 - share) * kept
-    activations = stages.in_flight * stages.layers * per_layer
-    chunks = np.where(c.checkpointing == STREAM, c.stream_chunks, 1)
-    logits = stages.has_head * _loss_bytes(model, c, stack) / chunks
-    # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
-    width = model.hidden_size + np.where(checkpointed, active_ffn(model) / c.tp, 0.0)
-    work = (np.where(checkpointed, kept, 0.0) + 2.0 * c.tokens * width * stack.compute_bytes) / chunks
-    layer_params = held / np.maximum(stages.layers, 1)
-    gathered = np.where(full3, 2.0 * layer_params * (stack.gather_bytes + stack.reduce_bytes), 0.0)
-    # Autocast forgets its casts as it ends, with each forward; the graph of a micro-batch in flight keeps its own.
-    casts = np.where(full3, 0.0, held * stack.cast_bytes * np.where(checkpointed, 1.0, stages.in_flight))
-    # The loss and a layer's backward take turns: the larger of the two counts.
-    workspace = np.where(logits > work, 0.0, work)
-    logits = np.where(logits > work, logits, 0.0)
-    changing = activations + logits + workspace
-    if stack.fresh_gradients:
-        # With one micro-batch and no buckets, gradients grow as activations go. Buckets hold a copy besides the
-        # gradients that earlier micro-batches made.
-        buckets = (c.zero_stage == 0) & (d > 1) & (c.tp == 1)
-        whole = several | buckets
-        if c.any_asynchronous:
-            # Not bucketed; and other micro-batches stay in flight beside an update's gradients.
-            late = c.schedule != FLUSHED
-            buckets, whole = buckets & ~late, whole | late
-        gradients = gradients - np.minimum(gradients, changing) * ~whole
-        gathered = gathered + np.where(buckets & several, held * stack.grad_bytes, 0.0)
-    if stack.pipeline_buffers:
-        buffered = (
-            np.where(c.schedule == FLUSHED, c.num_micro_batches, 2) if c.any_asynchronous else c.num_micro_batches
-        )
-        gathered = gathered + np.where(c.pp > 1, 1.0 * buffered * layer_input, 0.0)
-    workspace = workspace + gathered + casts + stack.allocator_waste * k.fragmentation * changing
-    spread = np.hypot(k.memory_spread * changing, k.memory_spread_bytes if stack.launched else 0.02 * weights)
-    reserve = k.reserve_bytes if stack.launched else 0.0
-    if stack.attention == "flash1":
-        reserve += k.flash1_bytes
+    software, constants = pricing.software, pricing.constants
+    changing = _changing(pricing)
+    gradients, buckets = _gradients(pricing, changing.total)
+    # Work space besides one layer's: weights gathered, casts, copies in buckets and buffers, and allocator waste.
+    workspace = changing.workspace + (_gathered(pricing) + buckets + _pipeline_buffers(pricing)) + _casts(pricing)
+    workspace = workspace + software.allocator_waste * constants.fragmentation * changing.total
+    weights = _weights(pricing)
+    unchanging = constants.memory_spread_bytes if software.launched else 0.02 * weights
+    reserve = constants.reserve_bytes if software.launched else 0.0
     return Memory(
-        weights,
-        gradients,
-        optimizer,
-        activations,
-        logits,
-        workspace,
-        reserve,
-        cluster.device.memory_bytes,
-        stages,
-        spread,
+        weights=weights,
+        gradients=gradients,
+        optimizer=_sharded(pricing, 1) * software.state_bytes,
+        activations=changing.activations,
+        logits=changing.logits,
+        workspace=workspace,
+        reserve=reserve + software.extra_reserve_bytes,
+        capacity=pricing.cluster.device.memory_bytes,
+        stages=pricing.stages,
+        spread=np.hypot(constants.memory_spread * changing.total, unchanging),
     )
+
+
+def _sharded(pricing: Pricing, from_stage: int) -> Column:
+    """Parameters a rank holds of what ZeRO shards from this stage on."""
+    layouts = pricing.layouts
+    shared, experts = pricing.held_params
+    expert_shards = np.maximum(layouts.shards // layouts.ep, 1)
+    yes = layouts.zero_stage >= from_stage
+    return shared / np.where(yes, layouts.shards, 1) + experts / np.where(yes, expert_shards, 1)
+
+
+def _held(pricing: Pricing) -> Column:
+    shared, experts = pricing.held_params
+    return shared + experts
+
+
+def _weights(pricing: Pricing) -> Column:
+    layouts, itemsize = pricing.layouts, pricing.software.weight_bytes
+    weights = _sharded(pricing, 3) * itemsize
+    if layouts.any_asynchronous:
+        weights = weights + _held(pricing) * weight_copies(layouts, pricing.stages.index) * itemsize
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Changing:
+    """What comes and goes within a step: activations, the loss, one layer at work."""
+
+    activations: Column
+    logits: Column
+    workspace: Column
+
+    @property
+    def total(self) -> Column:
+        return self.activations + self.logits + self.workspace
+
+
+def _changing(pricing: Pricing) -> _Changing:
+    model, layouts, software, stages = pricing.model, pricing.layouts, pricing.software, pricing.stages
+    kept, layer_input = saved_bytes(pricing)
+    # Of the layers, a share is checkpointed and keeps its input; the others keep everything.
+    share = layouts.recomputed_share
+    checkpointed = share > 0
+    per_layer = share * np.where(layouts.offload, 0.0, layer_input) + (1 - share) * kept
+    activations = stages.in_flight * stages.layers * per_layer
+    chunks = np.where(layouts.checkpointing == STREAM, layouts.stream_chunks, 1)
+    logits = stages.has_head * _loss_bytes(pricing) / chunks
+    # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
+    width = model.hidden_size + np.where(checkpointed, active_ffn(model) / layouts.tp, 0.0)
+    work = (np.where(checkpointed, kept, 0.0) + 2.0 * layouts.tokens * width * software.compute_bytes) / chunks
+    # The loss and a layer's backward take turns: the larger of the two counts.
+    return _Changing(activations, np.where(logits > work, logits, 0.0), np.where(logits > work, 0.0, work))
+
+
+def _loss_bytes(pricing: Pricing) -> Column:
+    """Logits, their softmax and gradient, and what the final norm keeps, of one micro-batch."""
+    model, layouts, software = pricing.model, pricing.layouts, pricing.software
+    entries = layouts.tokens * (model.vocab_size / layouts.tp if software.logits_sharded else model.vocab_size)
+    # Gathering shards over tp holds the pieces and their concatenation for a moment.
+    gather = 0.0 if software.logits_sharded else np.where(layouts.tp > 1, 2.0 * software.compute_bytes, 0.0)
+    norm_kept = 0 if software.fused_norm else software.norm_kept_bytes
+    norm = layouts.tokens * model.hidden_size * (2.0 * software.compute_bytes + norm_kept)
+    return entries * (software.logits_bytes + gather) + norm
+
+
+def _gradients(pricing: Pricing, changing: Column) -> tuple[Column, Column]:
+    """Gradients at the peak, and the copy of them in the buckets of data parallelism."""
+    layouts, software, held = pricing.layouts, pricing.software, _held(pricing)
+    several = layouts.num_micro_batches > 1
+    whole_between = (layouts.zero_stage == 3) & several & software.accumulates_whole
+    gradients = np.where(whole_between, held, _sharded(pricing, 2)) * software.grad_bytes
+    if not software.fresh_gradients:
+        return gradients, np.zeros_like(gradients)
+    # With one micro-batch and no buckets, gradients grow as activations go. Buckets hold a copy besides the
+    # gradients that earlier micro-batches made.
+    buckets = (layouts.zero_stage == 0) & (layouts.shards > 1) & (layouts.tp == 1)
+    whole = several | buckets
+    if layouts.any_asynchronous:
+        # Not bucketed; and other micro-batches stay in flight beside an update's gradients.
+        late = layouts.schedule != FLUSHED
+        buckets, whole = buckets & ~late, whole | late
+    gradients = gradients - np.minimum(gradients, changing) * ~whole
+    return gradients, np.where(buckets & several, held * software.grad_bytes, 0.0)
+
+
+def _gathered(pricing: Pricing) -> Column:
+    """ZeRO 3: weights and gradients of two layers, one in use and one on its way."""
+    software = pricing.software
+    layer_params = _held(pricing) / np.maximum(pricing.stages.layers, 1)
+    each = 2.0 * layer_params * (software.gather_bytes + software.reduce_bytes)
+    return np.where(pricing.layouts.zero_stage == 3, each, 0.0)
+
+
+def _casts(pricing: Pricing) -> Column:
+    """Low-precision copies of the weights: autocast forgets them as each forward ends, the graph of a micro-batch in
+    flight keeps its own."""
+    layouts = pricing.layouts
+    copies = np.where(layouts.recomputed_share > 0, 1.0, pricing.stages.in_flight)
+    return np.where(layouts.zero_stage == 3, 0.0, _held(pricing) * pricing.software.cast_bytes * copies)
+
+
+def _pipeline_buffers(pricing: Pricing) -> Column:
+    """Receive buffers of a stage, where the runtime makes one for every micro-batch of the step."""
+    layouts = pricing.layouts
+    if not pricing.software.pipeline_buffers:
+        return np.zeros(len(layouts))
+    buffered = layouts.num_micro_batches
+    if layouts.any_asynchronous:
+        buffered = np.where(layouts.schedule == FLUSHED, buffered, 2)
+    return np.where(layouts.pp > 1, 1.0 * buffered * saved_bytes(pricing)[1], 0.0)

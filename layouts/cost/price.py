@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates
-from fourfold.layouts.cost.memory import Memory, memory_of
-from fourfold.layouts.cost.time import StepTime, time_of
+from fourfold.layouts.cost.memory import memory_of
+from fourfold.layouts.cost.pricing import Pricing
+from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
 from fourfold.layouts.inputs.layout import Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Stack
+from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Software
 
 GIB = float(1 << 30)
 FITS, SAFE = 0.5, 0.95
@@ -73,7 +74,7 @@ class PricedLayout:
         return self.time_parts_s["optimizer"]
 
 
-def stack_for(cluster: Cluster, space: str = "runtime") -> Stack:
+def software_for(cluster: Cluster, space: str = "runtime") -> Software:
     """The software that runs a layout of this space on this cluster."""
     if cluster.device.type == "cpu":
         return RUNTIME_CPU
@@ -85,7 +86,7 @@ def price(
     cluster: Cluster,
     layouts: Sequence[Layout],
     *,
-    stack: Stack | None = None,
+    software: Software | None = None,
     constants: Constants | None = None,
 ) -> list[PricedLayout]:
     """Price some layouts of one batch and length.
@@ -95,49 +96,49 @@ def price(
     """
     for layout in layouts:
         check(layout, model)
-    constants = constants or load_constants()
-    stack = stack or stack_for(cluster)
-    candidates = Candidates.of(layouts)
-    memory = memory_of(model, candidates, cluster, stack, constants)
-    return priced(model, cluster, candidates, memory, time_of(model, candidates, cluster, stack, constants))
+    return price_candidates(
+        Pricing(
+            layouts=Candidates.of(layouts),
+            model=model,
+            cluster=cluster,
+            software=software or software_for(cluster),
+            constants=constants or load_constants(),
+        )
+    )
 
 
-def priced(
-    model: ModelConfig,
-    cluster: Cluster,
-    c: Candidates,
-    memory: Memory,
-    time: StepTime,
-    rows: Sequence[int] | None = None,
-) -> list[PricedLayout]:
-    """The rows of priced columns as objects."""
-    step, probability, worst = time.total, memory.fit_probability, memory.worst_stage
-    peak, by_stage = memory.peak, memory.by_stage
+def price_candidates(pricing: Pricing) -> list[PricedLayout]:
+    """Every layout of a pricing as an object."""
+    memory, time = memory_of(pricing), time_of(pricing)
+    step, peak, worst = time.total, memory.peak, memory.worst_stage
+    by_stage, probability = memory.by_stage, memory.fit_probability
     result = []
-    for row in range(len(c)) if rows is None else rows:
-        layout = c.layout(row)
+    for row in range(len(pricing.layouts)):
+        layout = pricing.layouts.layout(row)
         seconds = float(step[row])
-        tokens = layout.global_batch * layout.seq_len
-        kinds = 1 if layout.pp == 1 else 2 if layout.pp == 2 else 3
-        names = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[kinds]
+        kinds = {1: (0,), 2: (0, 2)}.get(layout.pp, (0, 1, 2))
+        held = {
+            name: float(np.broadcast_to(part, by_stage.shape)[worst[row], row]) for name, part in memory.parts.items()
+        }
         result.append(
             PricedLayout(
                 layout=layout,
                 step_s=seconds,
                 time_parts_s={name: float(part[row]) for name, part in time.parts.items()},
                 peak_bytes=float(peak[row]),
-                memory_parts_bytes={
-                    name: float(np.broadcast_to(part, by_stage.shape)[worst[row], row])
-                    for name, part in memory.parts.items()
-                },
-                stage_peaks_bytes={STAGE_NAMES[kind]: float(by_stage[kind, row]) for kind in names},
+                memory_parts_bytes=held,
+                stage_peaks_bytes={STAGE_NAMES[kind]: float(by_stage[kind, row]) for kind in kinds},
                 reserve_bytes=memory.reserve,
                 capacity_bytes=memory.capacity,
                 fit_probability=float(probability[row]),
-                mfu=tokens
-                * model.flops_per_token(layout.seq_len)
-                / (seconds * cluster.device.peak_flops_per_s * layout.world_size),
-                tokens_per_s=tokens / seconds,
+                mfu=mfu_of(pricing.model, layout, seconds, pricing.cluster.device.peak_flops_per_s),
+                tokens_per_s=layout.global_batch * layout.seq_len / seconds,
             )
         )
     return result
+
+
+def mfu_of(model: ModelConfig, layout: Layout, step_s: float, peak_flops_per_s: float) -> float:
+    """Model FLOPs of a step (`ModelConfig.flops_per_token`) over what the devices could do in its time."""
+    tokens = layout.global_batch * layout.seq_len
+    return tokens * model.flops_per_token(layout.seq_len) / (step_s * peak_flops_per_s * layout.world_size)

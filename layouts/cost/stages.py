@@ -43,18 +43,34 @@ def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
     return int((num_layers + 2) % pp == 0), 1
 
 
-def stages_of(model: ModelConfig, c: Candidates) -> Stages:
+def stages_of(model: ModelConfig, layouts: Candidates) -> Stages:
     """The three kinds of stage of each candidate, under 1F1B, interleaved 1F1B, or the asynchronous pipeline."""
-    index = np.stack([np.zeros_like(c.pp), np.where(c.pp > 2, 1, 0), np.where(c.pp > 1, c.pp - 1, 0)])
-    m = c.num_micro_batches
-    one_f_one_b = np.minimum(c.pp - index, m).astype(float)
+    pp, vp = layouts.pp, layouts.vp
+    index = np.stack([np.zeros_like(pp), np.where(pp > 2, 1, 0), np.where(pp > 1, pp - 1, 0)])
+    one_f_one_b = np.minimum(pp - index, layouts.num_micro_batches).astype(float)
     # Megatron's interleaved warm-up, plus the one in work, in chunks of 1/vp of the stage.
-    chunks = (c.pp - index - 1) * 2 + (c.vp - 1) * c.pp + 1
-    in_flight = np.where(c.vp > 1, np.minimum(chunks / c.vp, m), one_f_one_b)
+    chunks = (pp - index - 1) * 2 + (vp - 1) * pp + 1
+    in_flight = np.where(vp > 1, np.minimum(chunks / vp, layouts.num_micro_batches), one_f_one_b)
     return Stages(
         index=index,
-        layers=np.stack(layers_of(model.num_layers, c.pp, c.embedding_counts_as, c.head_counts_as)),
+        layers=np.stack(layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)),
         has_embedding=index == 0,
-        has_head=index == c.pp - 1,
-        in_flight=asynchronous_in_flight(c, index, in_flight) if c.any_asynchronous else in_flight,
+        has_head=index == pp - 1,
+        in_flight=asynchronous_in_flight(layouts, index, in_flight) if layouts.any_asynchronous else in_flight,
     )
+
+
+def stage_params(model: ModelConfig, layouts: Candidates, stages: Stages) -> tuple[Column, Column]:
+    """Parameters a rank holds of its stage: (all but routed experts, routed experts), before ZeRO."""
+    moe = model.num_moe_layers / model.num_layers
+    experts = moe * model.expert_params
+    dense = model.layers_params / model.num_layers - experts
+    # Norms are whole on every tp rank, matrices are cut.
+    norms = model.layer_norm_params
+    layer = (dense - norms) / layouts.tp + norms
+    # A tied head is the embedding itself where both stand on one stage.
+    tied = model.tied_embeddings & (layouts.pp == 1)
+    ends = stages.has_embedding * (model.vocab_size / layouts.tp + model.learned_positions) * model.hidden_size
+    ends = ends + stages.has_head * np.where(tied, 0.0, model.head_params / layouts.tp)
+    ends = ends + stages.has_head * model.final_norm_params
+    return stages.layers * layer + ends, stages.layers * experts / (layouts.tp * layouts.ep)

@@ -9,17 +9,18 @@ Cross-validation leaves out whole sweeps, because rows of one sweep share what i
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.price import PricedLayout
+from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
+from fourfold.layouts.evidence.fit import Fit
 from fourfold.layouts.evidence.runs import Run
 from fourfold.layouts.evidence.validation import price_runs
-from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import Layout
 
 NOISE = 0.04
@@ -33,14 +34,14 @@ PRIOR_SPREAD = {
     "matmul_peaks.A100": 0.05, "matmul_peaks.H100": 0.02, "matmul_peaks.V100": 0.05, "matmul_half": 0.7,
     "attention_forward": 0.15, "attention_backward": 0.15, "flash1": 0.2, "triton": 0.2, "attention_half": 0.5,
     "memory_efficiency": 0.05, "kernel_gap_s": 0.7, "sync_s": 1.0, "norm_bytes": 0.3, "inner_link": 0.1,
-    "outer_link": 0.05, "study_link": 1.0, "study_reduce": 1.0,
-    "checkpoint_stall_s": 1.5, "step_overhead_s": 0.7, "straggler": 0.7,
+    "outer_link": 0.05, "study.sends_share": 1.0, "study.reduction_share": 1.0,
+    "study.checkpoint_stall_s": 1.5, "step_overhead_s": 0.7, "straggler": 0.7,
 }  # fmt: skip
 """Standard deviation of each constant's logarithm about its prior."""
 MEMORY_SPREAD = {
     "fragmentation": 0.7,
     "reserve_bytes": 0.4,
-    "flash1_bytes": 0.4,
+    "study.flash1_bytes": 0.4,
     "memory_spread": 0.5,
     "memory_spread_bytes": 0.7,
 }
@@ -55,27 +56,8 @@ class Fold:
     prices: list[PricedLayout]
 
 
-def get_constant(constants: Constants, name: str) -> float:
-    field, _, device = name.partition(".")
-    value = getattr(constants, field)
-    return float(value[device] if device else value)
-
-
-def with_constants(constants: Constants, values: dict[str, float]) -> Constants:
-    """The constants with some replaced; "matmul_peaks.A100" names one device's."""
-    peaks = dict(constants.matmul_peaks)
-    plain = {}
-    for name, value in values.items():
-        field, _, device = name.partition(".")
-        if device:
-            peaks[device] = value
-        else:
-            plain[field] = value
-    return replace(constants, matmul_peaks=peaks, **plain)  # type: ignore[arg-type]
-
-
-def calibrate(runs: Sequence[Run], prior: Constants, *, report: Callable[[str], None] | None = None) -> Constants:
-    """Constants that explain the runs best, near the prior where the runs do not tell.
+def calibrate(runs: Sequence[Run], prior: Fit, *, report: Callable[[str], None] | None = None) -> Fit:
+    """A fit that explains the runs best, near the prior where the runs do not tell.
 
     Args:
         runs: what was measured; those with a step time fit the time, those with an out-of-memory flag the memory.
@@ -83,20 +65,20 @@ def calibrate(runs: Sequence[Run], prior: Constants, *, report: Callable[[str], 
     Cost: some 150 pricings of all runs.
     """
     tell = report or (lambda line: None)
-    timed = [run for run in runs if run.step_s and run.stack.attention not in ("eager", "fused")]
+    timed = [run for run in runs if run.step_s and run.software.attention not in ("eager", "fused")]
     fitted = _fit_time(timed, prior) if timed else prior
     tell(f"fitted time on {len(timed)} runs")
     # The work space of kernels that store scores is not modelled: their flags would bend what is.
-    flagged = [run for run in runs if run.oom is not None and run.stack.attention in ("flash2", "flash1")]
+    flagged = [run for run in runs if run.oom is not None and run.software.attention in ("flash2", "flash1")]
     if any(run.oom for run in flagged):
         fitted = _fit_memory(flagged, fitted)
         tell(f"fitted memory on {len(flagged)} runs, {sum(bool(run.oom) for run in flagged)} out of memory")
     return fitted
 
 
-def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Constants:
+def _fit_time(runs: Sequence[Run], prior: Fit, *, rounds: int = 5) -> Fit:
     names = list(PRIOR_SPREAD)
-    start = np.array([get_constant(prior, name) for name in names])
+    start = np.array([prior.get(name) for name in names])
     spread = np.array([PRIOR_SPREAD[name] for name in names])
     measured = np.log([run.step_s for run in runs if run.step_s])
     # What a run leaves open is settled once, by the prior: a choice that flips has no derivative.
@@ -104,10 +86,10 @@ def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Cons
 
     def residual(offsets: Column) -> Column:
         values = dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True))
-        constants = with_constants(prior, values)
+        fit = prior.with_values(values)
         steps = np.empty(len(runs))
         for first, rows, candidates in groups:
-            steps[rows] = time_of(first.model, candidates, first.cluster, first.stack, constants).total
+            steps[rows] = time_of(_pricing(first, candidates, fit)).total
         return np.log(steps) - measured
 
     noise = np.array([VAGUE_NOISE if run.vague else NOISE for run in runs])
@@ -121,31 +103,38 @@ def _fit_time(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Cons
         normal = (jacobian * weights[:, None]).T @ jacobian + np.diag(1 / spread**2)
         slope = (jacobian * weights[:, None]).T @ here + offsets / spread**2
         offsets = offsets - np.clip(np.linalg.solve(normal, slope), -0.5, 0.5)
-    return with_constants(prior, dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True)))
+    return prior.with_values(dict(zip(names, (start * np.exp(offsets)).tolist(), strict=True)))
+
+
+def _pricing(run: Run, layouts: Candidates, fit: Fit) -> Pricing:
+    """Layouts of a run's model on its cluster, in its software, under a fit's constants."""
+    run = run.under(fit.study)
+    return Pricing(
+        layouts=layouts, model=run.model, cluster=run.cluster, software=run.software, constants=fit.constants
+    )
 
 
 def _grouped(runs: Sequence[Run], layouts: Sequence[Layout]) -> list[tuple[Run, list[int], Candidates]]:
     """Runs of one model, cluster, software and batch together: (one of them, their rows, their layouts)."""
     members: dict[object, list[int]] = {}
     for row, run in enumerate(runs):
-        key = (run.model, run.cluster.name, run.stack, run.layout.global_batch, run.layout.seq_len)
+        key = (run.model, run.cluster.name, run.software, run.layout.global_batch, run.layout.seq_len)
         members.setdefault(key, []).append(row)
     return [(runs[rows[0]], rows, Candidates.of([layouts[row] for row in rows])) for rows in members.values()]
 
 
-def _fit_memory(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Constants:
+def _fit_memory(runs: Sequence[Run], prior: Fit, *, rounds: int = 5) -> Fit:
     names = list(MEMORY_SPREAD)
     fits = np.array([not run.oom for run in runs])
 
     groups = _grouped(runs, [run.layout for run in runs])
 
     def loss(offsets: Sequence[float]) -> float:
-        values = {n: get_constant(prior, n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
-        constants = with_constants(prior, values)
+        values = {n: prior.get(n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
+        fit = prior.with_values(values)
         probability = np.empty(len(runs))
         for first, rows, candidates in groups:
-            memory = memory_of(first.model, candidates, first.cluster, first.stack, constants)
-            probability[rows] = memory.fit_probability
+            probability[rows] = memory_of(_pricing(first, candidates, fit)).fit_probability
         chance = np.clip(probability, 1e-4, 1 - 1e-4)
         away = sum((o / MEMORY_SPREAD[n]) ** 2 for n, o in zip(names, offsets, strict=True)) / 2
         return float(-np.where(fits, np.log(chance), np.log(1 - chance)).sum() + away)
@@ -162,8 +151,8 @@ def _fit_memory(runs: Sequence[Run], prior: Constants, *, rounds: int = 5) -> Co
                     best, offsets = value, moved
                     break
         step *= 0.6
-    values = {n: get_constant(prior, n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
-    return with_constants(prior, values)
+    values = {n: prior.get(n) * float(np.exp(o)) for n, o in zip(names, offsets, strict=True)}
+    return prior.with_values(values)
 
 
 def folds_of(runs: Sequence[Run]) -> list[str]:
@@ -175,7 +164,7 @@ def folds_of(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def cross_validate(runs: Sequence[Run], prior: Constants) -> Iterator[Fold]:
+def cross_validate(runs: Sequence[Run], prior: Fit) -> Iterator[Fold]:
     """Each fold predicted by constants that were fitted without it."""
     folds = folds_of(runs)
     for name in sorted(set(folds)):

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fourfold.layouts.cost.stages import ends_in_cut
+from fourfold.layouts.evidence.study import KERNELS, STUDY, StudyConstants, shipped_study
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster, preset_for_gpu
 from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import FSDP, MEGATRON, RUNTIME_CPU, STUDY, Stack
+from fourfold.layouts.inputs.software import FSDP, MEGATRON, RUNTIME_CPU, Software
 
 _BLANK = ("", "nan", "none", "null", "-", "n/a", "?")
 COLUMNS = ("hidden", "layers", "heads", "vocab", "seq_len", "gpu_type", "num_gpus", "global_batch")
@@ -20,10 +21,10 @@ _CHECKPOINTING = {
     "": ("none", 1), "none": ("none", 1), "disabled": ("none", 1), "false": ("none", 1), "every_layer": ("full", 1),
     "full": ("full", 1), "true": ("full", 1), "selective": ("selective", 1), "stream": ("stream", 1),
 }  # fmt: skip
-_STUDY_KERNELS = {
-    "torch": ("eager", False), "fused": ("fused", False), "flash_attentionv1.0.8": ("flash1", False),
-    "flash_attention2": ("flash2", False), "flash_attention2 + rms kernel": ("flash2", True),
-}  # fmt: skip
+
+
+_FORMER = {"first_less": "embedding_counts_as", "last_less": "head_counts_as"}
+"""Columns by the name that published files have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +39,18 @@ class Run:
     layout: Layout
     alternatives: tuple[Layout, ...]
     """All that the row may mean where it leaves the micro-batch or the interleaving open; `layout` is the first."""
-    stack: Stack
+    software: Software
     sweep: str
     """Runs of one model, length, batch and number of devices, which compete with each other."""
     step_s: float | None
     mfu: float | None
     oom: bool | None
     memory_gib: float | None
+
+    def under(self, study: StudyConstants) -> "Run":
+        """The same run with other constants of the study's cluster and software, where it is one of its runs."""
+        cluster = study.cluster(self.cluster) if self.software.name == STUDY.name else self.cluster
+        return replace(self, software=study.applied_to(self.software), cluster=cluster)
 
     @property
     def vague(self) -> bool:
@@ -78,6 +84,7 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[i
     runs, refused = [], {}
     for number, row in enumerate(rows, start=2):
         given = {k: "" if v.lower() in _BLANK and k != "mitigation" else v for k, v in row.items()}
+        given |= {name: given[old] for old, name in _FORMER.items() if old in given and not given.get(name)}
         try:
             runs.append(_run(number, given))
         except ValueError as error:
@@ -107,15 +114,15 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         raise ValueError(f"num_gpus={gpus} is no multiple of tp={tp} x pp={pp} x cp={cp}")
     dp = gpus // (tp * pp * cp)
     zero = _whole(row, "zero_stage", default=1, least=0)
-    stack = _stack(row, zero)
+    software = _software(row, zero)
     sequence = row.get("sequence_parallel", "").lower()
     if sequence not in ("", "true", "false"):
         raise ValueError(f"sequence_parallel={sequence!r}: neither true nor false")
     # Where a 3D-parallel run does not tell, it is on: Megatron-LM's recommendation since it has it.
-    parallel = tp > 1 and (sequence == "true" or (not sequence and stack.name == MEGATRON.name))
+    parallel = tp > 1 and (sequence == "true" or (not sequence and software.name == MEGATRON.name))
     vp = _whole(row, "vp", default=1)
     embedding_counts_as, head_counts_as = (0, 0)
-    if stack.ends_in_cut and pp > 1 and vp == 1 and model.num_layers >= 2 * pp:
+    if software.ends_in_cut and pp > 1 and vp == 1 and model.num_layers >= 2 * pp:
         embedding_counts_as, head_counts_as = ends_in_cut(model.num_layers, pp)
     layout = Layout(
         dp=dp, pp=pp, cp=cp, tp=tp, micro_batch=_whole(row, "micro_batch", default=1), checkpointing=kind,
@@ -136,7 +143,7 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         raise ValueError("gives neither a step time, an MFU, nor whether it ran out of memory")
     return Run(
         number=number, row=row, model=model, cluster=cluster, layout=layout,
-        alternatives=alternatives, stack=stack,
+        alternatives=alternatives, software=software,
         sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
         + (" sp" if sequence == "true" else ""),
         step_s=None if oom else step, mfu=mfu, oom=oom, memory_gib=_number(row, "mem_gib"),
@@ -178,19 +185,19 @@ def _model(row: Mapping[str, str]) -> ModelConfig:
     )  # fmt: skip
 
 
-def _stack(row: Mapping[str, str], zero: int) -> Stack:
+def _software(row: Mapping[str, str], zero: int) -> Software:
     """The software of a row, from its kernel and ZeRO stage."""
     kernel = row.get("kernel", "").lower()
+    study = shipped_study()
     if row["gpu_type"].lower() == "cpu":
         return RUNTIME_CPU
-    if kernel in _STUDY_KERNELS:
-        attention, fused_norm = _STUDY_KERNELS[kernel]
-        return replace(STUDY, attention=attention, fused_norm=fused_norm)
+    if kernel in KERNELS:
+        return study.software(kernel)
     attention = (
         "eager" if kernel in ("eager", "math") else "triton" if "triton" in kernel
         else "flash1" if kernel.startswith("flash_attentionv1") else "flash2"
     )  # fmt: skip
-    return replace(FSDP if zero == 3 else MEGATRON, attention=attention)
+    return study.applied_to(replace(FSDP if zero == 3 else MEGATRON, attention=attention))
 
 
 def _whole(row: Mapping[str, str], key: str, *, default: int | None = None, least: int = 1) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.cost.price import PricedLayout, price
+from fourfold.layouts.evidence.fit import Fit, load_fit
 from fourfold.layouts.evidence.runs import Run
-from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import Layout
 
 LEAST_RUNS = 5
@@ -35,17 +35,23 @@ class Scores:
     num_sweeps: int
 
 
-def price_runs(runs: Sequence[Run], constants: Constants) -> list[PricedLayout]:
-    """Every run's price, in order; where a row leaves options open, that of the fastest that fits."""
+def price_runs(runs: Sequence[Run], fit: Fit | None = None) -> list[PricedLayout]:
+    """Every run's price, in order; where a row leaves options open, that of the fastest that fits.
+
+    Args:
+        fit: the constants; None for those that are shipped.
+    """
+    fit = fit or load_fit()
+    runs = [run.under(fit.study) for run in runs]
     groups: dict[object, list[tuple[int, Layout]]] = defaultdict(list)
     for index, run in enumerate(runs):
-        key = (run.model, run.cluster.name, run.stack, run.layout.global_batch, run.layout.seq_len)
+        key = (run.model, run.cluster.name, run.software, run.layout.global_batch, run.layout.seq_len)
         groups[key] += [(index, layout) for layout in run.alternatives]
     best: dict[int, PricedLayout] = {}
     for members in groups.values():
         first = runs[members[0][0]]
         layouts = [layout for _, layout in members]
-        prices = price(first.model, first.cluster, layouts, stack=first.stack, constants=constants)
+        prices = price(first.model, first.cluster, layouts, software=first.software, constants=fit.constants)
         for (index, _), priced in zip(members, prices, strict=True):
             before = best.get(index)
             if before is None or (not priced.fits, priced.step_s) < (not before.fits, before.step_s):

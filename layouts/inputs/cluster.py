@@ -73,6 +73,10 @@ class Link:
     num_ranks: int
     operations: tuple[LinkOperation, ...]
     samples: tuple[Mapping[str, Any], ...] = ()
+    share: float = 0.0
+    """Of the stated bandwidth, what this cluster's sends and collectives reached; 0 where nobody measured it."""
+    reduction_share: float = 0.0
+    """The same of gradient reduction and weight gathering."""
 
     def find(self, operation: str, group_size: int) -> LinkOperation | None:
         """The measured operation of the nearest group size, or None where it was not measured."""

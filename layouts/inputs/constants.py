@@ -37,20 +37,12 @@ class Constants:
     """Share of the innermost links' bandwidth that collectives reach."""
     outer_link: float
     """Share of the outer links' bandwidth, one port a device, that collectives reach."""
-    study_link: float
-    """The same in the cluster of Hagemann et al. 2023, whose network is not stated: near one port a node of eight."""
-    study_reduce: float
-    """Share of it that the same cluster's gradient reduction and weight gathering reached, conversions included."""
-    checkpoint_stall_s: float
-    """What each micro-batch waits on a stage of the study's pipelines where tp ranks recompute every layer."""
     step_overhead_s: float
     """A micro-batch on a stage, besides all that is counted."""
     straggler: float
     """Relative growth of a step with each doubling of the number of nodes."""
     reserve_bytes: float
     """Device memory outside the allocator: the context, communicators, libraries' work spaces."""
-    flash1_bytes: float
-    """What runs with FlashAttention 1 hold besides: its work spaces, and the older software around it."""
     fragmentation: float
     """Allocator waste, as a share of what changes during a step (activations and work spaces)."""
     memory_spread: float
@@ -63,20 +55,15 @@ class Constants:
         return self.matmul_peaks[max(names, key=len)] if names else self.matmul_peaks[""]
 
 
+@cache
 def load_constants() -> Constants:
     """The constants shipped in data/constants.toml: `prior` fitted to published runs."""
-    return _shipped("constants")
+    return constants_from(shipped_table("constants")["constants"])
 
 
-def load_prior() -> Constants:
-    """The constants before any fit, from data/prior.toml."""
-    return _shipped("prior")
-
-
-@cache
-def _shipped(name: str) -> Constants:
-    text = files("fourfold.layouts").joinpath(f"data/{name}.toml").read_text(encoding="utf-8")
-    return constants_from(tomllib.loads(text)["constants"])
+def shipped_table(name: str) -> dict[str, Any]:
+    """The whole of data/`name`.toml."""
+    return tomllib.loads(files("fourfold.layouts").joinpath(f"data/{name}.toml").read_text(encoding="utf-8"))
 
 
 def constants_from(table: Mapping[str, Any]) -> Constants:

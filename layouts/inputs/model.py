@@ -142,6 +142,16 @@ class ModelConfig:
         idle = (self.num_experts - self.experts_per_token) * self.mlp_params(self.expert_ffn_size)
         return self.num_params - self.num_moe_layers * idle
 
+    def score_length(self, seq_len: int) -> float:
+        """Keys that a query meets on average over layers: half the sequence (causal), less with a sliding window."""
+        causal = seq_len / 2
+        if not self.sliding_window or self.sliding_window >= seq_len:
+            return causal
+        window = self.sliding_window
+        windowed = window - window**2 / (2 * seq_len)
+        share = self.num_windowed_layers / self.num_layers
+        return share * windowed + (1 - share) * causal
+
     def flops_per_token(self, seq_len: int) -> float:
         """Model FLOPs of training one token: 6 N + 12 L q S.
 

@@ -1,14 +1,14 @@
 """What the training software does: dtypes, fusion, what it shards and what it overlaps.
 
-The same layout costs differently in different software. A stack states those conventions once, so that published runs
-of other frameworks, and our own runtime on processors and on GPUs, go through the same formulas.
+The same layout costs differently in different software. A `Software` states those conventions once, so that published
+runs of other frameworks, and our own runtime on processors and on GPUs, go through the same formulas.
 """
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stack:
+class Software:
     """Bytes are an element's; `*_overlap` is the share of the neighbouring compute that can hide communication."""
 
     name: str
@@ -63,17 +63,15 @@ class Stack:
     """Gradients read or written a later micro-batch to add its own: two reads, a write; fewer fused into the matmul."""
     optimizer_passes: float = 7.0
     """fp32 values read or written a parameter a step, gradient clipping included."""
-    link: str = "outer_link"
-    """Which constant tells the share of the outer links that its runs reached."""
-    reduce_link: str = ""
-    """The same of gradient reduction and weight gathering, where it differs."""
-    checkpoint_stall: bool = False
-    """Whether recomputing every layer stalls a pipeline with tp, each micro-batch anew (measured, not explained)."""
+    checkpoint_stall_s: float = 0.0
+    """What a micro-batch waits on a stage of a pipeline whose tp ranks recompute every layer."""
+    extra_reserve_bytes: float = 0.0
+    """Device memory outside the allocator besides what any software needs."""
     launched: bool = True
     """Operators run behind the host (CUDA); else the host itself computes."""
 
 
-RUNTIME_CPU = Stack(
+RUNTIME_CPU = Software(
     name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
     gather_bytes=4, accumulates_whole=True, fresh_gradients=True, pipeline_buffers=True, tp_kept=1.0,
     allocator_waste=False, fused_norm=False,
@@ -81,27 +79,20 @@ RUNTIME_CPU = Stack(
     optimizer_passes=10.0, launched=False,
 )  # fmt: skip
 
-RUNTIME_CUDA = Stack(
+RUNTIME_CUDA = Software(
     name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
     state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, accumulates_whole=True, fresh_gradients=True,
     pipeline_buffers=True, tp_kept=1.0, fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0,
     dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
 )  # fmt: skip
 
-MEGATRON = Stack(
+MEGATRON = Software(
     name="3D parallel (bf16 weights, fp32 gradients and states)", compute_bytes=2, weight_bytes=2, grad_bytes=4,
     state_bytes=12, reduce_bytes=4, gather_bytes=2, tp_overlap=0.8, dp_overlap=0.8, zero3_overlap=0.8, pp_scatter=True,
     accumulation_passes=1.5,
 )  # fmt: skip
 
-FSDP = Stack(
+FSDP = Software(
     name="FSDP (bf16 compute, fp32 shards, fused cross-entropy)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
     state_bytes=8, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_bytes=6.0, dp_overlap=0.8, zero3_overlap=0.8,
-)  # fmt: skip
-
-STUDY = Stack(
-    name="3D parallel of Hagemann et al. 2023 (bf16 weights and gradients, ZeRO 1)", compute_bytes=2, weight_bytes=2,
-    grad_bytes=2, state_bytes=12, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_sharded=False,
-    logits_bytes=16.0, dp_overlap=0.0, link="study_link", reduce_link="study_reduce", checkpoint_stall=True,
-    accumulation_passes=1.5, ends_in_cut=True,
 )  # fmt: skip

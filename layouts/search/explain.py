@@ -9,7 +9,7 @@ from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.layout import SCHEDULES, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Stack
+from fourfold.layouts.inputs.software import Software
 
 TERMS = {
     "compute": "compute", "recompute": "recomputation", "tp_communication": "tensor-parallel communication",
@@ -75,7 +75,7 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def neighbours(
-    best: PricedLayout, model: ModelConfig, cluster: Cluster, *, stack: Stack, constants: Constants | None = None
+    best: PricedLayout, model: ModelConfig, cluster: Cluster, *, software: Software, constants: Constants | None = None
 ) -> list[Neighbour]:
     """Every layout one change away, fastest first, then those that do not fit, then those that cannot be."""
     found = []
@@ -86,7 +86,7 @@ def neighbours(
         except ValueError as error:
             found.append(Neighbour(change=change, layout=None, priced=None, reason=str(error)))
             continue
-        priced = price(model, cluster, [layout], stack=stack, constants=constants)[0]
+        priced = price(model, cluster, [layout], software=software, constants=constants)[0]
         found.append(Neighbour(change=change, layout=layout, priced=priced, reason=difference(best, priced)))
     return sorted(found, key=_order)
 

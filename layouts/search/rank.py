@@ -6,20 +6,22 @@ best of the list is the best of the space (a test compares with a loop over sing
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import FLUSHED, Candidates, Column
+from fourfold.layouts.cost.candidates import FLUSHED, Column
 from fourfold.layouts.cost.memory import memory_of
-from fourfold.layouts.cost.price import FITS, GIB, SAFE, PricedLayout, priced, stack_for
+from fourfold.layouts.cost.price import FITS, GIB, SAFE, PricedLayout, price_candidates, software_for
+from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Stack
-from fourfold.layouts.search.space import SPACES, enumerate_space
+from fourfold.layouts.inputs.software import Software
+from fourfold.layouts.search.request import SearchRequest
+from fourfold.layouts.search.space import enumerate_space
 from fourfold.parallel.grid import AXES
 
 BLOCK = 1 << 15
@@ -32,8 +34,8 @@ class Plan:
 
     model: ModelConfig
     cluster: Cluster
-    stack: Stack
-    num_devices: int
+    software: Software
+    request: SearchRequest
     layouts: list[PricedLayout]
     """Fastest first; the first `top` of those that fit."""
     num_candidates: int
@@ -49,67 +51,49 @@ class Plan:
     synchronous: PricedLayout | None = None
     """Where asynchronous pipelines were asked for: the fastest whose gradients come in time."""
 
+    @property
+    def num_devices(self) -> int:
+        return self.request.num_devices
 
-def plan(
+
+def rank_layouts(
     model: ModelConfig,
     cluster: Cluster,
+    request: SearchRequest,
     *,
-    num_devices: int,
-    global_batch: int,
-    seq_len: int,
-    space: str = "runtime",
-    fix: Mapping[str, Any] | None = None,
     top: int | None = None,
-    asynchronous: bool = False,
-    stack: Stack | None = None,
+    software: Software | None = None,
     constants: Constants | None = None,
 ) -> Plan:
-    """Rank the layouts of `num_devices` devices by step time.
+    """Rank the layouts of a request by step time.
 
     Args:
-        global_batch: sequences a step.
-        seq_len: tokens a sequence.
-        space: "runtime", what fourfold itself can launch; "full", also what the export formats can.
-        fix: Layout fields held at a value, as {"tp": 8}.
         top: how many of the ranked layouts become objects; None for all.
-        asynchronous: price pipelines that never drain as well; `fix` of their schedule asks for one of them.
+        software: what runs them; None for the one that the space and the cluster mean.
     Raises:
-        ValueError: zero devices or batch, an unknown space, a fixed value that no layout has.
+        ValueError: a fixed value that no layout has, or no layout that can cut the model.
     Cost: some 3 microseconds a candidate.
     """
-    for name, value in (("gpus", num_devices), ("global_batch", global_batch), ("seq_len", seq_len)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: give a whole number of at least 1")
-    if space not in SPACES:
-        raise ValueError(f"space={space!r}: choose one of {', '.join(SPACES)}")
-    _check_fixed_axes(fix or {}, num_devices)
-    constants = constants or load_constants()
-    stack = stack or stack_for(cluster, space)
-    candidates, reasons = enumerate_space(
-        model,
-        num_devices,
-        global_batch=global_batch,
-        seq_len=seq_len,
-        space=space,
-        fix=fix or {},
-        asynchronous=asynchronous,
-    )
+    _check_fixed_axes(request.fix, request.num_devices)
+    candidates, reasons = enumerate_space(model, request)
     if not len(candidates):
         why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items() if count)
         raise ValueError(
-            f"no layout of {num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
+            f"no layout of {request.num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
         )
-    found = _scan(model, cluster, candidates, stack, constants)
+    pricing = Pricing(
+        layouts=candidates, model=model, cluster=cluster, software=software or software_for(cluster, request.space),
+        constants=constants or load_constants(),
+    )  # fmt: skip
+    found = _scan(pricing)
     reasons["does not fit in memory"] = len(candidates) - len(found.rows)
     common: dict[str, Any] = {
-        "model": model, "cluster": cluster, "stack": stack, "num_devices": num_devices,
+        "model": model, "cluster": cluster, "software": pricing.software, "request": request,
         "num_candidates": len(candidates), "num_fitting": len(found.rows), "infeasible": reasons,
     }  # fmt: skip
 
     def objects(rows: Column) -> list[PricedLayout]:
-        chosen = candidates.take(rows)
-        memory = memory_of(model, chosen, cluster, stack, constants)
-        return priced(model, cluster, chosen, memory, time_of(model, chosen, cluster, stack, constants))
+        return price_candidates(pricing.of(candidates.take(rows))) if len(rows) else []
 
     if not len(found.rows):
         return Plan(**common, layouts=[], slowest=None, safe=None, nearest=objects(np.array([found.nearest]))[0])
@@ -138,13 +122,14 @@ class _Found:
     nearest: int
 
 
-def _scan(model: ModelConfig, cluster: Cluster, candidates: Candidates, stack: Stack, constants: Constants) -> _Found:
+def _scan(pricing: Pricing) -> _Found:
     """Memory of every candidate, time of those that fit, a block at a time."""
+    candidates = pricing.layouts
     rows, steps, margins, chances = [], [], [], []
     nearest, best = 0, -math.inf
     for start in range(0, len(candidates), BLOCK):
         block = candidates.take(np.arange(start, min(start + BLOCK, len(candidates))))
-        memory = memory_of(model, block, cluster, stack, constants)
+        memory = memory_of(pricing.of(block))
         margin, chance = memory.margin, memory.fit_probability
         if margin.max() > best:
             best, nearest = float(margin.max()), start + int(margin.argmax())
@@ -154,7 +139,7 @@ def _scan(model: ModelConfig, cluster: Cluster, candidates: Candidates, stack: S
         rows.append(start + fitting)
         margins.append(margin[fitting])
         chances.append(chance[fitting])
-        steps.append(time_of(model, block.take(fitting), cluster, stack, constants).total)
+        steps.append(time_of(pricing.of(block.take(fitting))).total)
     if not rows:
         nothing = np.array([], dtype=int)
         return _Found(nothing, nothing, nothing, nothing, nearest)
@@ -173,41 +158,34 @@ def _check_fixed_axes(fix: Mapping[str, Any], num_devices: int) -> None:
         )
 
 
-def advice(
-    result: Plan, *, global_batch: int, seq_len: int, space: str = "runtime", fix: Mapping[str, Any] | None = None
-) -> str:
+def advice(result: Plan) -> str:
     """One line on a plan without any fitting layout: how much is missing, and what would fit.
 
     Cost: a few further searches, of twice as many devices each, and of half the length.
     """
-    nearest = result.nearest
+    nearest, request = result.nearest, result.request
     assert nearest is not None
     short = -nearest.margin_bytes / GIB
     room = (nearest.capacity_bytes - nearest.reserve_bytes) / GIB
 
-    def fits(num_devices: int, length: int, held: Mapping[str, Any]) -> bool:
+    def fits(**changes: Any) -> bool:
         try:
-            return bool(
-                plan(
-                    result.model, result.cluster, num_devices=num_devices, global_batch=global_batch, seq_len=length,
-                    space=space, fix=held, top=1, stack=result.stack,
-                ).layouts
-            )  # fmt: skip
+            changed = replace(request, **changes)
+            return bool(rank_layouts(result.model, result.cluster, changed, top=1, software=result.software).layouts)
         except ValueError:
             return False
 
-    held = dict(fix or {})
     mends = []
-    for name, value in held.items():
-        if fits(result.num_devices, seq_len, {key: held[key] for key in held if key != name}):
+    for name, value in request.fix.items():
+        if fits(fix={key: held for key, held in request.fix.items() if key != name}):
             mends.append(f"another {name} than {value}")
-    more = next((n for n in (result.num_devices << k for k in range(1, 9)) if fits(n, seq_len, held)), None)
+    more = next((n for n in (request.num_devices << k for k in range(1, 9)) if fits(num_devices=n)), None)
     if more:
         mends.append(f"{more} devices")
-    less = next((n for n in (seq_len >> k for k in range(1, 6)) if n and fits(result.num_devices, n, held)), None)
+    less = next((n for n in (request.seq_len >> k for k in range(1, 6)) if n and fits(seq_len=n)), None)
     if less:
         mends.append(f"a sequence of {less}")
-    if space == "runtime" and result.cluster.device.type == "cuda":
+    if request.space == "runtime" and result.cluster.device.type == "cuda":
         mends.append("--space full (sequence parallelism, StreamBP)")
     return (
         f"nothing fits: the nearest, {nearest.layout}, needs {nearest.peak_bytes / GIB:.3g} of {room:.3g} GiB a "

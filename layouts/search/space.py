@@ -13,9 +13,9 @@ from fourfold.layouts.cost.candidates import FULL, NONE, SELECTIVE, STREAM, Cand
 from fourfold.layouts.cost.stages import layers_of
 from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.grid import AXES
 
-SPACES = ("runtime", "full")
 MICRO_BATCHES = tuple(range(1, 65))
 STREAM_CHUNKS = (4, 8, 16, 32)
 
@@ -96,16 +96,7 @@ def _option_rules(model: ModelConfig) -> dict[str, list[_Rule]]:
     }
 
 
-def enumerate_space(
-    model: ModelConfig,
-    num_devices: int,
-    *,
-    global_batch: int,
-    seq_len: int,
-    space: str,
-    fix: Mapping[str, Any],
-    asynchronous: bool = False,
-) -> tuple[Candidates, dict[str, int]]:
+def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candidates, dict[str, int]]:
     """All combinations of a space that can cut the model, and for each rule how many it turned away.
 
     Returns:
@@ -113,7 +104,8 @@ def enumerate_space(
     Raises:
         ValueError: a fixed value that the space has not.
     """
-    full = space == "full"
+    num_devices, global_batch, seq_len, fix = request.num_devices, request.global_batch, request.seq_len, request.fix
+    full = request.space == "full"
     if not full:
         _check_runnable(fix)
     axes = [
@@ -163,7 +155,7 @@ def enumerate_space(
             restrict(rules.get(name, []))
         _expand_chunks(columns, reasons, seq_len, fix)
     _expand_cuts(columns, reasons, model, fix)
-    if asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
+    if request.asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
         columns = _with_asynchronous(columns, reasons, fix.get("schedule"))
     columns.pop("batch")
     mitigation = fix.get("mitigation", MITIGATION)

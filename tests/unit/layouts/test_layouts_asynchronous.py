@@ -14,7 +14,8 @@ from fourfold.layouts.cost.stages import stages_of
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import SCHEDULES, Layout, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import load_model
-from fourfold.layouts.search.rank import plan
+from fourfold.layouts.search.rank import rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import scale_adam_hyperparameters, scale_hyperparameters
 
 A100, LLAMA = load_cluster("A100-80GB"), load_model("llama-3.1-8b")
@@ -42,16 +43,19 @@ def test_closed_forms_are_those_of_the_schedule(schedule, pp):
 
 def test_a_plan_has_them_only_when_asked():
     batch = {"num_devices": 8, **BATCH}
-    plain, both = plan(LLAMA, A100, **batch), plan(LLAMA, A100, asynchronous=True, **batch)
+    plain, both = (
+        rank_layouts(LLAMA, A100, SearchRequest(**batch)),
+        rank_layouts(LLAMA, A100, SearchRequest(asynchronous=True, **batch)),
+    )
     assert not any(priced.layout.asynchronous for priced in plain.layouts)
     assert plain.synchronous is None
     assert [p for p in both.layouts if not p.layout.asynchronous] == plain.layouts
     assert both.synchronous == plain.layouts[0]
     assert {priced.layout.schedule for priced in both.layouts} == set(SCHEDULES)
     assert all(priced.bubble_s == 0 for priced in both.layouts if priced.layout.asynchronous)
-    fixed = plan(LLAMA, A100, fix={"schedule": "2bw", "mitigation": "sc"}, **batch)
+    fixed = rank_layouts(LLAMA, A100, SearchRequest(fix={"schedule": "2bw", "mitigation": "sc"}, **batch))
     assert {(priced.layout.schedule, priced.layout.mitigation) for priced in fixed.layouts} == {("2bw", "sc")}
-    again = price(LLAMA, A100, [fixed.layouts[0].layout], stack=fixed.stack)[0]
+    again = price(LLAMA, A100, [fixed.layouts[0].layout], software=fixed.software)[0]
     assert (again.step_s, again.peak_bytes) == (fixed.layouts[0].step_s, fixed.layouts[0].peak_bytes)
 
 

@@ -11,22 +11,28 @@ from hypothesis import strategies as st
 from fourfold.layouts.cost.candidates import Candidates
 from fourfold.layouts.cost.collectives import Network
 from fourfold.layouts.cost.layer import Times, saved_bytes
-from fourfold.layouts.cost.measured_layers import beyond
-from fourfold.layouts.cost.memory import _normal_cdf, memory_of, stage_params
+from fourfold.layouts.cost.measured_layers import LAYER, Split, extra_seconds_of_splitting
+from fourfold.layouts.cost.memory import _normal_cdf, memory_of
 from fourfold.layouts.cost.price import price
-from fourfold.layouts.cost.stages import ends_in_cut, stages_of
+from fourfold.layouts.cost.pricing import Pricing
+from fourfold.layouts.cost.stages import ends_in_cut, stage_params, stages_of
 from fourfold.layouts.inputs.cluster import Link, LinkOperation, load_cluster
 from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.layouts.inputs.model import load_model
-from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA
+from fourfold.layouts.inputs.model import ModelConfig, load_model
+from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Software
 from fourfold.layouts.search.explain import draw_schedule
-from fourfold.layouts.search.rank import plan
+from fourfold.layouts.search.rank import rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.grid import layer_ranges
 
 A100 = load_cluster("A100-80GB")
 LLAMA = load_model("llama-3.1-8b")
 BYTES = load_model("tiny-llama-bytes")
+
+
+def pricing_of(layouts: Candidates, software: Software, model: ModelConfig = LLAMA) -> Pricing:
+    return Pricing(layouts=layouts, model=model, cluster=A100, software=software, constants=load_constants())
 
 
 @settings(deadline=None)
@@ -87,7 +93,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps():
     # widths (8 h + 2 kv + 4 f, the log-sum-exp, two values a norm); the count leaves out the last two.
     model = replace(BYTES, num_kv_heads=4)
     c = Candidates.of([Layout(global_batch=1, seq_len=512)])
-    kept, layer_input = saved_bytes(model, c, RUNTIME_CPU)
+    kept, layer_input = saved_bytes(pricing_of(c, RUNTIME_CPU, model))
     assert kept[0] / 4 / 512 == pytest.approx(5146, rel=0.005)
     assert layer_input[0] == 512 * 256 * 4
 
@@ -122,7 +128,6 @@ def test_splitting_costs_what_measured_layers_took_beyond_their_work():
     def hops(at: Candidates) -> np.ndarray:
         return (at.cp - 1) * 1e-4
 
-    names = ("forward_s", "backward_s")
     rows = [
         {
             "cp": 2,
@@ -134,16 +139,17 @@ def test_splitting_costs_what_measured_layers_took_beyond_their_work():
         for count, ring_s in ((1, 0.001), (4, 0.003))
     ]
     columns = {"cp": np.array([1, 1, 1, 2, 2, 2, 4]), "micro_batch": np.array([1, 2, 4, 1, 2, 4, 2])}
-    price = beyond(rows, "cp", names, work, hops, Candidates.from_columns(columns, global_batch=4, seq_len=512))
+    split = Split(piece=LAYER, axis="cp", alone=work, communication=hops)
+    both = Candidates.from_columns(columns, global_batch=4, seq_len=512)
+    price = extra_seconds_of_splitting(rows, split, both)
     assert price[:3].tolist() == [0, 0, 0]
     assert price[[3, 5]] == pytest.approx([0.001, 0.003])
     assert price[4] == pytest.approx(0.002)  # half way between them in log tokens
     assert price[6] == pytest.approx(3 * 0.001)  # three times the hops of cp 2, at as many tokens as its first row
     # noise: a row that was quicker than its work alone, and one that nothing was split for
     noisy = [{**rows[0], "forward_s": 0.0}, {**rows[0], "cp": 1}]
-    both = Candidates.from_columns(columns, global_batch=4, seq_len=512)
     for measured in (noisy, noisy[1:]):
-        assert beyond(measured, "cp", names, work, hops, both).tolist() == hops(both).tolist()
+        assert extra_seconds_of_splitting(measured, split, both).tolist() == hops(both).tolist()
 
 
 def test_measured_operations_come_before_formulas():
@@ -170,7 +176,7 @@ def test_the_schedule_drawn():
 
 def test_parts_add_up():
     layout = Layout(dp=2, pp=2, tp=2, zero_stage=1, global_batch=32, seq_len=2048)
-    priced = price(LLAMA, A100, [layout], stack=MEGATRON)[0]
+    priced = price(LLAMA, A100, [layout], software=MEGATRON)[0]
     assert sum(priced.time_parts_s.values()) == pytest.approx(priced.step_s)
     assert sum(priced.memory_parts_bytes.values()) == pytest.approx(priced.peak_bytes)
     assert max(priced.stage_peaks_bytes.values()) == pytest.approx(priced.peak_bytes)
@@ -183,7 +189,7 @@ def test_more_chunks_hold_less_and_take_longer(space_stack, cluster):
     layouts = [
         Layout(dp=8, checkpointing="stream", stream_chunks=n, global_batch=8, seq_len=65536) for n in (1, 4, 16, 64)
     ]
-    prices = price(LLAMA, cluster, layouts, stack=space_stack)
+    prices = price(LLAMA, cluster, layouts, software=space_stack)
     for few, many in itertools.pairwise(prices):
         assert many.peak_bytes < few.peak_bytes
         assert many.step_s > few.step_s
@@ -193,21 +199,21 @@ def test_offloading_hides_behind_a_layer_that_works_long_enough():
     # A layer input of 2 h bytes a token, 20 GB/s: 0.41 us a token; its forward at 13 h^2 FLOPs is longer on an A100.
     kept, away = (
         price(LLAMA, A100, [Layout(dp=8, checkpointing="full", offload=offload, global_batch=8, seq_len=8192)],
-              stack=MEGATRON)[0]
+              software=MEGATRON)[0]
         for offload in (False, True)
     )  # fmt: skip
     assert away.step_s == kept.step_s
     assert kept.peak_bytes - away.peak_bytes == pytest.approx(32 * 8192 * 4096 * 2, rel=0.2)
     quick = replace(A100.device, peak_flops_per_s=1e18, memory_bandwidth_bytes_per_s=1e16)
     layout = Layout(dp=8, checkpointing="full", offload=True, global_batch=8, seq_len=8192)
-    seconds = price(LLAMA, replace(A100, device=quick), [layout], stack=MEGATRON)[0].time_parts_s["overhead"]
+    seconds = price(LLAMA, replace(A100, device=quick), [layout], software=MEGATRON)[0].time_parts_s["overhead"]
     assert seconds == pytest.approx(2 * 32 * 8192 * 4096 * 2 / 20e9, rel=0.1)
 
 
 def test_overlapped_tensor_parallelism_leaves_a_share_in_sight():
     layout = Layout(dp=1, tp=8, sequence_parallel=True, global_batch=8, seq_len=8192)
     bare, hidden = (
-        price(LLAMA, A100, [layout], stack=replace(MEGATRON, tp_overlap=share))[0].time_parts_s["tp_communication"]
+        price(LLAMA, A100, [layout], software=replace(MEGATRON, tp_overlap=share))[0].time_parts_s["tp_communication"]
         for share in (0.0, 0.8)
     )
     assert hidden == pytest.approx(bare * (1 - 0.9 * 0.8))
@@ -228,8 +234,8 @@ def test_a_faster_link_never_makes_a_step_slower(layout, factor, tier):
     send = links[tier].operations[0]
     faster = replace(send, bandwidth_bytes_per_s=send.bandwidth_bytes_per_s * factor, latency_s=send.latency_s / factor)
     links[tier] = replace(links[tier], operations=(faster,))
-    before = price(LLAMA, A100, [layout], stack=MEGATRON)[0].step_s
-    after = price(LLAMA, replace(A100, links=tuple(links)), [layout], stack=MEGATRON)[0].step_s
+    before = price(LLAMA, A100, [layout], software=MEGATRON)[0].step_s
+    after = price(LLAMA, replace(A100, links=tuple(links)), [layout], software=MEGATRON)[0].step_s
     assert after <= before * (1 + 1e-12)
 
 
@@ -237,10 +243,9 @@ def test_a_faster_link_never_makes_a_step_slower(layout, factor, tier):
 @given(st.sampled_from(LAYOUTS), st.floats(1.0, 3.0))
 def test_more_memory_never_makes_a_layout_unfit(layout, factor):
     device = replace(A100.device, memory_bytes=A100.device.memory_bytes * factor)
-    constants = load_constants()
     c = Candidates.of([layout])
-    before = memory_of(LLAMA, c, A100, MEGATRON, constants).fit_probability[0]
-    after = memory_of(LLAMA, c, replace(A100, device=device), MEGATRON, constants).fit_probability[0]
+    before = memory_of(pricing_of(c, MEGATRON)).fit_probability[0]
+    after = memory_of(replace(pricing_of(c, MEGATRON), cluster=replace(A100, device=device))).fit_probability[0]
     assert after >= before
 
 
@@ -267,15 +272,17 @@ def test_units(layout, factor):
     constants = load_constants()
     pauses = {name: getattr(constants, name) / factor for name in ("kernel_gap_s", "sync_s", "step_overhead_s")}
     quicker = replace(constants, **pauses)
-    before = price(LLAMA, A100, [layout], stack=MEGATRON, constants=constants)[0].step_s
+    before = price(LLAMA, A100, [layout], software=MEGATRON, constants=constants)[0].step_s
     cluster = replace(A100, device=fast, links=links)
-    after = price(LLAMA, cluster, [layout], stack=MEGATRON, constants=quicker)[0].step_s
+    after = price(LLAMA, cluster, [layout], software=MEGATRON, constants=quicker)[0].step_s
     assert after * factor == pytest.approx(before, rel=1e-9)
 
 
 def test_twice_the_gpus_are_never_slower_than_overheads_explain():
     steps = [
-        plan(LLAMA, A100, num_devices=n, global_batch=512, seq_len=4096, space="full", top=1).layouts[0].step_s
+        rank_layouts(LLAMA, A100, SearchRequest(num_devices=n, global_batch=512, seq_len=4096, space="full"), top=1)
+        .layouts[0]
+        .step_s
         for n in (8, 16, 32, 64, 128, 256)
     ]
     for few, many in itertools.pairwise(steps):
@@ -285,8 +292,7 @@ def test_twice_the_gpus_are_never_slower_than_overheads_explain():
 @pytest.mark.parametrize(("checkpointing", "copies"), [("none", 4), ("full", 1)])
 def test_each_micro_batch_in_flight_keeps_its_casts(checkpointing, copies):
     candidates = Candidates.of([Layout(pp=4, global_batch=8, seq_len=512, checkpointing=checkpointing)])
-    model, constants = load_model("llama-3.1-8b"), load_constants()
     bare = replace(RUNTIME_CUDA, cast_bytes=0)
-    cast, uncast = (memory_of(model, candidates, A100, stack, constants) for stack in (RUNTIME_CUDA, bare))
-    params = sum(stage_params(model, candidates, stages_of(model, candidates)))
+    cast, uncast = (memory_of(pricing_of(candidates, software)) for software in (RUNTIME_CUDA, bare))
+    params = sum(stage_params(LLAMA, candidates, stages_of(LLAMA, candidates)))
     assert (cast.workspace - uncast.workspace)[0] == pytest.approx(2 * copies * params[0])

@@ -12,7 +12,8 @@ from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON
-from fourfold.layouts.search.rank import advice, plan
+from fourfold.layouts.search.rank import advice, rank_layouts
+from fourfold.layouts.search.request import SearchRequest
 from fourfold.layouts.search.space import enumerate_space
 from fourfold.parallel.grid import layer_ranges
 
@@ -24,15 +25,15 @@ LLAMA = load_model("llama-3.1-8b")
 def test_the_best_is_the_best_of_a_loop_over_single_layouts(space):
     model = load_model("llama-2-13b")
     batch = {"global_batch": 32, "seq_len": 4096}
-    result = plan(model, A100, num_devices=8, space=space, **batch)
-    candidates, _ = enumerate_space(model, 8, space=space, fix={}, **batch)
+    result = rank_layouts(model, A100, SearchRequest(num_devices=8, space=space, **batch))
+    candidates, _ = enumerate_space(model, result.request)
     assert len(candidates) == result.num_candidates
     rows = range(len(candidates)) if space == "runtime" else range(0, len(candidates), 23)
     one_by_one = {}
     for row in rows:
         layout = candidates.layout(row)
         check(layout, model)
-        priced = price(model, A100, [layout], stack=result.stack)[0]
+        priced = price(model, A100, [layout], software=result.software)[0]
         if priced.fits:
             one_by_one[layout] = priced.step_s
     ranked = {priced.layout: priced.step_s for priced in result.layouts}
@@ -50,15 +51,15 @@ def test_the_best_is_the_best_of_a_loop_over_single_layouts(space):
 
 def test_blocks_do_not_change_the_answer(monkeypatch):
     batch = {"global_batch": 64, "seq_len": 2048}
-    whole = plan(LLAMA, A100, num_devices=16, top=20, **batch)
+    whole = rank_layouts(LLAMA, A100, SearchRequest(num_devices=16, **batch), top=20)
     monkeypatch.setattr("fourfold.layouts.search.rank.BLOCK", 37)
-    pieces = plan(LLAMA, A100, num_devices=16, top=20, **batch)
+    pieces = rank_layouts(LLAMA, A100, SearchRequest(num_devices=16, **batch), top=20)
     assert [p.layout for p in pieces.layouts] == [p.layout for p in whole.layouts]
     assert pieces.num_fitting == whole.num_fitting
 
 
 def test_every_combination_is_ranked_or_counted_under_a_reason():
-    result = plan(LLAMA, A100, num_devices=8, global_batch=8, seq_len=8192)
+    result = rank_layouts(LLAMA, A100, SearchRequest(num_devices=8, global_batch=8, seq_len=8192))
     assert result.num_fitting == len(result.layouts)
     assert result.infeasible["does not fit in memory"] == result.num_candidates - result.num_fitting > 0
     assert all(priced.layout.runnable for priced in result.layouts)
@@ -68,7 +69,7 @@ def test_a_heavy_head_gets_fewer_layers():
     # Of 8B parameters the head's 0.5B compute as much as two of the 32 layers.
     fix = {"pp": 8, "micro_batch": 1, "checkpointing": "none"}
     batch = {"global_batch": 32, "seq_len": 2048}
-    best, *others = plan(LLAMA, A100, num_devices=8, fix=fix, **batch).layouts
+    best, *others = rank_layouts(LLAMA, A100, SearchRequest(num_devices=8, fix=fix, **batch)).layouts
     assert best.layout.head_counts_as == 2
     even = next(p for p in others if p.layout.embedding_counts_as == p.layout.head_counts_as == 0)
     assert even.step_s > 1.05 * best.step_s
@@ -78,16 +79,16 @@ def test_a_heavy_head_gets_fewer_layers():
     stages = [tuple(map(len, layer_ranges(LLAMA.num_layers, 8, *cut))) for cut in cuts]
     assert len(set(stages)) == len(stages) > 3  # each once
     with pytest.raises(ValueError, match="less than the model's 32 layers"):
-        plan(LLAMA, A100, num_devices=8, fix={"head_counts_as": 10**30}, **batch)
-    asked = plan(
-        LLAMA, A100, num_devices=8, fix={**fix, "embedding_counts_as": 3, "head_counts_as": 1}, **batch
+        rank_layouts(LLAMA, A100, SearchRequest(num_devices=8, fix={"head_counts_as": 10**30}, **batch))
+    asked = rank_layouts(
+        LLAMA, A100, SearchRequest(num_devices=8, fix={**fix, "embedding_counts_as": 3, "head_counts_as": 1}, **batch)
     ).layouts
     assert {(p.layout.embedding_counts_as, p.layout.head_counts_as) for p in asked} == {(3, 1)}
 
 
 def test_fixed_fields_are_held():
     fixed = {"tp": 2, "checkpointing": "full", "micro_batch": 2}
-    result = plan(LLAMA, A100, num_devices=8, global_batch=32, seq_len=2048, fix=fixed)
+    result = rank_layouts(LLAMA, A100, SearchRequest(num_devices=8, global_batch=32, seq_len=2048, fix=fixed))
     assert result.layouts
     assert all((p.layout.tp, p.layout.checkpointing, p.layout.micro_batch) == (2, "full", 2) for p in result.layouts)
 
@@ -110,38 +111,47 @@ def test_fixed_fields_are_held():
 def test_what_makes_no_sense_is_refused(change, message):
     arguments = {"num_devices": 8, "global_batch": 32, "seq_len": 2048, **change}
     with pytest.raises(ValueError, match=message):
-        plan(LLAMA, A100, **arguments)
+        rank_layouts(LLAMA, A100, SearchRequest(**arguments))
 
 
 def test_where_nothing_fits_the_nearest_is_told():
-    result = plan(load_model("llama-3.1-405b"), A100, num_devices=8, global_batch=8, seq_len=8192)
+    result = rank_layouts(
+        load_model("llama-3.1-405b"), A100, SearchRequest(num_devices=8, global_batch=8, seq_len=8192)
+    )
     assert not result.layouts
-    told = advice(result, global_batch=8, seq_len=8192)
+    told = advice(result)
     assert "what may: 128 devices or --space full" in told
-    assert plan(load_model("llama-3.1-405b"), A100, num_devices=128, global_batch=8, seq_len=8192).layouts
+    assert rank_layouts(
+        load_model("llama-3.1-405b"), A100, SearchRequest(num_devices=128, global_batch=8, seq_len=8192)
+    ).layouts
 
 
 def test_streambp_comes_in_chunks_that_divide_the_sequence():
     batch = {"num_devices": 8, "global_batch": 8, "seq_len": 1000, "space": "full"}
     held = {"cp": 1, "tp": 1, "pp": 1, "zero_stage": 3, "checkpointing": "stream"}
-    chunks = {p.layout.stream_chunks for p in plan(LLAMA, A100, fix=held, **batch).layouts}
+    chunks = {p.layout.stream_chunks for p in rank_layouts(LLAMA, A100, SearchRequest(fix=held, **batch)).layouts}
     assert chunks == {4, 8}
-    asked = plan(LLAMA, A100, fix={"cp": 1, "tp": 1, "pp": 1, "stream_chunks": 5}, **batch)
+    asked = rank_layouts(LLAMA, A100, SearchRequest(fix={"cp": 1, "tp": 1, "pp": 1, "stream_chunks": 5}, **batch))
     assert {(p.layout.checkpointing, p.layout.stream_chunks) for p in asked.layouts} == {("stream", 5)}
     assert asked.infeasible["only StreamBP has chunks"]
 
 
 def test_advice_names_the_fixed_field_that_is_in_the_way():
     held = {"tp": 1, "pp": 1, "cp": 1, "zero_stage": 0}
-    result = plan(LLAMA, A100, num_devices=8, global_batch=8, seq_len=2048, fix=held)
+    result = rank_layouts(LLAMA, A100, SearchRequest(num_devices=8, global_batch=8, seq_len=2048, fix=held))
     assert not result.layouts
-    told = advice(result, global_batch=8, seq_len=2048, fix=held)
+    told = advice(result)
     assert "another zero_stage than 0" in told
     assert "devices or" not in told  # more replicas hold no less each
 
 
 def test_the_safe_pick_is_safe_and_no_faster_than_the_fastest():
-    result = plan(load_model("llama-2-13b"), A100, num_devices=8, global_batch=64, seq_len=4096, space="full", top=1)
+    result = rank_layouts(
+        load_model("llama-2-13b"),
+        A100,
+        SearchRequest(num_devices=8, global_batch=64, seq_len=4096, space="full"),
+        top=1,
+    )
     assert result.safe is not None
     assert result.safe.fit_probability >= 0.95
     assert result.safe.step_s >= result.layouts[0].step_s
@@ -151,8 +161,11 @@ def test_half_a_million_layouts_in_seconds():
     # Measured at under a second on one core; the bound leaves room for a busy machine, not for a slower method.
     model = load_model("llama-3.1-405b")
     start = time.process_time()
-    result = plan(
-        model, load_cluster("H100-80GB"), num_devices=16384, global_batch=2048, seq_len=8192, space="full", top=5
+    result = rank_layouts(
+        model,
+        load_cluster("H100-80GB"),
+        SearchRequest(num_devices=16384, global_batch=2048, seq_len=8192, space="full"),
+        top=5,
     )
     assert result.num_candidates > 400_000
     assert time.process_time() - start < 10
@@ -161,9 +174,13 @@ def test_half_a_million_layouts_in_seconds():
 
 def test_experts_are_cut():
     model = load_model("mixtral-8x7b")
-    result = plan(model, A100, num_devices=64, global_batch=256, seq_len=4096, space="full", fix={"ep": 8}, top=5)
+    result = rank_layouts(
+        model, A100, SearchRequest(num_devices=64, global_batch=256, seq_len=4096, space="full", fix={"ep": 8}), top=5
+    )
     assert all(priced.layout.ep == 8 for priced in result.layouts)
-    whole = plan(model, A100, num_devices=64, global_batch=256, seq_len=4096, space="full", fix={"ep": 1}, top=5)
+    whole = rank_layouts(
+        model, A100, SearchRequest(num_devices=64, global_batch=256, seq_len=4096, space="full", fix={"ep": 1}), top=5
+    )
     assert result.layouts[0].peak_bytes != whole.layouts[0].peak_bytes
 
 
@@ -174,8 +191,9 @@ def test_no_torch_is_imported():
         "import fourfold.layouts.output.export, fourfold.layouts.search.explain, fourfold.layouts.output.tables\n"
         "from fourfold.layouts.inputs.model import load_model\n"
         "from fourfold.layouts.inputs.cluster import load_cluster\n"
-        "fourfold.layouts.search.rank.plan(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), num_devices=8,"
-        " global_batch=8, seq_len=2048)\n"
+        "from fourfold.layouts.search.request import SearchRequest\n"
+        "request = SearchRequest(num_devices=8, global_batch=8, seq_len=2048)\n"
+        "fourfold.layouts.search.rank.rank_layouts(load_model('llama-3.1-8b'), load_cluster('A100-80GB'), request)\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
@@ -186,7 +204,7 @@ def test_sequence_parallelism_and_interleaving_do_what_they_are_for():
 
     def one(**fields: object) -> object:
         layout = Layout(global_batch=64, seq_len=4096, **fields)  # type: ignore[arg-type]
-        return price(LLAMA, A100, [layout], stack=MEGATRON)[0]
+        return price(LLAMA, A100, [layout], software=MEGATRON)[0]
 
     assert one(tp=8, sequence_parallel=True).peak_bytes < one(tp=8).peak_bytes  # type: ignore[attr-defined]
     assert one(pp=8, vp=4).bubble_s == pytest.approx(one(pp=8).bubble_s / 4, rel=0.05)  # type: ignore[attr-defined]

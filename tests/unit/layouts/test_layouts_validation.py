@@ -8,10 +8,10 @@ import typer
 from typer.testing import CliRunner
 
 from fourfold.launch.commands.validate import validate
-from fourfold.layouts.evidence.calibration import PRIOR_SPREAD, calibrate, folds_of, get_constant, with_constants
+from fourfold.layouts.evidence.calibration import PRIOR_SPREAD, calibrate, folds_of
+from fourfold.layouts.evidence.fit import load_fit, load_prior_fit
 from fourfold.layouts.evidence.runs import read_runs
 from fourfold.layouts.evidence.validation import price_runs, score, spearman
-from fourfold.layouts.inputs.constants import load_constants, load_prior
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(validate)
@@ -48,8 +48,8 @@ def test_rows_are_read_as_the_schema_says(tmp_path):
     _, runs, refused = read_runs(path)
     assert not refused
     assert [run.layout.checkpointing for run in runs] == ["none", "full", "none", "none", "none", "none"]
-    assert [run.stack.fused_norm for run in runs] == [True, True, False, True, True, True]
-    assert [run.stack.attention for run in runs] == ["flash2", "flash2", "flash2", "triton", "flash2", "flash2"]
+    assert [run.software.fused_norm for run in runs] == [True, True, False, True, True, True]
+    assert [run.software.attention for run in runs] == ["flash2", "flash2", "flash2", "triton", "flash2", "flash2"]
     assert [run.layout.sequence_parallel for run in runs] == [True, True, False, False, False, True]
     assert runs[0].layout.dp == 4
     assert runs[5].step_s is not None
@@ -112,8 +112,8 @@ def sweeps(published_runs):
 
 def test_accuracy_on_the_published_sweeps(sweeps):
     """The shipped constants on the rows they were fitted on; benchmarks/layout_search holds sweeps out."""
-    flash = [run for run in sweeps if run.stack.attention == "flash2"]
-    scores = score(flash, price_runs(flash, load_constants()))
+    flash = [run for run in sweeps if run.software.attention == "flash2"]
+    scores = score(flash, price_runs(flash))
     assert scores.num_runs == 206
     assert scores.oom_accuracy is not None
     assert scores.oom_accuracy >= 0.97
@@ -122,7 +122,7 @@ def test_accuracy_on_the_published_sweeps(sweeps):
     assert scores.mape <= 0.05
     for sweep in {run.sweep for run in flash}:
         rows = [run for run in flash if run.sweep == sweep]
-        one = score(rows, price_runs(rows, load_constants()))
+        one = score(rows, price_runs(rows))
         assert one.top1 is not None
         # The 13B sheet at 2k: see benchmarks/layout_search/README.md on its pipelines.
         assert one.top1 >= (0.8 if rows[0].layout.global_batch == 2048 and "13B" in sweep else 0.99)
@@ -133,7 +133,7 @@ def test_what_a_run_does_not_tell_is_chosen_as_the_planner_would(tmp_path):
         tmp_path / "runs.csv", {"micro_batch": ""}, *({"micro_batch": size} for size in ("1", "2", "4", "8", "16"))
     )  # fmt: skip
     runs = read_runs(path)[1]
-    open_run, *fixed = price_runs(runs, load_constants())
+    open_run, *fixed = price_runs(runs)
     assert len(runs[0].alternatives) > 1
     assert open_run.step_s == min(priced.step_s for priced in fixed if priced.fits)
 
@@ -147,16 +147,16 @@ def test_calibration_finds_a_constant_that_was_changed(sweeps):
     """Runs made up with a slower memory: the fit must move towards it, and not move what they do not tell."""
     from dataclasses import replace
 
-    shipped = load_constants()
-    truth = with_constants(shipped, {"norm_bytes": shipped.norm_bytes * 1.3})
-    some = [run for run in sweeps if run.stack.attention == "flash2" and run.step_s][:40]
+    shipped = load_fit()
+    truth = shipped.with_values({"norm_bytes": shipped.get("norm_bytes") * 1.3})
+    some = [run for run in sweeps if run.software.attention == "flash2" and run.step_s][:40]
     made = [replace(run, step_s=p.step_s, oom=None) for run, p in zip(some, price_runs(some, truth), strict=True)]
     fitted = calibrate(made, shipped)
     before, after = (score(made, price_runs(made, k)).mape for k in (shipped, fitted))
     assert before is not None
     assert after is not None
     assert after < before / 3
-    assert fitted.norm_bytes > shipped.norm_bytes * 1.05
-    assert get_constant(fitted, "matmul_peaks.H100") == pytest.approx(get_constant(shipped, "matmul_peaks.H100"))
+    assert fitted.get("norm_bytes") > shipped.get("norm_bytes") * 1.05
+    assert fitted.get("matmul_peaks.H100") == pytest.approx(shipped.get("matmul_peaks.H100"))
     assert set(folds_of(some)) == {some[0].sweep, *(run.sweep for run in some)} or len(some) < 10
-    assert all(get_constant(load_prior(), name) > 0 for name in PRIOR_SPREAD)
+    assert all(load_prior_fit().get(name) > 0 for name in PRIOR_SPREAD)

@@ -46,3 +46,15 @@ def test_other_columns_are_kept(tmp_path):
     found = [(row["model"], row["colour"], row["step_time_s"]) for row in rows]
     assert found == [("old", "red", "2"), ("older", "blue", "3"), ("llama-3.1-8b", "", "1.0")]
     assert "older,blue,3,one too many" in path.read_text()
+
+
+def test_files_that_count_layers_by_the_former_names_are_read(tmp_path):
+    layout = Layout(pp=4, embedding_counts_as=1, head_counts_as=2, global_batch=16, seq_len=1024)
+    row = run_row(layout, load_model("llama-3.1-8b"), CPU, RESULT)
+    row = {**row, "gpu_type": "A100-80GB", "first_less": 1, "last_less": 2}
+    row = {name: value for name, value in row.items() if not name.endswith("_counts_as")}
+    with (tmp_path / "runs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        writer.writeheader()
+        writer.writerow(row)
+    assert read_runs(tmp_path / "runs.csv")[1][0].layout == layout

@@ -1,0 +1,64 @@
+"""What every cost function reads: the layouts to be priced, and the model, machine, software and constants behind them.
+
+The figures that several cost functions need (stages, parameters a rank holds, kernels, links) are worked out once here.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from fourfold.layouts.cost.candidates import Candidates, Column
+from fourfold.layouts.cost.collectives import Network, RankDistance
+from fourfold.layouts.cost.kernels import Kernels, kernels_of
+from fourfold.layouts.cost.stages import Stages, stage_params, stages_of
+from fourfold.layouts.inputs.cluster import Cluster
+from fourfold.layouts.inputs.constants import Constants
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.software import Software
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pricing:
+    """One question to the cost model; all columns that follow from it have a value a layout."""
+
+    layouts: Candidates
+    model: ModelConfig
+    cluster: Cluster
+    software: Software
+    constants: Constants
+
+    def of(self, layouts: Candidates) -> "Pricing":
+        """The same question about other layouts."""
+        return replace(self, layouts=layouts)
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        return kernels_of(self.cluster, self.constants)
+
+    @cached_property
+    def network(self) -> Network:
+        """The links as collectives and sends inside a micro-batch reach them."""
+        return Network.of(self.cluster, self.constants, reducing=False)
+
+    @cached_property
+    def reduction_network(self) -> Network:
+        """The links as gradient reduction and weight gathering reach them."""
+        return Network.of(self.cluster, self.constants, reducing=True)
+
+    @cached_property
+    def distance(self) -> RankDistance:
+        return RankDistance.of(self.layouts, self.software)
+
+    @cached_property
+    def stages(self) -> Stages:
+        return stages_of(self.model, self.layouts)
+
+    @cached_property
+    def held_params(self) -> tuple[Column, Column]:
+        """Parameters a rank holds of its stage before ZeRO: (all but routed experts, routed experts)."""
+        return stage_params(self.model, self.layouts, self.stages)
+
+    @property
+    def memory_bandwidth_bytes_per_s(self) -> float:
+        """What operators bound by memory reach; a profile measured it, a preset states the datasheet's."""
+        reached = 1.0 if self.cluster.measured else self.constants.memory_efficiency
+        return self.cluster.device.memory_bandwidth_bytes_per_s * reached
