@@ -1,6 +1,7 @@
 """Cases for what a rank computes: matmul, attention, elementwise operators, a copy, and the cost of one call."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import cycle
 from math import prod
 
@@ -60,34 +61,36 @@ def matmul_case(pool: OperandPool, m: int, n: int, k: int, operands: str, *, ess
     )
 
 
-def attention_case(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    seq_len: int,
-    head_dim: int,
-    causal: bool = True,
-    essential: bool = False,
-) -> Case:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionShape:
+    """One attention block: q is [batch, heads, seq_len, head_dim], k and v have `kv_heads` heads."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    seq_len: int
+    head_dim: int
+    causal: bool = True
+
+
+def attention_case(device: torch.device, dtype: torch.dtype, shape: AttentionShape, *, essential: bool = False) -> Case:
     """torch's scaled_dot_product_attention, forward and backward apart, operands strided as a model has them.
 
     q and its gradient are [batch, heads, seq_len, head_dim] views of [batch, seq_len, heads, head_dim] memory.
     """
 
     def operand(num_heads: int) -> torch.Tensor:
-        data = torch.randn(batch, seq_len, num_heads, head_dim, dtype=dtype, device=device)
+        data = torch.randn(shape.batch, shape.seq_len, num_heads, shape.head_dim, dtype=dtype, device=device)
         return data.transpose(1, 2)
 
     def run(clock: Clock, iterations: int) -> tuple[float, float]:
-        q, k, v = (operand(num).requires_grad_() for num in (heads, kv_heads, kv_heads))
-        grad = operand(heads)
+        q, k, v = (operand(num).requires_grad_() for num in (shape.heads, shape.kv_heads, shape.kv_heads))
+        grad = operand(shape.heads)
+        grouped = shape.heads != shape.kv_heads
         forward, backward = 0.0, 0.0
         for _ in range(iterations):
             start = clock.mark()
-            out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=heads != kv_heads)
+            out = scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped)
             middle = clock.mark()
             torch.autograd.grad(out, (q, k, v), grad)
             end = clock.mark()
@@ -98,14 +101,11 @@ def attention_case(
 
     return Case(
         table="attention",
-        fields={
-            "dtype": str(dtype).removeprefix("torch."), "batch": batch, "heads": heads, "kv_heads": kv_heads,
-            "seq_len": seq_len, "head_dim": head_dim, "causal": causal,
-        },
+        fields={"dtype": str(dtype).removeprefix("torch."), **asdict(shape)},
         columns=("forward_s", "backward_s"),
         run=run,
         essential=essential,
-    )  # fmt: skip
+    )
 
 
 def elementwise_case(pool: OperandPool, num_elements: int) -> Case:

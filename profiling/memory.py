@@ -72,23 +72,12 @@ class StepMemory:
     peak_activations_bytes: int
 
 
-def step_memory(
-    config: dict[str, Any],
-    *,
-    micro_batch: int,
-    seq_len: int,
-    num_micro_batches: int = 1,
-    checkpointing: str = "none",
-    tp: int = 1,
-    num_layers: int | None = None,
-    zero_stage: int = 0,
-    dp: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> StepMemory:
-    """Trace one AdamW step of a decoder with fake tensors, in the way that training runs it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedStep:
+    """The step whose memory is traced, as one rank takes it.
 
-    Args:
-        config: Hugging Face config of the Llama family.
+    Attributes:
+        micro_batch, seq_len: sequences of a micro-batch, tokens of a sequence.
         num_micro_batches: 1, or 2 for any larger number: from the second on, all gradients are held. DDP's buckets
             hold them always, so 2 also stands for DDP.
         checkpointing: "none" or "full".
@@ -96,36 +85,56 @@ def step_memory(
         num_layers: layers of the rank; None for the model's.
         zero_stage: 0, or 3 for FSDP2 over `dp` ranks.
         dtype: of matrix products; bfloat16 by autocast over fp32 weights (zero 0) or FSDP2's policy (zero 3).
+    """
+
+    micro_batch: int
+    seq_len: int
+    num_micro_batches: int = 1
+    checkpointing: str = "none"
+    tp: int = 1
+    num_layers: int | None = None
+    zero_stage: int = 0
+    dp: int = 1
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(f"checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
+        if self.zero_stage not in (0, 3):
+            raise ValueError(f"zero_stage={self.zero_stage}: 0 or 3")
+        for name in ("micro_batch", "seq_len", "num_micro_batches", "dp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+
+
+def step_memory(config: dict[str, Any], step: TracedStep) -> StepMemory:
+    """Trace one AdamW step of a decoder with fake tensors, in the way that training runs it.
+
+    Args:
+        config: Hugging Face config of the Llama family.
     Raises:
-        ValueError: an option outside these, or ZeRO 3 while torch.distributed is initialised.
+        ValueError: a config of another family, or ZeRO 3 while torch.distributed is initialised.
     Cost: no tensor's memory; seconds for a small model, minutes for 32 layers.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(f"checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
-    if zero_stage not in (0, 3):
-        raise ValueError(f"zero_stage={zero_stage}: 0 or 3")
-    counts = {"micro_batch": micro_batch, "seq_len": seq_len, "num_micro_batches": num_micro_batches, "dp": dp}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}: at least 1")
-    if num_layers is None:
-        num_layers = int(config.get("num_hidden_layers", 1))
-    sharded = zero_stage == 3
-    with _fake_mesh(dp) if sharded else nullcontext() as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        model = _LossModel(local_model(config, tp=tp, num_layers=num_layers), checkpointing)
+    num_layers = int(config.get("num_hidden_layers", 1)) if step.num_layers is None else step.num_layers
+    sharded, mixed = step.zero_stage == 3, step.dtype != torch.float32
+    with _fake_mesh(step.dp) if sharded else nullcontext() as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        model = _LossModel(local_model(config, tp=step.tp, num_layers=num_layers), step.checkpointing)
         if mesh is not None:
-            _shard(model, mesh, dtype)
+            _shard(model, mesh, step.dtype)
+        # The steady state: optimizer states exist from the first step on, gradients from the second micro-batch on.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        for parameter in model.parameters():  # optimizer states exist from the first step on
+        for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        if num_micro_batches == 1:
+        if step.num_micro_batches == 1:
             optimizer.zero_grad()
-        tokens = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
+        # One micro-batch and the update, watched.
+        tokens = torch.zeros(step.micro_batch, step.seq_len, dtype=torch.int64)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:  # type: ignore[no-untyped-call]
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32 and not sharded):
+            with torch.autocast("cpu", step.dtype, enabled=mixed and not sharded):
                 loss = model(tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
@@ -200,7 +209,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     options["dtype"] = getattr(torch, options["dtype"])
     try:
-        answer = step_memory(read_config(options.pop("config")), **options)
+        answer = step_memory(read_config(options.pop("config")), TracedStep(**options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

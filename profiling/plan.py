@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fourfold.profiling.compute import (
+    AttentionShape,
     OperandPool,
     attention_case,
     copy_case,
@@ -114,7 +115,11 @@ def _attention_cases(
     heads, head_dim = (16, 128) if on_gpu else (4, 64)
     lengths = (1024, 2048, 4096, 8192, 16384) if on_gpu else (128, 256, 512, 1024, 2048)
     cases = [
-        attention_case(device, dtype, batch=1, heads=heads, kv_heads=heads, seq_len=length, head_dim=head_dim)
+        attention_case(
+            device,
+            dtype,
+            AttentionShape(batch=1, heads=heads, kv_heads=heads, seq_len=length, head_dim=head_dim),
+        )
         for length in lengths
     ]
     if not model:
@@ -125,15 +130,6 @@ def _attention_cases(
         for cp, causal in product((1, 2 * num_ranks), (True, False)):
             length = settings.seq_len // cp
             if length and (cp > 1 or causal):
-                cases.append(
-                    attention_case(
-                        device,
-                        dtype,
-                        **sizes,
-                        seq_len=length,
-                        head_dim=model.head_dim,
-                        causal=causal,
-                        essential=True,
-                    )
-                )
+                shape = AttentionShape(**sizes, seq_len=length, head_dim=model.head_dim, causal=causal)
+                cases.append(attention_case(device, dtype, shape, essential=True))
     return cases

@@ -16,7 +16,7 @@ import torch
 from benchmarks.profiling.step_time import config_of
 from benchmarks.rows import measurement, write_rows
 
-from fourfold.profiling.memory import step_memory
+from fourfold.profiling.memory import TracedStep, step_memory
 
 STEPS = [(256, 4, 256), (256, 6, 512), (256, 8, 1024)]
 MEMORY = [("none", "float32", 1), ("none", "float32", 2), ("none", "bfloat16", 1), ("full", "float32", 1),
@@ -66,7 +66,8 @@ def memory_rows(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for checkpointing, dtype, count in MEMORY:
         sizes = {"micro_batch": 2, "seq_len": 512, "num_micro_batches": count, "checkpointing": checkpointing}
-        traced = step_memory(config, **sizes, dtype=getattr(torch, dtype)).peak_bytes  # type: ignore[arg-type]
+        step = TracedStep(**sizes, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
+        traced = step_memory(config, step).peak_bytes
         words = ["--config", json.dumps(config), "--dtype", dtype]
         words += [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         command = [sys.executable, "-m", "benchmarks.profiling.memory_peak", *words]

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fourfold.launch.profile_ranks import TrainingParallelism
 from fourfold.parallel import init_mesh, parallelize
 from fourfold.profiling.clock import Clock
-from fourfold.profiling.compute import OperandPool, attention_case, matmul_case
+from fourfold.profiling.compute import AttentionShape, OperandPool, attention_case, matmul_case
 from fourfold.profiling.fitting import fit_latency_bandwidth
 from fourfold.profiling.layer import layer_cases, optimizer_cases, tensor_parallel_cases
 from fourfold.profiling.links import find_tiers, link_cases
@@ -95,85 +96,105 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config = config_of(options.hidden, options.layers, options.seq_len)
-    shape, seq_len = model_shape(config), options.seq_len
-    message = 4 * seq_len * shape.hidden
-    parameters = shape.num_layers * shape.layer_parameters + 2 * shape.vocab * shape.hidden + shape.hidden
-    optimizer = optimizer_cases(shape, CPU)[1]
-    layers = {"dp": layer_cases(config, CPU, tp=1, micro_batches=(1,), seq_len=seq_len)}
-    layers["tp"] = tensor_parallel_cases(config, CPU, TrainingParallelism(), tp=2, micro_batches=(1,), seq_len=seq_len)
-    pool = OperandPool(16 * KIB * KIB, FP32, CPU)
-    matmuls = {
-        pair: [
-            matmul_case(pool, seq_len, pair[0], pair[1], "nt", essential=True),
-            matmul_case(pool, seq_len, pair[1], pair[0], "nn", essential=True),
-            matmul_case(pool, pair[0], pair[1], seq_len, "tn", essential=True),
-        ]
-        for pair in linear_counts(shape)
-    }
-    attention = attention_case(
-        CPU,
-        FP32,
-        batch=1,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        seq_len=seq_len,
-        head_dim=shape.head_dim,
-        essential=True,
-    )
-    (tier,) = find_tiers("cpu")
-    sizes = sorted({KIB, 64 * KIB, 256 * KIB, 1024 * KIB, message, 4 * parameters})
-    links = [case for case in link_cases(tier, CPU, sizes, sizes) if case.fields["operation"] == "all_reduce"]
-    steps = {axis: step_case(config, axis, seq_len) for axis in ("dp", "tp")}
-    products = [case for three in matmuls.values() for case in three]
-    cases = [optimizer, *layers["dp"], *layers["tp"], *products, attention, *links, *steps.values()]
-    unique = list({case.key: case for case in cases}.values())
+    parts = parts_of(config_of(options.hidden, options.layers, options.seq_len), options.seq_len)
+    unique = list({case.key: case for case in parts.cases()}.values())
     clock = ProcessClock(CPU) if options.clock == "cpu" else Clock(CPU)
     timings, _ = measure(unique, clock, seconds=options.seconds)
     if dist.get_rank() == 0:
-        answer = compare(timings, shape, steps, layers, matmuls, attention, links, optimizer, message, 4 * parameters)
-        options.out.write_text(json.dumps(answer))
+        options.out.write_text(json.dumps(compare(timings, parts)))
     dist.destroy_process_group()
 
 
-def compare(
-    timings: Timings,
-    shape: ModelShape,
-    steps: dict[str, Case],
-    layers: dict[str, list[Case]],
-    matmuls: dict[tuple[int, int], list[Case]],
-    attention: Case,
-    links: list[Case],
-    optimizer: Case,
-    message: int,
-    gradients: int,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """The whole steps by axis, and the cases that they are put together from.
+
+    Attributes:
+        message_bytes: what one tensor-parallel all-reduce carries; gradient_bytes what the replicas' one does.
+        layers: [[layer]] and [[ends]] by axis, the tensor-parallel ones with their collectives inside.
+        matmuls: the three products of a linear layer by its (out, in).
+    """
+
+    shape: ModelShape
+    message_bytes: int
+    gradient_bytes: int
+    steps: dict[str, Case]
+    layers: dict[str, list[Case]]
+    matmuls: dict[tuple[int, int], list[Case]]
+    attention: Case
+    links: list[Case]
+    optimizer: Case
+
+    def cases(self) -> list[Case]:
+        products = [case for three in self.matmuls.values() for case in three]
+        layers = [case for pair in self.layers.values() for case in pair]
+        return [self.optimizer, *layers, *products, self.attention, *self.links, *self.steps.values()]
+
+
+def parts_of(config: dict[str, Any], seq_len: int) -> Parts:
+    shape = model_shape(config)
+    message = 4 * seq_len * shape.hidden
+    parameters = shape.num_layers * shape.layer_parameters + 2 * shape.vocab * shape.hidden + shape.hidden
+    sizes: dict[str, Any] = {"micro_batches": (1,), "seq_len": seq_len}
+    pool = OperandPool(16 * KIB * KIB, FP32, CPU)
+    block = AttentionShape(
+        batch=1, heads=shape.heads, kv_heads=shape.kv_heads, seq_len=seq_len, head_dim=shape.head_dim
+    )
+    (tier,) = find_tiers("cpu")
+    messages = sorted({KIB, 64 * KIB, 256 * KIB, 1024 * KIB, message, 4 * parameters})
+    return Parts(
+        shape=shape,
+        message_bytes=message,
+        gradient_bytes=4 * parameters,
+        steps={axis: step_case(config, axis, seq_len) for axis in ("dp", "tp")},
+        layers={
+            "dp": layer_cases(config, CPU, tp=1, **sizes),
+            "tp": tensor_parallel_cases(config, CPU, TrainingParallelism(), tp=2, **sizes),
+        },
+        matmuls={
+            (out, into): [
+                matmul_case(pool, seq_len, out, into, "nt", essential=True),
+                matmul_case(pool, seq_len, into, out, "nn", essential=True),
+                matmul_case(pool, out, into, seq_len, "tn", essential=True),
+            ]
+            for out, into in linear_counts(shape)
+        },
+        attention=attention_case(CPU, FP32, block, essential=True),
+        links=[case for case in link_cases(tier, CPU, messages, messages) if case.fields["operation"] == "all_reduce"],
+        optimizer=optimizer_cases(shape, CPU)[1],
+    )
+
+
+def compare(timings: Timings, parts: Parts) -> list[dict[str, Any]]:
     """Seconds of each step and of the sums that predict it."""
-    line = all_reduce_line([timings.row(case) for case in links])
-    state = timings.row(optimizer)
+    shape = parts.shape
+    line = all_reduce_line([timings.row(case) for case in parts.links])
+    state = timings.row(parts.optimizer)
     update = state["step_s"] + state["clip_s"]
     counts = linear_counts(shape)
-    linears = sum(counts[pair] * timings.row(case)["seconds"] for pair, three in matmuls.items() for case in three)
-    attended = timings.row(attention)
+    linears = sum(
+        counts[pair] * timings.row(case)["seconds"] for pair, three in parts.matmuls.items() for case in three
+    )
+    attended = timings.row(parts.attention)
     curves = shape.num_layers * (linears + attended["forward_s"] + attended["backward_s"])
     answer = []
     for axis, tp in (("dp", 1), ("tp", 2)):
-        layer, ends = (timings.row(case) for case in layers[axis])
+        layer, ends = (timings.row(case) for case in parts.layers[axis])
         compute = shape.num_layers * (layer["forward_s"] + layer["backward_s"])
         compute += sum(value for name, value in ends.items() if name.endswith("_s"))
         if axis == "dp":
-            communication = exchange = line(gradients)
+            communication = exchange = line(parts.gradient_bytes)
             update_share = update
         else:
             communication = 0.0  # inside the layers
-            exchange = NUM_MICRO_BATCHES * 4 * shape.num_layers * line(message)
+            exchange = NUM_MICRO_BATCHES * 4 * shape.num_layers * line(parts.message_bytes)
             update_share = update / 2
-        measured = timings.row(steps[axis])
+        measured = timings.row(parts.steps[axis])
         answer.append(
             {
                 "axis": axis,
                 "measured_s": measured["seconds"],
-                "measured_rounds_s": [times[0] for times in timings.rounds[steps[axis].key]],
+                "measured_rounds_s": [times[0] for times in timings.rounds[parts.steps[axis].key]],
                 "parts_s": NUM_MICRO_BATCHES * compute + communication + update_share,
                 "curves_s": NUM_MICRO_BATCHES * curves / tp + exchange + update_share,
             }

@@ -1,4 +1,4 @@
-"""The training loop of a pipeline that never drains: the same text, metrics and checkpoints as training.py's.
+"""The training loop of a pipeline that never drains: the same text, metrics and checkpoints as loop.py's.
 
 A step is still `global_batch` sequences, so learning rates, logs and checkpoints mean the same; a schedule that updates
 at every micro-batch makes many updates in it, each with hyper-parameters scaled to its own batch. Between checkpoints
@@ -21,17 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fourfold.launch.training.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
 from fourfold.launch.training.data import held_out_rows, training_rows
-from fourfold.launch.training.loop import (
-    BETAS,
-    COUNTED_STEPS,
-    StepRecord,
-    TrainResult,
-    TrainSettings,
-    decay_groups,
-    learning_rate_at,
-    needed,
-)
+from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult
 from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.settings import BETAS, TrainSettings, decay_groups, learning_rate_at
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.decoder import pipeline_decoder
@@ -42,7 +34,7 @@ from fourfold.parallel.sequence.tensors import shard_labels
 
 
 def scaled_optimizer(layout: Layout, settings: TrainSettings) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """training.make_optimizer's AdamW, with hyper-parameters for the batch of one update instead of the global one."""
+    """loop.make_optimizer's AdamW, with hyper-parameters for the batch of one update instead of the global one."""
     update_batch = layout.global_batch // layout.updates_per_step
     scaled = scale_adam_hyperparameters(
         lr=settings.learning_rate,
@@ -184,54 +176,46 @@ class _StepClock:
         self._losses, self._since, self._step = [], now, self._step + 1
 
 
-def train_asynchronously(
-    model: AsynchronousModel,
-    text: tuple[Tensor, Tensor],
-    *,
-    gauge: MemoryGauge,
-    checkpoints: Path | None = None,
-    resume: bool = False,
-    on_step: Callable[[StepRecord], None] = lambda record: None,
-) -> TrainResult:
-    """training.train for an asynchronous pipeline; every rank calls.
+def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], run: TrainingRun) -> TrainResult:
+    """loop.train for an asynchronous pipeline; every rank calls. `run.on_step` is called on the last stage's ranks.
 
     The pipeline drains before a checkpoint, so that nothing is in flight, and at the end.
 
-    Args:
-        on_step: called on the ranks of the last stage.
     Returns:
         Losses on every rank; `step_s` as the last stage saw it, from one step's last loss to the next's.
     Raises:
-        ValueError: as training.train; a checkpoint of a run with another number of updates a step.
+        ValueError: as loop.train; a checkpoint of a run with another number of updates a step.
         FloatingPointError: the loss is no longer a finite number.
         PipelineError: another stage, or a replica of this one, is gone.
     """
     layout, settings = model.layout, model.settings
+    # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     first = 0
-    if resume:
-        first = model.load(needed(checkpoints))
+    if run.resume:
+        first = model.load(run.checkpoint_folder())
         if first >= settings.steps:
             raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
     elif settings.checkpoint_every:
-        refuse_overwriting(needed(checkpoints))
+        refuse_overwriting(run.checkpoint_folder())
     # Memory is counted until the optimizer's states are there and the pipeline has filled.
     counted = first + max(COUNTED_STEPS, -(-4 * layout.pp // layout.num_micro_batches))
     every = settings.checkpoint_every or settings.steps
+    # From checkpoint to checkpoint without a stop in between.
     result = TrainResult()
     while first < settings.steps:
         last = min(settings.steps, (first // every + 1) * every)
-        clock = _StepClock(model, first, on_step)
-        model.pipeline.run(_training_stream(model, text[0], range(first, last), gauge, counted), on_loss=clock)
+        clock = _StepClock(model, first, run.on_step)
+        model.pipeline.run(_training_stream(model, text[0], range(first, last), run.gauge, counted), on_loss=clock)
         result.records += _shared(model, clock.records, range(first, last))
         if settings.checkpoint_every:
-            model.save(needed(checkpoints), step=last)
+            model.save(run.checkpoint_folder(), step=last)
         first = last
     if settings.held_out_batches:
         losses = model.pipeline.evaluate(_held_out_stream(model, text[1], settings.held_out_batches))
         mean = torch.tensor(losses, dtype=torch.float64, device=model.device).mean()
         result.held_out_loss = model.average_over_replicas(mean).item()
-    gauge.stop()
-    result.peak_bytes = gauge.peak_bytes
+    run.gauge.stop()
+    result.peak_bytes = run.gauge.peak_bytes
     return result
 
 
@@ -262,7 +246,9 @@ def _held_out_stream(model: AsynchronousModel, text: Tensor, num_batches: int) -
 
 def _shared(model: AsynchronousModel, records: list[StepRecord], steps: range) -> list[StepRecord]:
     """The last stage's records, on every rank: one broadcast of 16 bytes a step."""
-    values = torch.tensor([[r.loss, r.step_s] for r in records], dtype=torch.float64, device=model.device)
+    values = torch.tensor(
+        [[record.loss, record.step_s] for record in records], dtype=torch.float64, device=model.device
+    )
     if not model.pipeline.is_last:
         values = torch.empty(len(steps), 2, dtype=torch.float64, device=model.device)
     model.pipeline.broadcast_from_last(values, "sharing the steps' records")

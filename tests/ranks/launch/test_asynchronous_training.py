@@ -22,8 +22,9 @@ from fourfold.launch.training.async_loop import (
     train_asynchronously,
 )
 from fourfold.launch.training.data import held_out_rows, training_rows
-from fourfold.launch.training.loop import TrainSettings
+from fourfold.launch.training.loop import TrainingRun
 from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.settings import TrainSettings
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
@@ -62,9 +63,8 @@ def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float
     mesh = init_mesh(dp=plan.dp, pp=plan.pp, device_type="cpu")
     model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS, dtype=None)
     gauge = MemoryGauge(torch.device("cpu"))
-    result = train_asynchronously(
-        model, (TEXT[0], TEXT[1]), gauge=gauge, checkpoints=Path(folder), resume=resume
-    )  # fmt: skip
+    run = TrainingRun(gauge=gauge, checkpoints=Path(folder), resume=resume)
+    result = train_asynchronously(model, (TEXT[0], TEXT[1]), run)
     assert result.peak_bytes > sum(4 * p.numel() for p in model.stage.parameters())
     losses = [record.loss for record in result.records]
     state = model.pipeline.state_dict()

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from support.one_loss import tiny_model
 from support.rank_pool import RankFailure
 
-from fourfold.launch.training.loop import TrainSettings, train
+from fourfold.launch.training.loop import TrainingRun, train
 from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.settings import TrainSettings
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import init_mesh, parallelize
 
@@ -26,9 +27,7 @@ def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 
         layout,
         (TEXT[0], TEXT[1]),
         TrainSettings(steps=4, warmup_steps=2, held_out_batches=0, checkpoint_every=2),
-        gauge=MemoryGauge(torch.device("cpu")),
-        checkpoints=Path(folder),
-        resume=resume,
+        TrainingRun(gauge=MemoryGauge(torch.device("cpu")), checkpoints=Path(folder), resume=resume),
     )
     return [record.loss for record in result.records]
 

@@ -20,7 +20,7 @@ from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model
 from fourfold.profiling.links import find_tiers
-from fourfold.profiling.memory import AllocationPeak, _LossModel, step_memory
+from fourfold.profiling.memory import AllocationPeak, TracedStep, _LossModel, step_memory
 from fourfold.profiling.partial import PartialProfile
 from fourfold.profiling.ranks import profile_ranks
 from fourfold.profiling.session import LATE_ROUNDS, Case, Timings, measure
@@ -205,5 +205,6 @@ def real_sharded_peak(checkpointing: str) -> int:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_the_dry_run_of_fsdp_agrees_with_two_real_ranks(ranks, checkpointing):
     real = max(ranks(2)(real_sharded_peak, checkpointing))
-    dry = step_memory(CONFIG, micro_batch=2, seq_len=64, checkpointing=checkpointing, zero_stage=3, dp=2)
+    step = TracedStep(micro_batch=2, seq_len=64, checkpointing=checkpointing, zero_stage=3, dp=2)
+    dry = step_memory(CONFIG, step)
     assert dry.peak_bytes == real

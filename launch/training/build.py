@@ -1,0 +1,112 @@
+"""From a layout to a model on its mesh: checks, process groups, one warm-up step, weights."""
+
+import gc
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fourfold.launch.training.async_loop import AsynchronousModel
+from fourfold.launch.training.loop import make_optimizer
+from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.settings import TrainSettings
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.parallel import ParallelModel, init_mesh, parallelize
+from fourfold.parallel.stream import StreamSettings
+
+
+def build(
+    layout: Layout, model: ModelConfig, settings: TrainSettings
+) -> tuple[ParallelModel | AsynchronousModel, MemoryGauge]:
+    """Join the mesh and build the layout's model with random weights, the same under every layout; every rank calls.
+
+    Returns:
+        The model, and the gauge that counts its memory from before its weights were made.
+
+    Raises:
+        ValueError: the world is not the layout's, or the layout is not one this runtime launches.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != layout.world_size:
+        raise ValueError(
+            f"the layout {layout} needs {layout.world_size} ranks, but {world_size} were started: "
+            f"use torchrun --nproc-per-node {layout.world_size}, or another layout"
+        )
+    if not layout.runnable:
+        raise ValueError(
+            f"the layout {layout} uses {layout.unrunnable_reason()}, which this runtime does not have: "
+            "plan again with --space runtime"
+        )
+    if torch.cuda.is_available():
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_world_size > torch.cuda.device_count():
+            raise ValueError(f"{local_world_size} ranks on this host, but {torch.cuda.device_count()} CUDA devices")
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    # The process groups, then one small step, so that what is measured afterwards is the model's own.
+    mesh = init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp)
+    _warm_up(layout, model, mesh)
+    gauge = MemoryGauge(torch.device(mesh.device_type))
+    return _parallel_model(layout, model.config, mesh, settings), gauge
+
+
+def _parallel_model(
+    layout: Layout, config: Mapping[str, Any], mesh: DeviceMesh, settings: TrainSettings
+) -> ParallelModel | AsynchronousModel:
+    words = dict(config)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
+    dtype = torch.bfloat16 if mesh.device_type == "cuda" else None
+    if layout.asynchronous:
+        return AsynchronousModel(whole, layout, mesh, settings, dtype=dtype)
+    return parallelize(
+        whole,
+        mesh,
+        micro_batch=layout.micro_batch,
+        checkpointing=layout.checkpointing,
+        stream=_chunks(layout),
+        zero_stage=layout.zero_stage,
+        dtype=dtype,
+        seed=settings.seed,
+        embedding_counts_as=layout.embedding_counts_as,
+        head_counts_as=layout.head_counts_as,
+    )
+
+
+def _chunks(layout: Layout) -> StreamSettings | None:
+    """A layout that streams names its chunks of a rank's sequence; with one, they are chosen by their closed form."""
+    if layout.stream_chunks == 1:
+        return None
+    return StreamSettings(chunk_size=-(-layout.seq_len // (layout.cp * layout.stream_chunks)))
+
+
+def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
+    """One step of a model of the same kind and the smallest size that the layout can cut.
+
+    Libraries load and connections open now, so that the first step's time and the memory are the model's own.
+    """
+    width = 16 * layout.tp
+    small = {
+        "hidden_size": width, "intermediate_size": width, "num_attention_heads": layout.tp,
+        "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width, "num_hidden_layers": layout.pp,
+        "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    settings, layout = TrainSettings(steps=1), replace(layout, embedding_counts_as=0, head_counts_as=0)
+    if layout.asynchronous:
+        layout = replace(layout, seq_len=4)
+    tiny = _parallel_model(layout, {**model.config, **small}, mesh, settings)
+    if isinstance(tiny, AsynchronousModel):
+        tiny.pipeline.run(tiny.micro_batches(lambda: torch.zeros(layout.global_batch // layout.dp, 4).long()))
+    else:
+        optimizer = make_optimizer(tiny, settings)
+        tiny.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp, dtype=torch.int64))
+        tiny.clip_grad_norm_(1.0)
+        optimizer.step()
+        del optimizer
+    del tiny
+    gc.collect()  # a pipeline refers to itself; what it holds must be gone before memory is counted
