@@ -1,5 +1,9 @@
-"""The one row format of every benchmark: one measurement a row, with what is needed to judge it."""
+"""The one row format of every benchmark: one measurement a row, with what is needed to judge it; and a printer of rows.
 
+python -m benchmarks.rows stream_backprop seq_len=8192 peak_mib     # the committed rows that have all these words
+"""
+
+import argparse
 import csv
 import platform
 import subprocess
@@ -73,3 +77,25 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return (head.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
+
+
+def matching(benchmark: str, words: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of benchmarks/BENCHMARK/results.csv whose provider, case and metric contain every one of `words`."""
+    with (Path(__file__).parent / benchmark / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if all(word in f"{row['provider']} {row['case']} {row['metric']}" for word in words)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print committed measurements: median, (low-high, repeats).")
+    parser.add_argument("benchmark", help="a folder beside this file")
+    parser.add_argument("words", nargs="*", help="of provider, case and metric; a row is printed if it has all")
+    given = parser.parse_args()
+    for row in matching(given.benchmark, given.words):
+        spread = f"({row['low']}-{row['high']}, {row['repeats']} repeats)"
+        unit = "" if row["unit"] == "1" else row["unit"]
+        print(f"{row['provider']:24} {row['case']}  {row['metric']}  {row['median']} {unit} {spread}  {row['device']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Every script of examples/ runs as its first lines say, in at most 40 lines, and prints the losses that one process has."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(command: str) -> str:
+    """What the command prints, run from the root as a user would, with the interpreter of the tests."""
+    words = shlex.split(command)
+    words[:1] = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_example(script):
+    text = script.read_text()
+    assert len(text.splitlines()) <= 40
+    commands = re.findall(r"^    ((?:torchrun|python) .*)$", text, re.MULTILINE)
+    assert commands, f"{script.name} does not say how it is run"
+    printed = run(commands[0])
+    assert re.search(r"loss \d+\.\d+", printed), printed
+    for error in re.findall(r"largest relative error of a gradient (\S+)", printed):
+        assert float(error) < 2e-6  # fp32 rounding, as in the tests of each system
+
+
+def test_the_mesh_does_not_change_the_losses():
+    commands = ("torchrun --nproc-per-node 2 examples/parallelize.py", "python examples/parallelize.py")
+    losses = [[float(loss) for loss in re.findall(r"loss (\S+)", run(command))] for command in commands]
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # printed to 1e-4
