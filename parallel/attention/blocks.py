@@ -107,11 +107,15 @@ def pair_blocks(
     left, right = reach
     key_starts = _offsets(keys)
     blocks: list[Block] = []
-    # Both shards ascend, so for each run of queries the documents and keys it can see are a moving window.
+    # The runs of both shards ascend by their first token, so the documents and keys that a run of queries can see start
+    # no earlier than those of the run before. Strided runs overlap: a run's later documents say nothing of the next's.
     first_document = first_key = 0
     for query_tokens, query_start in zip(queries, _offsets(queries), strict=True):
         while first_document < len(documents) and documents[first_document].stop <= query_tokens[0]:
             first_document += 1
+        if first_document < len(documents):
+            first_key = _first_run_from(keys, first_key, documents[first_document].start)
+        document_key = first_key
         for document in documents[first_document:]:
             if document.start > query_tokens[-1]:
                 break
@@ -120,9 +124,8 @@ def pair_blocks(
                 continue
             seen_from = document.start if left is None else max(document.start, query_tokens[q_from] - left)
             seen_to = document.stop if right is None else min(document.stop, query_tokens[q_to - 1] + right + 1)
-            while first_key < len(keys) and keys[first_key][-1] < document.start:
-                first_key += 1
-            for key_tokens, key_start in zip(keys[first_key:], key_starts[first_key:], strict=True):
+            document_key = _first_run_from(keys, document_key, document.start)
+            for key_tokens, key_start in zip(keys[document_key:], key_starts[document_key:], strict=True):
                 if key_tokens[0] >= seen_to:
                     break
                 k_from, k_to = index_from(key_tokens, seen_from), index_from(key_tokens, seen_to)
@@ -135,6 +138,13 @@ def pair_blocks(
                     k = (key_start + k_from, key_start + k_to)
                     blocks += band_blocks(q, k, lo, hi)
     return blocks
+
+
+def _first_run_from(runs: Shard, index: int, position: int) -> int:
+    """Index, from `index` on, of the first run that does not end before `position`."""
+    while index < len(runs) and runs[index][-1] < position:
+        index += 1
+    return index
 
 
 def band_blocks(q: Span, k: Span, lo: int | None, hi: int | None) -> list[Block]:

@@ -1,4 +1,4 @@
-"""Every script of examples/ runs as its first lines say, in at most 40 lines, and prints the losses that one process has."""
+"""Every script of examples/ runs as its first lines say, in at most 40 lines, and prints the losses of one process."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """Blocks cover the mask exactly: each unmasked pair once, no masked pair, no key sent that nobody reads."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fourfold.parallel.attention.blocks import Block, band_blocks, plan_hops, tidy
@@ -93,6 +93,14 @@ def dense_mask(task: dict) -> np.ndarray:
     return seen
 
 
+# Two ranks' strided runs side by side: the second starts before the first has ended, and before its last document.
+INTERLEAVED = {
+    "size": 4, "seq_len": 5, "sharding": "striped", "causal": False, "window": None, "cu_seqlens": (0, 3, 5),
+    "heads_degree": 2,
+}  # fmt: skip
+
+
+@example(INTERLEAVED, 0)
 @given(tasks(), st.integers(0, 5))
 def test_the_ring_covers_the_mask_once_and_sends_what_is_read(task, leaf):
     ring_size = task["size"] // task["heads_degree"]
