@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
     from fourfold.parallel.stream.model import stream_backprop as stream_backprop
-    from fourfold.parallel.stream.model import token_logprobs as token_logprobs
+    from fourfold.parallel.stream.statistics import token_logprobs as token_logprobs
 
 __getattr__, __dir__, __all__ = exported(
     __name__,
@@ -38,7 +38,7 @@ __getattr__, __dir__, __all__ = exported(
         "shard_sequence": "sequence.tensors",
         "spike_compensation": "pipeline.mitigation",
         "stream_backprop": "stream.model",
-        "token_logprobs": "stream.model",
+        "token_logprobs": "stream.statistics",
         "unshard_sequence": "sequence.tensors",
         "use_ring_attention": "ring.transformers",
     },

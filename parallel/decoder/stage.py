@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fourfold.parallel.ring.transformers import NAME as RING
-from fourfold.parallel.stream.layer import stream_attention_forward
+from fourfold.parallel.stream.attention import stream_attention_forward
 from fourfold.parallel.stream.patching import NAME
 from fourfold.parallel.stream.settings import StreamSettings
-from fourfold.parallel.stream.stage import stage_pass, stream_layers, stream_loss
+from fourfold.parallel.stream.stage import stage_run, stream_layers, stream_loss
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 CHECKPOINTING = ("none", "full", "stream")
@@ -176,7 +176,7 @@ class DecoderStage(nn.Module):
 
     def _streamed(self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None) -> Tensor:
         layers = list(self.layers.values())
-        shared = stage_pass(self._stream, self.config, layers[0], hidden, self.attention_arguments.get("ring_seq_len"))
+        shared = stage_run(self._stream, self.config, layers[0], hidden, self.attention_arguments.get("ring_seq_len"))
         hidden = stream_layers(self._stream, layers, hidden, arguments, shared)
         if not self.is_last:
             return hidden

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from fourfold.parallel.stream.memory import StreamMemory as StreamMemory
     from fourfold.parallel.stream.memory import max_seq_len as max_seq_len
     from fourfold.parallel.stream.memory import stream_memory as stream_memory
-    from fourfold.parallel.stream.model import TokenStatistics as TokenStatistics
     from fourfold.parallel.stream.model import stream_backprop as stream_backprop
     from fourfold.parallel.stream.model import stream_backprop_disable as stream_backprop_disable
-    from fourfold.parallel.stream.model import token_logprobs as token_logprobs
-    from fourfold.parallel.stream.model import token_statistics as token_statistics
     from fourfold.parallel.stream.settings import StreamSettings as StreamSettings
+    from fourfold.parallel.stream.statistics import TokenStatistics as TokenStatistics
+    from fourfold.parallel.stream.statistics import token_logprobs as token_logprobs
+    from fourfold.parallel.stream.statistics import token_statistics as token_statistics
 
 __getattr__, __dir__, __all__ = exported(
     __name__,
     {
         "StreamMemory": "memory",
         "StreamSettings": "settings",
-        "TokenStatistics": "model",
+        "TokenStatistics": "statistics",
         "dpo_loss": "losses",
         "grpo_loss": "losses",
         "kto_loss": "losses",
@@ -33,7 +33,7 @@ __getattr__, __dir__, __all__ = exported(
         "stream_backprop": "model",
         "stream_backprop_disable": "model",
         "stream_memory": "memory",
-        "token_logprobs": "model",
-        "token_statistics": "model",
+        "token_logprobs": "statistics",
+        "token_statistics": "statistics",
     },
 )

@@ -7,19 +7,30 @@ a prefix that other chunks read too.
 
 Keys and values live in a `LayerKeys`, whole, once a layer. Chunks go backward last to first, so when a chunk's turn
 comes every later chunk has added its share to the gradient of its keys: one backward of the chunk is final.
+
+                 keys of chunk
+                  0   1   2   3
+               0 \\                   forward: rows from the top, each written to LayerKeys, then attended.
+    queries of 1 ##  \\              backward: row 3 first. It adds to the gradients of the keys of 0, 1, 2 and 3,
+    chunk      2 ##  ##  \\          and is the only row that sees those of 3, which are therefore final; then row 2
+               3 ##  ##  ##  \\      makes those of 2 final, and so on.     \\ triangle   ## rectangle
+
+transformers' modules reach this file through `stream_attention_forward`, which hands each chunk's q, k and v to the
+`ChunkCall` that the layer passed down as an argument: what a chunk does with its attention is decided there.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourfold.parallel.attention.backends import attend_block, attend_block_backward, merge, select_backend
 from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
+from fourfold.parallel.attention.soft_cap import SoftCapAttention
 from fourfold.parallel.stream.memory import KEYS_A_CALL
 
 
@@ -90,6 +101,21 @@ def chunk_blocks(
     return tuple(piece for block in tidy(blocks, leaf) for piece in _cut(block))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreOptions:
+    """What an attention module says about its scores.
+
+    Attributes:
+        scale: they are multiplied by it.
+        window: keys a query sees, itself included; None is all before it.
+        soft_cap: then they become soft_cap * tanh(scores / soft_cap); None is no cap.
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
 class LayerKeys:
     """Keys and values of one layer over the whole sequence, and in a backward pass their gradients.
 
@@ -109,110 +135,199 @@ class LayerKeys:
     _grads: tuple[Tensor, Tensor] | None = None
     _backend: AttentionBackend
 
-    def use(self, backend: AttentionBackend) -> None:
-        """Attend by `backend` from the first chunk on."""
-        self._chosen = backend
-
-    def write(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Keep a chunk's keys and values, [B, H_kv, chunk, D]."""
+    def write(self, k: Tensor, v: Tensor, start: int, soft_cap: float | None) -> None:
+        """Keep a chunk's keys and values, [B, H_kv, chunk, D]. The first chunk's choose the backend."""
         if self._k is None:
             self._k, self._v = (x.new_empty((x.shape[0], x.shape[1], self._shape[1], x.shape[3])) for x in (k, v))
-            chosen = self._chosen
+            chosen = self._chosen if soft_cap is None else SoftCapAttention(soft_cap)
             self._backend = select_backend(chosen, k, k) if chosen is None or isinstance(chosen, str) else chosen
         self._k[:, :, start : start + k.shape[2]] = k
         self._v[:, :, start : start + k.shape[2]] = v
 
-    def attend(self, q: Tensor, start: int, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, start: int, options: ScoreOptions) -> tuple[Tensor, Tensor]:
         """(out [B, H, chunk, D] in q.dtype, lse [B, H, chunk]) of a chunk's queries; all its keys must be written."""
-        parts = [self._attend_rows(q, mask, start, scale, window) for mask in self._masks]
+        parts = [self._attend_rows(q, mask, start, options) for mask in self._masks]
         if len(parts) == 1:
             return parts[0]
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs), torch.cat(lses)
 
     def attend_backward(
-        self, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, start: int, scale: float, window: int | None
+        self, grad_out: Tensor, q: Tensor, attended: tuple[Tensor, Tensor], start: int, options: ScoreOptions
     ) -> Gradients:
-        """(dq, dk, dv) of a chunk, dk and dv final: every later chunk must have been here before."""
+        """(dq, dk, dv) of a chunk, dk and dv final: every later chunk must have been here before.
+
+        Args:
+            attended: (out, lse) as `attend` gave them.
+        """
         assert self._k is not None
         if self._grads is None:
             dtype = accumulation_dtype(self._k.dtype)
             self._grads = torch.zeros_like(self._k, dtype=dtype), torch.zeros_like(self._v, dtype=dtype)
         dq = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
         for mask in self._masks:
-            self._backward_rows(dq, grad_out, q, out, lse, mask, start, scale, window)
+            rows = slice(*mask.rows)
+            saved = SavedAttention(q[rows], self._k[rows], self._v[rows], attended[0][rows], attended[1][rows])
+            totals = (dq[rows], self._grads[0][rows], self._grads[1][rows])
+            for block in self._blocks(mask, start, q.shape[2], options.window):
+                self._add_block(totals, grad_out[rows], saved, block, options.scale)
         chunk = slice(start, start + q.shape[2])
         dk, dv = (grad[:, :, chunk] for grad in self._grads)
         return dq.to(q.dtype), dk.to(self._k.dtype), dv.to(self._v.dtype)
 
-    def _attend_rows(
-        self, q: Tensor, mask: RowMask, start: int, scale: float, window: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _blocks(self, mask: RowMask, start: int, length: int, window: int | None) -> tuple[Block, ...]:
+        return chunk_blocks(mask.keys, mask.documents, start, start + length, window, self._backend.leaf)
+
+    def _attend_rows(self, q: Tensor, mask: RowMask, start: int, options: ScoreOptions) -> tuple[Tensor, Tensor]:
+        assert self._k is not None
         rows = slice(*mask.rows)
-        q = q[rows]
-        blocks = chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window, self._backend.leaf)
+        q, k, v = q[rows], self._k[rows], self._v[rows]
+        blocks = self._blocks(mask, start, q.shape[2], options.window)
         # A block of all queries starts the sum by itself; else rows that see nothing stay zero.
         whole = next((block for block in blocks if block.q == (0, q.shape[2])), None)
         if whole:
-            block_out, block_lse = self._block(q, rows, whole, scale)
+            block_out, block_lse = attend_block(self._backend, q, k, v, whole, options.scale)
             out, lse = block_out.to(accumulation_dtype(q.dtype)), block_lse.contiguous()
         else:
-            out = torch.zeros_like(q, dtype=accumulation_dtype(q.dtype))
+            out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=accumulation_dtype(q.dtype), device=q.device)
             lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
         for block in blocks:
             if block is not whole:
                 span = slice(*block.q)
-                merge(out[:, :, span], lse[:, :, span], *self._block(q, rows, block, scale))
+                parts = attend_block(self._backend, q, k, v, block, options.scale)
+                merge(out[:, :, span], lse[:, :, span], *parts)
         return out.to(q.dtype), lse
 
-    def _block(self, q: Tensor, rows: slice, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-        assert self._k is not None
-        return attend_block(self._backend, q, self._k[rows], self._v[rows], block, scale)
+    def _add_block(
+        self, totals: Gradients, grad_out: Tensor, saved: SavedAttention, block: Block, scale: float
+    ) -> None:
+        queries, keys = slice(*block.q), slice(*block.k)
+        parts = attend_block_backward(self._backend, grad_out, saved, block, scale)
+        for total, span, part in zip(totals, (queries, keys, keys), parts, strict=True):
+            total[:, :, span].add_(part)
 
-    def _backward_rows(
-        self, dq: Tensor, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, mask: RowMask, start: int,
-        scale: float, window: int | None,
-    ) -> None:  # fmt: skip
-        assert self._k is not None
-        assert self._grads is not None
-        rows = slice(*mask.rows)
-        saved = SavedAttention(q[rows], self._k[rows], self._v[rows], out[rows], lse[rows])
-        for block in chunk_blocks(mask.keys, mask.documents, start, start + q.shape[2], window, self._backend.leaf):
-            queries, keys = (rows, slice(None), slice(*block.q)), (rows, slice(None), slice(*block.k))
-            parts = attend_block_backward(self._backend, grad_out[rows], saved, block, scale)
-            totals = (dq[queries], self._grads[0][keys], self._grads[1][keys])
-            for total, part in zip(totals, parts, strict=True):
-                total.add_(part)
-            del parts, part  # before the next ones are made
+
+class ChunkCall(Protocol):
+    """What one chunk does when its layer's attention module attends.
+
+    Attributes:
+        start: the chunk's first token.
+        unread: names of the attention module's projections whose output nobody reads in this call.
+    """
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def unread(self) -> Sequence[str]: ...
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+        """The output [B, H, chunk, D] for the chunk's q, k, v, or Stop."""
+
+
+class Stop(Exception):
+    """Leaves a layer's forward at its attention module, with the module's output where there is one."""
+
+    def __init__(self, output: Tensor | None = None) -> None:
+        super().__init__()
+        self.output = output
+
+
+@dataclass(slots=True)
+class WriteKeys:
+    """Writes the chunk's keys and values and goes no further."""
+
+    keys: LayerKeys
+    start: int
+    unread: Sequence[str] = ("q_proj",)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+        self.keys.write(k, v, self.start, options.soft_cap)
+        raise Stop
+
+
+@dataclass(slots=True)
+class Attend:
+    """Writes the chunk's keys and values and attends to all so far, outside autograd's graph."""
+
+    keys: LayerKeys
+    start: int
+    unread: Sequence[str] = ()
+    attended: tuple[Tensor, Tensor] | None = None
+    """(out, lse), once it has."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+        self.keys.write(k.detach(), v.detach(), self.start, options.soft_cap)
+        self.attended = self.keys.attend(q, self.start, options)
+        return self.attended[0]
+
+
+@dataclass(slots=True)
+class AttendAgain:
+    """Attends inside autograd's graph, in backward, when all keys are written."""
+
+    keys: LayerKeys
+    start: int
+    unread: Sequence[str] = ()
+    kept: tuple[Tensor, Tensor] | None = None
+    """(out, lse) of the forward pass, where they were kept."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+        out: Tensor = ChunkAttention.apply(q, k, v, self, options)  # type: ignore[no-untyped-call]
+        return out
 
 
 class ChunkAttention(torch.autograd.Function):
     """A chunk's attention in autograd's graph; gradients of the prefix's keys go to `keys`, beside the graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keys: LayerKeys,
-        start: int,
-        scale: float,
-        window: int | None,
-        kept: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        out, lse = keys.attend(q, start, scale, window) if kept is None else kept
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttendAgain, options: ScoreOptions) -> Tensor:
+        out, lse = call.keys.attend(q, call.start, options) if call.kept is None else call.kept
         ctx.save_for_backward(q, out, lse)
-        ctx.place = keys, start, scale, window
+        ctx.keys, ctx.start, ctx.options = call.keys, call.start, options
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse = ctx.saved_tensors
-        keys, start, scale, window = ctx.place
-        gradients = keys.attend_backward(grad_out, q, out, lse, start, scale, window)
-        return *gradients, None, None, None, None, None
+        q, *attended = ctx.saved_tensors
+        gradients = ctx.keys.attend_backward(grad_out, q, tuple(attended), ctx.start, ctx.options)
+        return *gradients, None, None
+
+
+def stream_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    stream_call: ChunkCall | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: a chunk's [B, H, chunk, D] in, [B, chunk, H, D] out.
+
+    Args:
+        stream_call: what the layer passed down.
+        arguments: transformers' other ones: scaling, dropout, sliding_window, softcap, s_aux.
+    """
+    if stream_call is None or attention_mask is not None:
+        raise ValueError(
+            f"{type(module).__name__} does not pass the arguments of its layer on: streaming cannot use it"
+        )
+    if arguments.get("dropout") or arguments.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} asks for attention dropout or sinks: no kernel here has them")
+    # As autocast does for scaled_dot_product_attention: norms in fp32 have left q and k in fp32.
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    scale = arguments.get("scaling")
+    options = ScoreOptions(
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        window=arguments.get("sliding_window"),
+        soft_cap=arguments.get("softcap"),
+    )
+    out = stream_call.attend(query, key, value, options)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _runs(row: Sequence[bool]) -> tuple[Span, ...]:

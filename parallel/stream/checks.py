@@ -1,22 +1,26 @@
-"""Which models and calls stream_backprop understands: what it does not is refused, never streamed wrongly."""
+"""Which models stream_backprop understands, and whether a model ends as streaming's head does.
 
-from typing import Any
+What is not understood is refused, never streamed wrongly. A model whose end is not transformers' own (a loss, a head, a
+hook of the user's) keeps its end: its layers stream, and its own code does the rest.
+"""
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from fourfold.parallel.stream.patching import Patches, hooks_of, plain_parameter
 
 # Model types that are tested against plain backpropagation; others are refused.
 SUPPORTED = frozenset({
     "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2",
     "qwen3", "qwen3_moe",
 })  # fmt: skip
-# What a call may ask for that does not exist when logits and whole layers never do.
-REFUSED_ARGUMENTS = {
-    "output_attentions": "attention weights are never computed",
-    "output_hidden_states": "keeping them is what streaming avoids",
-    "past_key_values": "a cache is for generation: call the model without labels",
-    "cu_seq_lens_q": "give position_ids that restart with each document",
-}
+# Packages whose hooks gather or move weights and leave values as they are.
+FRAMEWORKS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -29,6 +33,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def final_norm(base: nn.Module) -> nn.Module:
+    """The norm after the base model's last layer."""
     norm = getattr(base, "norm", None) or getattr(base, "final_layernorm", None)
     if not isinstance(norm, nn.Module):
         raise ValueError(f"{type(base).__name__} has neither norm nor final_layernorm: streaming does not know its end")
@@ -36,60 +41,81 @@ def final_norm(base: nn.Module) -> nn.Module:
 
 
 def check_model(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose layers streaming would not reproduce, or cannot cut."""
     name, config = type(model).__name__, model.config
     if config.model_type not in SUPPORTED:
         raise ValueError(
             f"{name}: model type {config.model_type!r} is not among the tested {', '.join(sorted(SUPPORTED))}"
         )
-    if not name.endswith("ForCausalLM"):
-        raise ValueError(f"{name} is not a causal language model: streaming knows ...ForCausalLM")
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"{name} attends both ways: streaming needs causal attention")
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"{name}: its head is a {type(head).__name__}, not a Linear")
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         raise ValueError(f"{name} is sharded already: call stream_backprop before fully_shard; tp is not supported")
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"{name}: its base model has no list of layers")
+    for layer in layers:
+        if hasattr(layer, "_checkpoint_wrapped_module"):
+            raise ValueError(
+                f"{name}: its layers are wrapped for activation checkpointing, which streaming replaces: call "
+                "stream_backprop on the model without these wrappers"
+            )
+        if not isinstance(getattr(layer, "self_attn", None), nn.Module):
+            raise ValueError(
+                f"{name}: a {type(layer).__name__} has no self_attn, so it may mix tokens in another way than by "
+                "attention: streaming cannot cut it"
+            )
 
 
-def check_call(model: PreTrainedModel, layers: list[nn.Module], arguments: dict[str, Any]) -> None:
-    """Raises ValueError for a model in a state, or arguments of a call, that streaming does not reproduce.
+def projection_of(model: PreTrainedModel) -> nn.Module:
+    """The head that computes logits now: where peft saves a head of its own, that one."""
+    head = cast(nn.Module, model.get_output_embeddings())
+    saved = getattr(head, "modules_to_save", None)
+    if not isinstance(saved, nn.ModuleDict):
+        return head
+    wrapper = cast(Any, head)
+    active = [name for name in wrapper.active_adapters if name in saved]
+    return wrapper.original_module if wrapper.disable_adapters or not active else saved[active[0]]
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether the head is x @ weight.T + bias, with a weight of its own."""
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and plain_parameter(head, "weight")
+
+
+def own_end(model: PreTrainedModel, norm: nn.Module, patches: Patches) -> str | None:
+    """What of the model's end is not transformers' own, or None: final norm, projection, scale, cap, and their loss.
 
     Args:
-        arguments: those of the call that the streamed forward does not know by name, and attention_mask.
+        norm: the final norm.
+        patches: streaming's, which do not count.
     """
-    mask: Tensor | None = arguments.pop("attention_mask")
-    for name, why in REFUSED_ARGUMENTS.items():
-        if arguments.pop(name, None):
-            raise ValueError(f"{name} while streaming: {why}")
-    if arguments:
-        raise ValueError(f"streaming does not know the arguments {sorted(arguments)}: leave them out")
-    config = model.config
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(f"an attention_mask of {mask.dim()} dims: give [B, T], 0 at padding")
-    if config.output_attentions or config.output_hidden_states:
-        raise ValueError("output_attentions or output_hidden_states is set in the config: unset it")
-    dropout = getattr(config, "attention_dropout", 0.0)
-    if model.training and dropout:
-        raise ValueError(f"attention dropout of {dropout}: set attention_dropout=0, no kernel repeats it exactly")
-    if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
-        raise ValueError("gradient checkpointing is on: streaming replaces it, call gradient_checkpointing_disable()")
+    base, head = cast(nn.Module, model.base_model), cast(nn.Module, model.get_output_embeddings())
+    projection = projection_of(model)
+    if not type(model).__name__.removeprefix("FSDP").endswith("ForCausalLM"):
+        return f"{type(model).__name__} is no ...ForCausalLM"
+    for module, name in ((model, "model"), (base, "base model"), (norm, "final norm")):
+        if not type(module).forward.__module__.startswith(("transformers.models.", "torch.nn.modules.")):
+            return f"the {name}'s forward is {type(module).__name__}'s own"
+    for module, name in ((model, "model"), (base, "base model"), (norm, "final norm"), (projection, "head")):
+        if not patches.stock(module):
+            return f"the {name}'s forward was replaced"
+    if not is_plain_linear(projection):
+        return f"the head is a {type(projection).__name__}"
+    if model.loss_function is not ForCausalLMLoss:
+        return f"the loss is {getattr(model.loss_function, '__name__', model.loss_function)}"
+    for module, name in ((base, "base model"), (norm, "final norm"), (head, "head"), (projection, "head")):
+        mine = [hook for hook in hooks_of(module) if not _from_framework(hook)]
+        if mine:
+            return f"the {name} has a hook of {_module_of(mine[0])}"
+    return None
 
 
-def check_shard(
-    mask: Tensor | None,
-    position_ids: Tensor | None,
-    shift_labels: Tensor | None,
-    num_items: Tensor | int | None,
-    statistics: bool,
-) -> None:
-    """Raises ValueError for arguments that mean something else on a shard than on the whole sequence."""
-    if mask is not None and not mask.all():
-        raise ValueError("an attention_mask with padding around a ring: pack the documents and give ring_cu_seqlens")
-    missing = [
-        name for name, value in {"position_ids": position_ids, "shift_labels": shift_labels}.items() if value is None
-    ]
-    if num_items is None and not statistics:
-        missing.append("num_items_in_batch")
-    if missing:
-        raise ValueError(f"a shard without {', '.join(missing)}: make the arguments with shard_batch")
+def _from_framework(hook: Callable[..., Any]) -> bool:
+    return f"{_module_of(hook)}.".startswith(FRAMEWORKS)
+
+
+def _module_of(hook: Callable[..., Any]) -> str:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)

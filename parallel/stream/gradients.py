@@ -5,9 +5,9 @@ autograd makes a new gradient of each weight for each chunk and adds it: for sma
 (a later micro-batch), in that one: Megatron-LM's fused gradient accumulation does the same in a buffer of its own.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.parallel.attention.kernels import accumulation_dtype
-from fourfold.parallel.stream.patching import replaced_forward
+from fourfold.parallel.stream.patching import Patches, accumulates_now
 
 
 def gradient_in_place(parameter: Tensor) -> Tensor | None:
@@ -26,15 +26,11 @@ def gradient_in_place(parameter: Tensor) -> Tensor | None:
     find the whole sum.
     """
     grad = parameter.grad
-    if grad is None or not parameter.is_leaf or parameter._backward_hooks or grad.requires_grad:
+    if grad is None or grad.requires_grad:
         return None
     if grad.layout != torch.strided or grad.dtype != accumulation_dtype(parameter.dtype):
         return None
-    try:
-        runs = torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
-    except RuntimeError:  # inside autograd.grad
-        return None
-    return grad if runs else None
+    return grad if accumulates_now(parameter) else None
 
 
 class ParameterSums:
@@ -47,7 +43,7 @@ class ParameterSums:
     """
 
     def __init__(self, parameters: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> None:
-        self._parameters = parameters
+        self._differentiated = parameters
         self._sums: list[Tensor | None] = [None] * max(len(parameters), len(leaves))
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._in_place: set[int] = set()
@@ -65,7 +61,7 @@ class ParameterSums:
 
     def backward(self, outs: Sequence[Tensor], inputs: list[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
         """The inputs' gradients, from those of `outs`; the parameters' are added."""
-        gradients = torch.autograd.grad(outs, [*inputs, *self._parameters], grads, allow_unused=True)
+        gradients = torch.autograd.grad(outs, [*inputs, *self._differentiated], grads, allow_unused=True)
         for index, part in enumerate(gradients[len(inputs) :]):
             if part is not None:
                 self.add(index, part)
@@ -110,22 +106,55 @@ class ParameterSums:
         ]
 
 
-@contextmanager
-def summed_linears(module: nn.Module, sums: ParameterSums) -> Iterator[None]:
-    """Plain nn.Linear modules inside `module` add their weights' gradients to `sums`, not through autograd."""
-    with ExitStack() as stack:
+class SummedLinears:
+    """The plain nn.Linear modules of a layer, whose weights' gradients go to sums and not through autograd.
+
+    Args:
+        module: the layer.
+        patches: takes the linears' new forwards.
+    """
+
+    def __init__(self, module: nn.Module, patches: Patches) -> None:
+        self._sums: ParameterSums | None = None
+        self._skipped: Sequence[nn.Module | None] = ()
         for part in module.modules():
-            if type(part) is nn.Linear and "forward" not in part.__dict__ and sums.index(part.weight) is not None:
-                stack.enter_context(replaced_forward(part, partial(_forward, part, sums)))
-        yield
+            if type(part) is nn.Linear and "forward" not in part.__dict__:
+                patches.add(part, partial(self._forward, part))
+
+    @contextmanager
+    def into(self, sums: ParameterSums) -> Iterator[None]:
+        """Meanwhile the weights' gradients are added to `sums`."""
+        before, self._sums = self._sums, sums
+        try:
+            yield
+        finally:
+            self._sums = before
+
+    @contextmanager
+    def without(self, linears: Sequence[nn.Module | None]) -> Iterator[None]:
+        """Meanwhile these, whose output nobody reads, compute none."""
+        before, self._skipped = self._skipped, linears
+        try:
+            yield
+        finally:
+            self._skipped = before
+
+    def _forward(self, linear: nn.Linear, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if any(linear is skipped for skipped in self._skipped):
+            return _no_output(linear, x)
+        sums, weight = self._sums, linear.weight
+        # Under autocast the dtypes of forward and backward are autograd's business.
+        if sums is None or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return plain(x)
+        if not torch.is_grad_enabled() or sums.index(weight) is None:
+            return plain(x)
+        out: Tensor = _SummedLinear.apply(x, weight, linear.bias, sums, linear)  # type: ignore[no-untyped-call]
+        return out
 
 
-def _forward(linear: nn.Linear, sums: ParameterSums, x: Tensor) -> Tensor:
-    # Under autocast the dtypes of forward and backward are autograd's business.
-    if x.dtype != linear.weight.dtype or torch.is_autocast_enabled(x.device.type) or not torch.is_grad_enabled():
-        return F.linear(x, linear.weight, linear.bias)
-    out: Tensor = _SummedLinear.apply(x, linear.weight, linear.bias, sums, linear)  # type: ignore[no-untyped-call]
-    return out
+def _no_output(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Something of the output's shape, without memory."""
+    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
 
 
 class _SummedLinear(torch.autograd.Function):
@@ -139,7 +168,7 @@ class _SummedLinear(torch.autograd.Function):
         # An alias's id is gone once autograd hands the saved one back.
         ctx.weight_index = sums.index(weight)
         if linear in sums.unread:
-            return x.new_zeros(()).expand(*x.shape[:-1], weight.shape[0])
+            return _no_output(linear, x)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -166,7 +195,7 @@ def find_unread(out: Tensor) -> set[nn.Linear]:
         if node.name() == "AddBackward0":
             added.add(node)
             frontier += [after for after, _ in node.next_functions if after is not None]
-        elif isinstance(node, _SummedLinear._backward_cls):  # type: ignore[attr-defined]
+        elif node.name() == f"{_SummedLinear.__name__}Backward":
             ends.add(node)
     seen, frontier = set(added), list(added)
     while frontier:
@@ -180,3 +209,28 @@ def find_unread(out: Tensor) -> set[nn.Linear]:
                 seen.add(after)
                 frontier.append(after)
     return {node.linear for node in ends}  # type: ignore[attr-defined]
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward that refuses create_graph: torch's once_differentiable would return constants for it."""
+    without_graph = torch.autograd.function.once_differentiable(backward)  # type: ignore[no-untyped-call]
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph: a streamed backward cannot be differentiated; stream_backprop_disable first"
+            )
+        return without_graph(ctx, *grads)
+
+    return checked
+
+
+@contextmanager
+def entered_autocast(settings: tuple[str, torch.dtype] | None) -> Iterator[None]:
+    """The autocast (device type, dtype) that was enabled in the forward pass; None is none."""
+    if settings is None:
+        yield
+    else:
+        with torch.autocast(settings[0], dtype=settings[1]):
+            yield

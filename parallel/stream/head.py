@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.attention.kernels import accumulation_dtype
-from fourfold.parallel.stream.gradients import ParameterSums
+from fourfold.parallel.stream.gradients import ParameterSums, entered_autocast, once
 from fourfold.parallel.stream.passing import PassingGradient
-from fourfold.parallel.stream.patching import aliased, entered_autocast, once
+from fourfold.parallel.stream.patching import swapped_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Head:
         chunk: tokens whose logits HeadLoss has at a time, whole rows.
         tile: (tokens, rows of the vocabulary) that HeadStatistics has at a time.
         autocast: (device type, dtype) of an enabled autocast.
-        passing: see layer.Pass.
+        passing: see layer_run.StreamRun.
     """
 
     norm: nn.Module
@@ -238,8 +238,8 @@ class HeadLoss(torch.autograd.Function):
 class _Sums(ParameterSums):
     """Sums of the head: a norm's through autograd, and the projection's by products added in place."""
 
-    def __init__(self, aliases: list[Tensor], parameters: Sequence[Tensor], in_backward: bool) -> None:
-        super().__init__(aliases, parameters if in_backward else ())
+    def __init__(self, leaves: list[Tensor], parameters: Sequence[Tensor], in_backward: bool) -> None:
+        super().__init__(leaves, parameters if in_backward else ())
         self._places = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._sums += [None] * (len(parameters) - len(self._sums))
 
@@ -260,8 +260,8 @@ class _Sums(ParameterSums):
 @contextmanager
 def _head_sums(head: Head, parameters: Sequence[Tensor], *, in_backward: bool) -> Iterator[_Sums]:
     num_norm = sum(p.requires_grad for p in head.norm.parameters())
-    with aliased(head.norm, parameters[:num_norm]) as aliases:
-        yield _Sums(aliases, parameters, in_backward)
+    with swapped_parameters(head.norm, parameters[:num_norm]) as leaves:
+        yield _Sums(leaves, parameters, in_backward)
 
 
 def _reduce(chunk: _Chunk, head: Head, with_mean: bool) -> tuple[Tensor, ...]:

@@ -2,14 +2,14 @@
 
 Each takes what token_logprobs or token_statistics gives, [B, T] with a mask, so each streams: autograd through these
 few numbers a token gives the gradient that the streamed backward starts from. TRL and Liger-Kernel fuse every
-objective with the logits by hand; here none knows of logits. Masked places take no part, whatever they hold.
+objective with the logits by hand; here none knows of logits. Masked tokens take no part, whatever they hold.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.parallel.stream.model import TokenStatistics
+from fourfold.parallel.stream.statistics import TokenStatistics
 
 
 def sft_loss(
@@ -24,7 +24,7 @@ def sft_loss(
 
     Args:
         statistics: of token_statistics.
-        weights: [B, T], at the place of each label's prediction; None is 1.
+        weights: [B, T], of each entry of the statistics; None is 1.
         label_smoothing: s in (1-s)*CE + s*mean over the vocabulary of -log p, as torch's cross_entropy.
         z_loss: coefficient of the squared log-partition (PaLM, arXiv 2204.02311, 1e-4 there).
         num_items: what the sum is divided by; None: the weights' sum.
@@ -114,7 +114,7 @@ def grpo_loss(
     if beta and reference_logprobs is None:
         raise ValueError(f"beta={beta} without reference_logprobs: give them, or beta=0")
     gain = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
-    # Masked before exp: what lies in masked places may overflow, and 0 * inf is no 0.
+    # Masked before exp: what masked entries hold may overflow, and 0 * inf is no 0.
     ratio = ((logprobs - old_logprobs.detach()) * mask).exp()
     token = -torch.minimum(ratio * gain, ratio.clamp(1 - clip[0], 1 + clip[1]) * gain)
     if beta:

@@ -10,6 +10,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from fourfold.parallel.stream.patching import held_once
+
 
 class PassingGradient:
     """The gradient that streaming itself made last, and so may overwrite when it comes back as a layer's."""
@@ -24,5 +26,5 @@ class PassingGradient:
     def room_for(self, x: Tensor, grad: Tensor) -> Tensor:
         """Where to put the gradient of a layer's input x, chunk by chunk, given that of its output."""
         # One use is this call's own; a hook's or autograd.grad's tensor has more, and keeps its values.
-        mine = self._made is not None and self._made() is grad and grad._use_count() == 1  # type: ignore[attr-defined]
+        mine = self._made is not None and self._made() is grad and held_once(grad)
         return grad if mine and grad.dtype == x.dtype and grad.shape == x.shape else torch.empty_like(x)

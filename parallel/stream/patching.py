@@ -1,47 +1,172 @@
-"""Temporary changes to a model's modules while a chunk runs: parameters, forwards, attention functions, autocast."""
+"""Every change that StreamBP makes to objects that are not its own, and every private name it reads, with the reason.
+
+PATCHES is the whole list: no other file of this package replaces a module's forward, swaps a parameter, renames an
+attention function or calls a private function of torch. Lasting changes are made once, by `Patches.add`, and undone by
+`Patches.undo`; the others are context managers that put back what they found, also after an exception.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from types import MethodType
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-# The name by which transformers finds stream.layer's attention function.
+# The name by which transformers finds stream.attention's function.
 NAME = "fourfold_stream"
+# The attribute of a causal language model that streams.
+ATTRIBUTE = "fourfold_stream"
 
 
-@contextmanager
-def aliased(layer: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Detached leaves in the parameters' places: a chunk's gradients must not run hooks set on the parameters."""
-    aliases = {id(p): p.detach().requires_grad_() for p in parameters}
-    places = [
-        (module._parameters, name, parameter)
-        for module in layer.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in aliases
-    ]
-    try:
-        for home, name, parameter in places:
-            home[name] = aliases[id(parameter)]  # type: ignore[assignment]
-        yield [aliases[id(p)] for p in parameters]
-    finally:
-        for home, name, parameter in places:
-            home[name] = parameter
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One kind of change.
+
+    Attributes:
+        what: the object and its attribute.
+        lasts: "enabled" is from stream_backprop to stream_backprop_disable, "call" is one pass over a batch or the
+            forward or backward of one layer; "read" changes nothing, and is a private name that is read or called.
+        why: what would be wrong or slow without it.
+    """
+
+    what: str
+    lasts: Literal["enabled", "call", "read"]
+    why: str
 
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+PATCHES = (
+    Patch("forward of the causal language model", "enabled", "a call with labels ends in the streamed head"),
+    Patch("forward of its base model", "enabled", "whoever calls it, as TRL does, gets streamed layers"),
+    Patch("forward of each decoder layer", "enabled", "the layer runs in chunks; its hooks still run once a pass"),
+    Patch("forward of each attention module", "enabled", "a layer's forward is cut in two at its attention module"),
+    Patch("forward of each nn.Linear in a layer", "enabled", "weights' gradients are added in place, chunk by chunk"),
+    Patch("forward of each router", "enabled", "the load-balancing loss needs each chunk's router logits"),
+    Patch("forward of the final norm and the head", "enabled", "both run in chunks, inside their hooks' one call"),
+    Patch("forward of the token embedding", "enabled", "its output is looked up again in backward, not kept"),
+    Patch("_z3_leaf of each decoder layer", "enabled", "DeepSpeed's ZeRO-3 gathers a layer once for all its chunks"),
+    Patch(f"{ATTRIBUTE} of the causal language model", "enabled", "finds, and undoes, what is listed here"),
+    Patch(f"attention function {NAME!r}", "enabled", "transformers' registry is how its modules find ours"),
+    Patch("config._attn_implementation_internal", "call", "masks and attention functions are chosen by this name"),
+    Patch("parameters of a layer or norm", "call", "hooks on them must see the sum over chunks, once, not each chunk"),
+    Patch("switches of a layer's modules", "call", "backward recomputes with the forward's training mode and adapters"),
+    Patch("gradient_checkpointing of a layer", "call", "a streamed layer must not checkpoint each of its chunks"),
+    Patch("nn.Module._parameters", "read", "a parameter can be swapped for a leaf that is none only there"),
+    Patch("hooks of nn.Module", "read", "hooks of the user's on the model's end must be found; torch has no list"),
+    Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
+    Patch("Tensor._use_count", "read", "a gradient that a hook or autograd.grad holds must not be overwritten"),
+    Patch("Tensor._backward_hooks", "read", "a hook that waits for a gradient must see all of it, not zeros"),
+)
+
+
+class PatchedForward:
+    """A module's forward while it streams: replacement(plain, ...), where plain is the forward that was there."""
+
+    def __init__(self, module: nn.Module, plain: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        self.module, self.plain, self.replacement = module, plain, replacement
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replacement(self.plain, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The copied module's own forward: peft copies modules that it saves."""
+        copied = memo.get(id(self.module))
+        if copied is None:
+            refuse_copy()
+        return MethodType(type(self.module).forward, copied)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """Raises ValueError: a copied or pickled model would run the layers of the one it was made of."""
+    raise ValueError(
+        "a copy of a streaming model would run the original's layers: call stream_backprop_disable before copying or "
+        "pickling it, and stream_backprop on both; to save it, save its state_dict"
+    )
+
+
+class Patches:
+    """Changes to modules that last until `undo`, each made once."""
+
+    def __init__(self) -> None:
+        self._forwards: dict[nn.Module, tuple[Any, Any]] = {}
+        self._leaves: list[nn.Module] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether some change is in place."""
+        return bool(self._forwards)
+
+    def stock(self, module: nn.Module) -> bool:
+        """Whether the module's forward is its class's own, but for ours."""
+        now, (patched, before) = module.__dict__.get("forward"), self._forwards.get(module, (None, None))
+        if now is patched:
+            now = before
+        return now is None or getattr(now, "__func__", None) is type(module).forward
+
+    def add(self, module: nn.Module, replacement: Callable[..., Any], *, method: bool = False) -> None:
+        """Let module.forward be replacement(plain, ...); nothing if it is already one of these.
+
+        Args:
+            method: replace it by a bound method with the signature of the one that was there: Trainer reads the
+                signature, and Accelerate wraps the function and binds it again.
+        """
+        if module in self._forwards:
+            return
+        plain, before = module.forward, module.__dict__.get("forward")
+        patched = _bound(module, plain, replacement) if method else PatchedForward(module, plain, replacement)
+        module.__dict__["forward"] = patched
+        self._forwards[module] = (patched, before)
+
+    def plain(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward that a patched module had."""
+        patched: PatchedForward = self._forwards[module][0]
+        return patched.plain
+
+    def gather_whole(self, layer: nn.Module) -> None:
+        """Let DeepSpeed's ZeRO-3 gather the layer's parameters at once."""
+        if "_z3_leaf" not in layer.__dict__:
+            layer.__dict__["_z3_leaf"] = True
+            self._leaves.append(layer)
+
+    def undo(self) -> None:
+        """Put everything back. A forward that somebody has wrapped since stays, and what it wraps must be inert."""
+        for module, (patched, before) in self._forwards.items():
+            now = module.__dict__.get("forward")
+            if now is not patched and getattr(now, "__func__", None) is not getattr(patched, "__func__", self):
+                continue
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
+        for layer in self._leaves:
+            layer.__dict__.pop("_z3_leaf", None)
+        self._forwards, self._leaves = {}, []
+
+
+def _bound(module: nn.Module, plain: Callable[..., Any], replacement: Callable[..., Any]) -> MethodType:
+    # Dynamo would trace into autograd functions that change modules while they run; it goes around this one.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:  # a copy of the module alone
+            return type(module).forward(self, *args, **kwargs)
+        return replacement(plain, *args, **kwargs)
+
+    # Not functools.wraps: Accelerate and inspect follow __wrapped__, past this function to the plain one.
+    vars(forward).pop("__wrapped__", None)
+    own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = Signature([own, *signature(plain).parameters.values()])
+    return MethodType(forward, module)
+
+
+def register_attention(function: Callable[..., Any]) -> None:
+    """Make `function` what transformers' modules attend with while attention_function is entered."""
+    AttentionInterface.register(NAME, function)
 
 
 @contextmanager
@@ -56,24 +181,108 @@ def attention_function(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def entered_autocast(settings: tuple[str, torch.dtype] | None) -> Iterator[None]:
-    if settings is None:
-        yield
-    else:
-        with torch.autocast(settings[0], dtype=settings[1]):
+def swapped_parameters(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Detached leaves in the parameters' places: a chunk's gradients must not run hooks set on the parameters."""
+    leaves = {id(p): p.detach().requires_grad_() for p in parameters}
+    places = [
+        (part._parameters, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if id(parameter) in leaves
+    ]
+    try:
+        for home, name, parameter in places:
+            home[name] = leaves[id(parameter)]  # type: ignore[assignment]
+        yield [leaves[id(p)] for p in parameters]
+    finally:
+        for home, name, parameter in places:
+            home[name] = parameter
+
+
+class Switches:
+    """What a layer's modules are switched to: training or not, dropout's rate, which adapters are on.
+
+    Args:
+        layer: read now; a backward that runs later, perhaps in another mode, recomputes with what was read.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._modules = [(module, _switches(module)) for module in layer.modules()]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """The modules as they were read; as they are now again after.
+
+        Raises:
+            ValueError: adapters were merged or unmerged in between, which changed the weights themselves.
+        """
+        changed: list[tuple[nn.Module, str, Any]] = []
+        try:
+            for module, switches in self._modules:
+                for name, before in switches.items():
+                    now = module.__dict__.get(name, before)
+                    if now == before:
+                        continue
+                    if name == "merged_adapters":
+                        raise ValueError(
+                            f"adapters were merged between forward and backward ({before} then, {now} now): backward "
+                            "would recompute with other weights; merge after backward"
+                        )
+                    changed.append((module, name, now))
+                    module.__dict__[name] = before
             yield
+        finally:
+            for module, name, now in changed:
+                module.__dict__[name] = now
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's backward that refuses create_graph: torch's once_differentiable would return constants for it."""
-    without_graph = torch.autograd.function.once_differentiable(backward)  # type: ignore[no-untyped-call]
+def _switches(module: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in module.__dict__.items():
+        if isinstance(value, bool | float | str):
+            found[name] = value
+        elif isinstance(value, list) and all(isinstance(part, str) for part in value):
+            found[name] = list(value)
+        elif isinstance(value, dict) and value and all(isinstance(part, int | float) for part in value.values()):
+            found[name] = dict(value)
+    return found
 
-    @wraps(backward)
-    def checked(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph: a streamed backward cannot be differentiated; stream_backprop_disable first"
-            )
-        return without_graph(ctx, *grads)
 
-    return checked
+@contextmanager
+def without_checkpointing(layer: nn.Module) -> Iterator[None]:
+    """The layer with transformers' gradient checkpointing off."""
+    before = layer.__dict__.get("gradient_checkpointing")
+    if not before:
+        yield
+        return
+    layer.__dict__["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        layer.__dict__["gradient_checkpointing"] = before
+
+
+def plain_parameter(module: nn.Module, name: str) -> bool:
+    """Whether the module's `name` is a parameter of its own, and not computed from others (a parametrization)."""
+    return module._parameters.get(name) is not None
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks set on the module's forward and backward."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def accumulates_now(parameter: Tensor) -> bool:
+    """Whether the backward that runs now will add to the parameter's .grad, and no hook waits for the gradient."""
+    if not parameter.is_leaf or parameter._backward_hooks:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # inside autograd.grad
+        return False
+
+
+def held_once(tensor: Tensor) -> bool:
+    """Whether the caller is the only one who holds the tensor, here or in autograd."""
+    return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]

@@ -9,18 +9,13 @@ means over chunks. transformers keeps every layer's router logits over the whole
 Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, as transformers' load_balancing_loss_func has them.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.communication import Place
-from fourfold.parallel.stream.patching import replaced_forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,22 +41,6 @@ class Routing:
     def zeros(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(sum of probabilities, tokens that chose) of no tokens."""
         return torch.zeros(self.num_experts, device=device), torch.zeros(self.num_experts, device=device)
-
-    @contextmanager
-    def recorded(self, layer: nn.Module) -> Iterator[list[Tensor]]:
-        """The logits that the layer's routers compute meanwhile."""
-        logits: list[Tensor] = []
-        with ExitStack() as stack:
-            for module in layer.modules():
-                if isinstance(module, self.router):
-                    forward = partial(self._record, module.forward, logits)
-                    stack.enter_context(replaced_forward(module, forward))
-            yield logits
-
-    def _record(self, forward: Any, logits: list[Tensor], *args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        logits.append(out[self.index])
-        return out
 
     def statistics(self, logits: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
         """(sum of probabilities, tokens that chose) of the chunk at token `start`; logits [B*length, num_experts]."""

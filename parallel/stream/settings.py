@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fourfold.parallel.stream.attention import RowMask
 from fourfold.parallel.stream.head import Head
-from fourfold.parallel.stream.layer import Pass
+from fourfold.parallel.stream.kept_inputs import HostMemory
+from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.memory import Auto, auto_chunks, kept_layers, logits_chunk_size, logits_tile
-from fourfold.parallel.stream.offload import HostMemory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +40,10 @@ class StreamSettings:
         return layer >= layers - kept_layers(self.keep_attention, layers)
 
 
-def new_pass(
+def new_run(
     settings: StreamSettings, config: Any, masks: Sequence[RowMask], shape: tuple[int, int], device: torch.device,
     dtype: torch.dtype,
-) -> Pass:  # fmt: skip
+) -> StreamRun:  # fmt: skip
     """What the layers of one pass over a batch share; autocast is as it is now.
 
     Args:
@@ -60,7 +60,7 @@ def new_pass(
             itemsize=dtype.itemsize,
         )  # fmt: skip
         chunk, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
-    return Pass(
+    return StreamRun(
         masks=masks,
         chunk=chunk,
         mlp_chunk=mlp_chunk,
@@ -72,7 +72,7 @@ def new_pass(
 
 def new_head(
     settings: StreamSettings,
-    shared: Pass,
+    run: StreamRun,
     config: Any,
     norm: nn.Module,
     normalise: Callable[[Tensor], Tensor],
@@ -94,6 +94,6 @@ def new_head(
         soft_cap=getattr(config, "final_logit_softcapping", None),
         chunk=logits_chunk_size(projection.out_features, kind) if chunk == "auto" else chunk,
         tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk, kind),
-        autocast=shared.autocast,
-        passing=shared.passing,
+        autocast=run.autocast,
+        passing=run.passing,
     )

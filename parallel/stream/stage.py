@@ -1,6 +1,7 @@
 """The layers and the head of a pipeline stage, streamed: what stream_backprop does to a whole model, for a part of it.
 
-Nothing in the modules changes between calls, so a stage shares them with whoever has them too.
+Nothing in the modules changes between calls, so a stage shares them with whoever has them too: each layer is patched
+for its forward, and again for its backward (LayerStream.patched).
 """
 
 from collections.abc import Collection, Mapping
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.stream.attention import row_masks
-from fourfold.parallel.stream.layer import LayerStream, Pass
-from fourfold.parallel.stream.patching import attention_function, replaced_forward
-from fourfold.parallel.stream.ring_layer import RingLayerStream, RingPass, around_ring
-from fourfold.parallel.stream.settings import StreamSettings, new_head, new_pass
+from fourfold.parallel.stream.layer import Current, LayerStream
+from fourfold.parallel.stream.layer_run import StreamRun
+from fourfold.parallel.stream.patching import attention_function
+from fourfold.parallel.stream.ring_layer import around_ring
+from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
 
 
-def stage_pass(settings: StreamSettings, config: Any, layer: nn.Module, hidden: Tensor, seq_len: int | None) -> Pass:
+def stage_run(
+    settings: StreamSettings, config: Any, layer: nn.Module, hidden: Tensor, seq_len: int | None
+) -> StreamRun:
     """What a stage's layers share in one pass over hidden [B, S_local, d], around the ring where there is one.
 
     Args:
@@ -26,31 +30,29 @@ def stage_pass(settings: StreamSettings, config: Any, layer: nn.Module, hidden: 
         seq_len: tokens of the whole sequence, for a ring.
     """
     shape = (hidden.shape[0], hidden.shape[1])
-    shared = new_pass(settings, config, row_masks(None, None, shape), shape, hidden.device, hidden.dtype)
+    run = new_run(settings, config, row_masks(None, None, shape), shape, hidden.device, hidden.dtype)
     ring: RingSettings | None = getattr(layer.self_attn, "ring_settings", None)
-    return shared if ring is None else around_ring(shared, ring, seq_len, None)
+    return run if ring is None else around_ring(run, ring, seq_len, None)
 
 
 def stream_layers(
-    settings: StreamSettings, layers: Collection[nn.Module], hidden: Tensor, arguments: Mapping[str, Any], shared: Pass
-) -> Tensor:
+    settings: StreamSettings, layers: Collection[nn.Module], hidden: Tensor, arguments: Mapping[str, Any],
+    run: StreamRun,
+) -> Tensor:  # fmt: skip
     """hidden [B, S_local, d] after the layers; each is called, hooks and all, once."""
-    kind = RingLayerStream if isinstance(shared, RingPass) else LayerStream
-    for index, layer in enumerate(layers):
-        stream = kind(layer, layer.forward, keep=settings.keeps(index, len(layers)))
-
-        def forward(x: Tensor, *, stream: LayerStream = stream, **given: Any) -> Tensor:
-            return stream(x, given, shared)
-
-        with attention_function(stream.attention.config), replaced_forward(layer, forward):
-            hidden = layer(hidden, **arguments)
+    current = Current()
+    with current.entered(run):
+        for index, layer in enumerate(layers):
+            stream = LayerStream(layer, current, keep=settings.keeps(index, len(layers)))
+            with attention_function(stream.attention.config), stream.patched():
+                hidden = layer(hidden, **arguments)
     return hidden
 
 
 def stream_loss(
-    settings: StreamSettings, shared: Pass, config: Any, norm: nn.Module, projection: nn.Linear, hidden: Tensor,
+    settings: StreamSettings, run: StreamRun, config: Any, norm: nn.Module, projection: nn.Linear, hidden: Tensor,
     targets: Tensor,
 ) -> Tensor:  # fmt: skip
     """The cross-entropy of hidden [B, S_local, d] after the last layer, summed over targets [B, S_local] from 0 on."""
-    head = new_head(settings, shared, config, norm, norm.forward, projection)
+    head = new_head(settings, run, config, norm, norm.forward, projection)
     return head.loss(hidden, targets, torch.ones((), dtype=torch.float64, device=hidden.device))

@@ -1,7 +1,7 @@
 """stream_backprop's self-check: one tiny batch, streamed and plain, loss and every gradient compared."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -10,33 +10,31 @@ from transformers import PreTrainedModel
 # Of fp32 and fp64 models; lower precisions differ by their own rounding, so their bound only finds wrong formulas.
 FINE, COARSE = 2e-5, 0.05
 
+Mode = Callable[[], AbstractContextManager[None]]
 
-def verify_gradients(model: PreTrainedModel, seq_len: int = 12) -> float:
+
+def verify_gradients(model: PreTrainedModel, streamed: Mode, plain: Mode, seq_len: int = 12) -> float:
     """Compare a streaming model with itself, plain, on two rows of random tokens; existing gradients are kept.
 
+    Args:
+        streamed, plain: while entered, the model streams in chunks of a few tokens, or not at all.
     Returns:
         The largest relative L2 error of any parameter's gradient.
     Raises:
         ValueError: loss or gradients differ by more than rounding; names the parameter.
+    Cost: two steps on 2 * seq_len tokens, and a second set of gradients while they are compared.
     """
-    from fourfold.parallel.stream.model import ATTRIBUTE
-
-    streaming = model.__dict__[ATTRIBUTE]
     device = next(model.parameters()).device
-    vocabulary = model.get_output_embeddings().out_features
+    vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (2, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
-    with _kept_gradients(model), streaming.small_chunks():
-        with _same_dropout(model):
+    with _kept_gradients(model), _same_dropout(model):
+        with streamed():
             loss, gradients = _step(model, ids)
-        streaming.disable()
-        try:
-            with _same_dropout(model):
-                plain_loss, plain_gradients = _step(model, ids)
-        finally:
-            streaming.enable()
+        with plain():
+            plain_loss, plain_gradients = _step(model, ids)
     worst, where = _difference(loss, plain_loss), "the loss"
-    for name, plain in plain_gradients.items():
-        error = _difference(gradients.get(name, torch.zeros_like(plain)), plain)
+    for name, expected in plain_gradients.items():
+        error = _difference(gradients.get(name, torch.zeros_like(expected)), expected)
         if not error <= worst:  # nan is worse than any number
             worst, where = error, name
     if not worst <= (FINE if model.dtype in (torch.float32, torch.float64) else COARSE):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.stream.gradients import ParameterSums, find_unread, summed_linears
-from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable, token_logprobs
-from fourfold.parallel.stream.patching import replaced_forward
+from fourfold.parallel.stream.gradients import ParameterSums, SummedLinears, find_unread
+from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
+from fourfold.parallel.stream.patching import Patches
+from fourfold.parallel.stream.statistics import token_logprobs
 from fourfold.parallel.testing.compare import assert_errors, assert_gradients, gradients, relative_error, worst_error
 from fourfold.parallel.testing.tiny_models import FAMILIES, batch, tiny
 
@@ -296,7 +297,9 @@ def test_only_products_that_nothing_reads_are_left_out(family, unread):
     projections = [module for module in layer.mlp.modules() if isinstance(module, nn.Linear)]
     sums = ParameterSums([projection.weight for projection in projections])
     x = torch.randn(1, 4, 32)
-    with summed_linears(layer.mlp, sums), replaced_forward(layer.self_attn, lambda *a, **k: (x, None)):
+    patches = Patches()
+    patches.add(layer.self_attn, lambda plain, *a, **k: (x, None))
+    with SummedLinears(layer.mlp, patches).into(sums):
         found = find_unread(layer(x, position_embeddings=None))
     assert found == set(projections[-1:] if unread else [])
 

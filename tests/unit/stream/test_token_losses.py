@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fourfold.parallel.stream.losses import dpo_loss, grpo_loss, kto_loss, sft_loss
-from fourfold.parallel.stream.model import TokenStatistics, stream_backprop, token_logprobs, token_statistics
+from fourfold.parallel.stream.model import stream_backprop
+from fourfold.parallel.stream.statistics import TokenStatistics, token_logprobs, token_statistics
 from fourfold.parallel.testing.compare import assert_gradients
 from fourfold.parallel.testing.objectives import CHUNKS, every_loss, masked_batch, whole_statistics
 from fourfold.parallel.testing.tiny_models import batch, tiny

@@ -1,0 +1,253 @@
+"""A model that streams: what its patched forwards do, and one pass over a batch from its tokens to its loss.
+
+model(ids, labels=..)  ->  base model  ->  layers in chunks  ->  norm, head and loss in chunks    the end is stock
+model(ids, labels=..)  ->  base model  ->  layers in chunks  ->  the model's own norm, head, loss     it is not
+model(ids) or base(ids), training          layers in chunks  ->  the caller's own
+model(ids) or base(ids), generating        everything as it was
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from inspect import signature
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+
+from fourfold.parallel.communication import place_in
+from fourfold.parallel.ring.options import RingSettings
+from fourfold.parallel.stream.attention import row_masks
+from fourfold.parallel.stream.calls import BaseCall, LabelledCall
+from fourfold.parallel.stream.checks import final_norm, is_plain_linear, own_end, projection_of
+from fourfold.parallel.stream.head import Head
+from fourfold.parallel.stream.kept_inputs import Lookup, can_look_up_again
+from fourfold.parallel.stream.layer import Current, LayerStream
+from fourfold.parallel.stream.layer_run import StreamRun
+from fourfold.parallel.stream.patching import Patches, attention_function, refuse_copy
+from fourfold.parallel.stream.ring_layer import RingRun, around_ring
+from fourfold.parallel.stream.router import Routing
+from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
+from fourfold.parallel.stream.statistics import TokenStatistics
+
+Plain = Callable[..., Any]
+
+
+class Streaming:
+    """What stream_backprop puts into a model, and takes out again.
+
+    Args:
+        model: a causal language model that checks.check_model has passed.
+        settings: its chunks.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: StreamSettings) -> None:
+        self.model, self.settings = model, settings
+        self.base = cast(nn.Module, model.base_model)
+        self.layers = list(cast(nn.ModuleList, self.base.layers))
+        self.norm = final_norm(self.base)
+        self.patches, self.current = Patches(), Current()
+        self._paused = False
+        self._said: set[str] = set()
+        self._head_was_plain = is_plain_linear(projection_of(model))
+        self._names = {module: list(signature(module.forward).parameters) for module in (model, self.base)}
+        # What norm, head and embedding do while a pass with a streamed head is under way.
+        self._instead: dict[nn.Module, Callable[..., Any]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        refuse_copy()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_copy()
+
+    def enable(self) -> None:
+        """Patch the model, once: see patching.PATCHES."""
+        recorder = (self.model._can_record_outputs or {}).get("router_logits")
+        for index, layer in enumerate(self.layers):
+            keep = self.settings.keeps(index, len(self.layers))
+            router = getattr(recorder, "target_class", None)
+            LayerStream(layer, self.current, keep=keep, router=router).patch(self.patches)
+            self.patches.gather_whole(layer)
+        self.patches.add(self.model, self._model_forward, method=True)
+        self.patches.add(self.base, self._base_forward, method=True)
+        self._patch_ends()
+
+    def disable(self) -> None:
+        """Undo enable; what others have wrapped around a forward of ours stays and passes through."""
+        self._paused = True
+        self.patches.undo()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile the model runs as if it did not stream."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @contextmanager
+    def small_chunks(self) -> Iterator[None]:
+        """Chunks of a few tokens, so that a tiny batch has several."""
+        before = self.settings
+        self.settings = replace(before, chunk_size=5, mlp_chunk=3, logits_chunk=7)
+        try:
+            yield
+        finally:
+            self.settings = before
+
+    def _patch_ends(self) -> None:
+        """Patch norm, head and embedding: those that are there now, for peft puts others in their place."""
+        ends = (self.norm, projection_of(self.model), cast(nn.Module, self.model.get_input_embeddings()))
+        for module in ends:
+            self.patches.add(module, lambda plain, *args, _at=module, **kwargs: self._end(_at, plain, *args, **kwargs))
+
+    def _end(self, module: nn.Module, plain: Plain, *args: Any, **kwargs: Any) -> Any:
+        return self._instead.get(module, plain)(*args, **kwargs)
+
+    @contextmanager
+    def _doing(self, module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+        """Meanwhile the end `module` does this instead of its own forward."""
+        self._instead[module] = function
+        try:
+            yield
+        finally:
+            del self._instead[module]
+
+    def _model_forward(self, plain: Plain, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(self._names[self.model], args, strict=False)) | kwargs
+        labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
+        if self._paused or not labelled:
+            return plain(*args, **kwargs)
+        self._check_unchanged()
+        why = own_end(self.model, self.norm, self.patches)
+        if why is None:
+            return self._with_labels(LabelledCall.of(arguments))
+        if arguments.get("return_token_statistics"):
+            raise ValueError(f"{why}: token statistics need transformers' own end of the model")
+        self._warn(f"{why}: the layers stream, and the model's own code does the rest, with whole logits")
+        return plain(*args, **kwargs)
+
+    def _base_forward(self, plain: Plain, *args: Any, **kwargs: Any) -> Any:
+        if self.current.run is not None or self._paused or not self.base.training or not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        call = BaseCall.of(dict(zip(self._names[self.base], args, strict=False)) | kwargs)
+        why = call.refusal(self.model)
+        if why is None and self._asks_for_routing(call):
+            why = "output_router_logits without labels: they are never whole while streaming"
+        if why is not None:
+            self._warn(f"this call does not stream, and takes plain backpropagation's memory: {why}")
+            return plain(*args, **kwargs)
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            self._warn("gradient checkpointing is on, and streaming replaces it: leave it off")
+        return self._hidden(plain, self._new_run(call), call)
+
+    def _with_labels(self, call: LabelledCall) -> Any:
+        """The model's forward with labels: transformers' arguments, and its loss."""
+        call.check(self.model, self.layers)
+        # What the layers of this pass share, and their output before the final norm, which goes with the head.
+        run = self._new_run(call)
+        if isinstance(run, RingRun):
+            call.check_shard()
+        with self._doing(self.norm, lambda x: x):
+            hidden = self._hidden(self.base, run, call).last_hidden_state
+        # The end, for the targets.
+        targets = call.targets().to(hidden.device)
+        projection = cast(nn.Linear, projection_of(self.model))
+        head = new_head(self.settings, run, self.model.config, self.norm, self._normalise, projection)
+        place = place_in(run.group) if isinstance(run, RingRun) else None
+        auxiliary = None if run.routing is None else run.routing.loss(place)
+        if call.return_token_statistics:
+            return self._statistics(head, hidden, targets, auxiliary)
+        loss = self._at_the_end(hidden, lambda x: head.loss(x, targets, call.weight(targets)))
+        if run.routing is None or auxiliary is None:
+            return (loss,) if call.return_dict is False else CausalLMOutputWithPast(loss=loss)
+        loss = loss + run.routing.coefficient * auxiliary
+        if call.return_dict is False:
+            return loss, auxiliary
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=auxiliary)
+
+    def _statistics(self, head: Head, hidden: Tensor, targets: Tensor, auxiliary: Tensor | None) -> TokenStatistics:
+        found = self._at_the_end(hidden, lambda x: head.statistics(x, targets))
+        # FSDP2 hooks what a model returns, and warns of views.
+        logprobs, lse, mean = (part.clone() for part in found)
+        return TokenStatistics(
+            logprobs=logprobs, logsumexp=lse, mean_logits=mean, mask=targets >= 0, aux_loss=auxiliary
+        )
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """The final norm without its hooks, which would run for every chunk."""
+        return cast(Tensor, self.patches.plain(self.norm)(x))
+
+    def _at_the_end(self, hidden: Tensor, function: Callable[[Tensor], Any]) -> Any:
+        """function(hidden), run as the norm's and the projection's forward: with their hooks, and so their weights."""
+        projection = projection_of(self.model)
+        with self._doing(projection, function), self._doing(self.norm, projection.__call__):
+            return self.norm(hidden)
+
+    def _hidden(self, base: Plain, run: StreamRun, call: BaseCall) -> Any:
+        """What `base`, the base model or its plain forward, returns with its layers streamed."""
+        inputs: dict[str, Any] = {
+            "input_ids": call.input_ids, "inputs_embeds": call.inputs_embeds, "position_ids": call.position_ids,
+        }  # fmt: skip
+        if getattr(self.model.config, "output_router_logits", False):  # which would be asked for whole
+            inputs["output_router_logits"] = False
+        if call.return_dict is not None and not isinstance(call, LabelledCall):
+            inputs["return_dict"] = call.return_dict
+        embedding = cast(nn.Module, self.model.get_input_embeddings())
+        with ExitStack() as stack:
+            stack.enter_context(self.current.entered(run))
+            stack.enter_context(attention_function(self.model.config))
+            if run.lookup is not None:
+                stack.enter_context(self._doing(embedding, run.lookup))
+            return base(use_cache=False, **inputs)
+
+    def _new_run(self, call: BaseCall) -> StreamRun:
+        """What all layers share in the pass that this call begins."""
+        self._patch_ends()
+        device, masks = call.tokens.device, row_masks(call.attention_mask, call.position_ids, call.shape)
+        run = new_run(self.settings, self.model.config, masks, call.shape, device, self.model.dtype)
+        embedding = cast(nn.Embedding, self.model.get_input_embeddings())
+        usable = torch.is_grad_enabled() and can_look_up_again(embedding, self.model)
+        run = replace(run, routing=self._routing(call), lookup=Lookup(embedding) if usable else None)
+        ring: RingSettings | None = getattr(cast(Any, self.layers[0]).self_attn, "ring_settings", None)
+        if ring is not None:
+            return around_ring(run, ring, call.ring_seq_len, call.ring_cu_seqlens)
+        if call.ring_seq_len is not None or call.ring_cu_seqlens is not None:
+            raise ValueError("a shard of a sequence (ring_seq_len): call use_ring_attention(model, group) first")
+        return run
+
+    def _asks_for_routing(self, call: BaseCall) -> bool:
+        wanted = call.output_router_logits
+        return bool(getattr(self.model.config, "output_router_logits", False) if wanted is None else wanted)
+
+    def _routing(self, call: BaseCall) -> Routing | None:
+        if not self._asks_for_routing(call):
+            return None
+        model: Any = self.model
+        recorder = (model._can_record_outputs or {}).get("router_logits")
+        if recorder is None or not hasattr(model, "router_aux_loss_coef"):
+            raise ValueError(f"output_router_logits: {type(model).__name__} has no routers; leave it out")
+        return Routing(
+            router=recorder.target_class, index=recorder.index, num_experts=model.num_experts,
+            top_k=model.num_experts_per_tok, coefficient=model.router_aux_loss_coef, mask=call.attention_mask,
+        )  # fmt: skip
+
+    def _check_unchanged(self) -> None:
+        """Refuse modules put in place of those that were understood: their work would be left out."""
+        head: Any = self.model.get_output_embeddings()
+        replaced = self._head_was_plain and not is_plain_linear(projection_of(self.model))
+        if final_norm(self.base) is not self.norm or (replaced and not type(head).__module__.startswith("peft.")):
+            raise ValueError(
+                f"the final norm or the head ({type(head).__name__}) is not the plain module that stream_backprop "
+                "found: call stream_backprop after peft and whatever else replaces modules, and leave both whole"
+            )
+
+    def _warn(self, message: str) -> None:
+        """Say it once a model."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=2)
