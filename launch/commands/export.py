@@ -7,7 +7,7 @@ from typing import Annotated
 import tomli_w
 import typer
 
-from fourfold.layouts.inputs.layout import Layout, read_layout_file
+from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.output.export import (
     TARGETS,
@@ -51,6 +51,7 @@ def exported(layout: Layout, model: ModelConfig, *, to: str, gpus_per_node: int,
         raise ValueError(f"--to {to}: choose one of {', '.join(TARGETS)}")
     if not layout.runnable:
         raise ValueError(f"{layout} uses {layout.unrunnable_reason()}, which fourfold's own runtime does not have")
+    check_runnable(layout, model)
     script = {"torchrun": torchrun_script, "slurm": slurm_script, "mpi": mpi_script}[to]
     return script(layout, devices_per_node=gpus_per_node, file=file)
 

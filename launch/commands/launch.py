@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fourfold.launch.processes import start_ranks
-from fourfold.layouts.inputs.layout import Layout, read_layout_file, write_layout_file
+from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
 
 
@@ -40,9 +40,10 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
     Args:
         options: those of fourfold.launch.train, with underscores: True is a flag, False and None are left out.
     Raises:
-        ValueError: more ranks than this machine has GPUs for (or eight a core), tied embeddings cut by pp.
+        ValueError: what this runtime cannot run, more ranks than this machine has GPUs for (or eight a core).
         RankFailure: a rank failed; the others have been ended.
     """
+    check_runnable(layout, model)
     import torch
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,8 +57,6 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
             f"the layout {layout} needs {layout.world_size} ranks, and this machine has {os.cpu_count()} cores: "
             "plan for fewer, or use torchrun on several hosts"
         )
-    if layout.pp > 1 and model.tied_embeddings:
-        raise ValueError(f"tie_word_embeddings=true with pp={layout.pp}: use pp=1 or untie them")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layout.toml"
         write_layout_file(file, layout, model)

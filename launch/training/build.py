@@ -4,7 +4,7 @@ import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,7 +14,7 @@ from fourfold.launch.training.async_loop import AsynchronousModel
 from fourfold.launch.training.loop import make_optimizer
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import TrainSettings
-from fourfold.layouts.inputs.layout import Layout
+from fourfold.layouts.inputs.layout import Layout, check_runnable
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
 from fourfold.parallel.stream import StreamSettings
@@ -37,11 +37,7 @@ def build(
             f"the layout {layout} needs {layout.world_size} ranks, but {world_size} were started: "
             f"use torchrun --nproc-per-node {layout.world_size}, or another layout"
         )
-    if not layout.runnable:
-        raise ValueError(
-            f"the layout {layout} uses {layout.unrunnable_reason()}, which this runtime does not have: "
-            "plan again with --space runtime"
-        )
+    check_runnable(layout, model)
     if torch.cuda.is_available():
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if local_world_size > torch.cuda.device_count():
@@ -80,9 +76,10 @@ def _parallel_model(
 
 def _chunks(layout: Layout) -> StreamSettings | None:
     """A layout that streams names its chunks of a rank's sequence; with one, they are chosen by their closed form."""
+    offload: Literal["host"] | None = "host" if layout.offload else None
     if layout.stream_chunks == 1:
-        return None
-    return StreamSettings(chunk_size=-(-layout.seq_len // (layout.cp * layout.stream_chunks)))
+        return StreamSettings(offload=offload) if offload else None
+    return StreamSettings(chunk_size=-(-layout.seq_len // (layout.cp * layout.stream_chunks)), offload=offload)
 
 
 def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:

@@ -2,25 +2,20 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.parallel.decoder.limits import CHECKPOINTING as CHECKPOINTING
+from fourfold.parallel.decoder.limits import FORMS, RUNTIME, SHAPES, Choice, DecoderFacts, broken, decoder_facts, refuse
+from fourfold.parallel.decoder.limits import SCHEDULES as SCHEDULES
 from fourfold.parallel.grid import AXES, Grid, layer_ranges
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
-CHECKPOINTING = ("none", "selective", "full", "stream")
-SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
-"""Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
 MITIGATION = "lwpv+sc"
-WHOLE_STAGE: dict[str, Any] = {
-    "cp": 1, "tp": 1, "vp": 1, "ep": 1, "zero_stage": 0, "sequence_parallel": False, "offload": False,
-    "checkpoint_every": 1,
-}  # fmt: skip
-"""What an asynchronous schedule needs of other fields: a rank with all weights of its stage, and dp replicas of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +69,6 @@ class Layout:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: a number of layers, at least 0")
-            if value and (self.pp < 2 or self.vp > 1):
-                raise ValueError(
-                    f"{name}={value} with pp={self.pp}, vp={self.vp}: stages are cut unevenly with pp of at least 2 "
-                    "and without interleaving"
-                )
         if self.checkpointing not in CHECKPOINTING:
             raise ValueError(f"checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
         if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1, 2, 3):
@@ -90,32 +80,7 @@ class Layout:
             raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if self.mitigation != MITIGATION:
             Mitigation.named(self.mitigation)
-        if self.global_batch % (self.dp * self.micro_batch):
-            raise ValueError(
-                f"global_batch={self.global_batch} is no multiple of dp={self.dp} x micro_batch={self.micro_batch}: "
-                "change one of the three"
-            )
-        if self.asynchronous:
-            self._check_asynchronous()
-
-    def _check_asynchronous(self) -> None:
-        if self.pp < 2:
-            raise ValueError(f"schedule={self.schedule!r} is for a pipeline: choose pp of at least 2, or '1f1b'")
-        for name, needed in WHOLE_STAGE.items():
-            if getattr(self, name) != needed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} with schedule={self.schedule!r}: an asynchronous stage is neither "
-                    f"cut nor sharded; choose {name}={str(needed).lower()}, or schedule='1f1b'"
-                )
-        if self.checkpointing not in ("none", "full"):
-            raise ValueError(
-                f"checkpointing={self.checkpointing!r} with schedule={self.schedule!r}: choose none or full"
-            )
-        if self.schedule == "2bw" and self.num_micro_batches < self.pp:
-            raise ValueError(
-                f"schedule='2bw' with {self.num_micro_batches} micro-batches a step needs at least pp={self.pp} of "
-                "them for two versions of the weights: choose a larger global_batch or a smaller micro_batch"
-            )
+        refuse(FORMS, DecoderFacts(), Choice.of(self))
 
     @property
     def asynchronous(self) -> bool:
@@ -147,16 +112,8 @@ class Layout:
 
     def unrunnable_reason(self) -> str:
         """Why fourfold's own runtime cannot launch this; empty where it can."""
-        extras = {
-            "vp": self.vp > 1, "ep": self.ep > 1, "cp_heads": self.cp_heads > 1,
-            "sequence_parallel": self.sequence_parallel, "checkpoint_every": self.checkpoint_every > 1,
-            "offload": self.offload,
-            "checkpointing=selective": self.checkpointing == "selective",
-            "checkpointing=stream with tp": self.checkpointing == "stream" and self.tp > 1,
-            f"checkpointing=stream with schedule={self.schedule}": self.checkpointing == "stream" and self.asynchronous,
-            f"zero_stage={self.zero_stage}": self.zero_stage in (1, 2),
-        }  # fmt: skip
-        return ", ".join(name for name, present in extras.items() if present)
+        anyone, choice = DecoderFacts(), Choice.of(self)
+        return ", ".join(limit.counted_as(anyone, choice) for limit in broken(RUNTIME, anyone, choice))
 
     def __str__(self) -> str:
         """dp2 tp4 mb1 z3 full: what is at its default is left out, the micro-batch never."""
@@ -190,31 +147,33 @@ def check(layout: Layout, model: ModelConfig) -> None:
     Raises:
         ValueError: heads not divisible by tp, fewer layers than stages, a sequence that cp cannot cut; names the mend.
     """
-    for what, count in (("attention heads", model.num_heads), ("key-value heads", model.num_kv_heads)):
-        if count % layout.tp:
-            raise ValueError(f"{count} {what} cannot be shared by tp={layout.tp}: choose a tp that divides {count}")
-    ffn = model.ffn_size or model.expert_ffn_size
-    if ffn % layout.tp:
-        raise ValueError(
-            f"a feed-forward width of {ffn} cannot be cut by tp={layout.tp}: choose a tp that divides {ffn}"
-        )
-    if model.num_layers < layout.pp * layout.vp:
-        stages = f"pp={layout.pp}" + (f" x vp={layout.vp}" if layout.vp > 1 else "")
-        raise ValueError(
-            f"{model.num_layers} layers cannot fill {stages} stages: choose at most {model.num_layers} stages"
-        )
+    refuse(SHAPES, facts_of(model), Choice.of(layout))
     if layout.embedding_counts_as or layout.head_counts_as:
         layer_ranges(model.num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)
-    pieces = 2 * layout.cp if layout.cp > 1 else 1  # zigzag gives each rank two pieces
-    if layout.seq_len % pieces:
-        raise ValueError(
-            f"seq_len={layout.seq_len} cannot be cut into {pieces} pieces for cp={layout.cp}: "
-            f"choose a multiple of {pieces}, or another cp"
-        )
-    if layout.ep > 1 and (not model.num_experts or model.num_experts % layout.ep):
-        raise ValueError(
-            f"{model.num_experts} experts cannot be shared by ep={layout.ep}: choose an ep that divides them"
-        )
+
+
+def check_runnable(layout: Layout, model: ModelConfig) -> None:
+    """Refuse what fourfold's own runtime cannot launch of a layout that cuts this model: other tools may.
+
+    Raises:
+        ValueError: what `parallelize` would refuse, in its words, before any process starts.
+    """
+    check(layout, model)
+    refuse(RUNTIME, facts_of(model), Choice.of(layout))
+
+
+def facts_of(model: ModelConfig) -> DecoderFacts:
+    """The model as parallel.decoder.limits sees it, with the defaults of its family filled in."""
+    return replace(
+        decoder_facts(model.config),
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        ffn_size=model.ffn_size or model.expert_ffn_size,
+        vocab_size=model.vocab_size,
+        num_experts=model.num_experts,
+        tied_embeddings=model.tied_embeddings,
+    )
 
 
 def write_layout_file(

@@ -186,7 +186,7 @@ def advice(result: Plan) -> str:
     if less:
         mends.append(f"a sequence of {less}")
     if request.space == "runtime" and result.cluster.device.type == "cuda":
-        mends.append("--space full (sequence parallelism, StreamBP)")
+        mends.append("--space full (sequence parallelism, ZeRO 1 and 2)")
     return (
         f"nothing fits: the nearest, {nearest.layout}, needs {nearest.peak_bytes / GIB:.3g} of {room:.3g} GiB a "
         f"device, {short:.3g} too many; what may: {' or '.join(mends) or 'a smaller model'}"

@@ -1,9 +1,9 @@
-"""Which layouts there are: the axes, the options, and every rule of what may be combined, with its reason.
+"""Which layouts there are: the axes and the options, restricted by the limits of parallel.decoder.limits.
 
-A combination that a rule refuses is counted under that reason, so that a plan can say what became of it.
+A combination that a limit refuses is counted under its reason, so that a plan can say what became of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,89 +11,135 @@ import numpy as np
 
 from fourfold.layouts.cost.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
 from fourfold.layouts.cost.stages import layers_of
-from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, SCHEDULES, WHOLE_STAGE
+from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, facts_of
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.search.request import SearchRequest
+from fourfold.parallel.decoder.limits import (
+    FORMS,
+    RUNTIME,
+    SHAPES,
+    UNEVEN_CUT,
+    WHOLE_VOCABULARY,
+    Choice,
+    DecoderFacts,
+    Limit,
+    as_number,
+    broken,
+)
 from fourfold.parallel.grid import AXES
 
 MICRO_BATCHES = tuple(range(1, 65))
 STREAM_CHUNKS = (4, 8, 16, 32)
+LEAST_CHUNK = 256
+"""Tokens of a chunk in a plan that was not asked to stream: stream.memory chooses none shorter."""
 
-_Columns = dict[str, Column]
-_Rule = tuple[str, Callable[[_Columns], Column]]
+_Columns = dict[str, Any]  # of Column; dataclasses take them as keywords
 
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _axis_rules(model: ModelConfig, global_batch: int, seq_len: int) -> list[_Rule]:
-    """What the four axes must divide; layout.check has the same rules for a single layout."""
-    ffn = model.ffn_size or model.expert_ffn_size
-    return [
-        (f"tp does not divide {model.num_heads} attention heads", lambda c: model.num_heads % c["tp"] == 0),
-        (f"tp does not divide {model.num_kv_heads} key-value heads", lambda c: model.num_kv_heads % c["tp"] == 0),
-        (f"tp does not divide the feed-forward width {ffn}", lambda c: ffn % c["tp"] == 0),
-        (f"tp does not divide the vocabulary of {model.vocab_size}", lambda c: model.vocab_size % c["tp"] == 0),
-        (f"pp is more than {model.num_layers} layers", lambda c: c["pp"] <= model.num_layers),
-        (
-            f"2 cp does not divide the sequence of {seq_len}",
-            lambda c: seq_len % np.where(c["cp"] > 1, 2 * c["cp"], 1) == 0,
-        ),
-        (f"dp does not divide the global batch {global_batch}", lambda c: global_batch % c["dp"] == 0),
-    ]
+def _option(fields: tuple[str, ...], allows: Callable[[DecoderFacts, Choice], Any], reason: str) -> Limit:
+    """What an option of the full space needs of others: of other software, so no limit of ours."""
+    return Limit(fields=fields, allows=allows, reason=reason, message=reason)
 
 
-def _runtime_rules(model: ModelConfig) -> list[_Rule]:
-    """What fourfold's own runtime refuses; see parallel.decoder.parallelize."""
-    rules: list[_Rule] = []
-    if model.tied_embeddings:
-        rules.append(("tied embeddings need pp=1 in this runtime", lambda c: c["pp"] == 1))
-    if model.num_windowed_layers:
-        rules.append(("a sliding window needs cp=1 in this runtime", lambda c: c["cp"] == 1))
-    return rules
+def _of_streaming(limit: Limit) -> Limit:
+    """A limit of fourfold's runtime for the layouts that stream: no other software has StreamBP."""
+    return _option(
+        (*limit.fields, "checkpointing"),
+        lambda model, c: (c.checkpointing != STREAM) | limit.allows(model, c),
+        "StreamBP is fourfold's alone, and goes with what its runtime has",
+    )
 
 
-def _option_rules(model: ModelConfig) -> dict[str, list[_Rule]]:
-    """What the options of the full space need of each other; each rule under the last of its options."""
-    heads, moe = model.num_heads, model.num_experts > 0
-    return {
-        "sequence_parallel": [
-            ("sequence parallelism needs tp of at least 2", lambda c: ~c["sequence_parallel"] | (c["tp"] > 1)),
-        ],
-        "vp": [
-            ("interleaving needs pp of at least 2", lambda c: (c["vp"] == 1) | (c["pp"] > 1)),
-            ("pp x vp is more than the layers", lambda c: c["pp"] * c["vp"] <= model.num_layers),
-            (
-                "interleaving needs micro-batches in multiples of pp",
-                lambda c: (c["vp"] == 1) | (c["batch"] // c["micro_batch"] % c["pp"] == 0),
-            ),
-        ],
-        "checkpoint_every": [
-            (
-                "every how many layers is a matter of full checkpointing",
-                lambda c: (c["checkpoint_every"] == 1) | (c["checkpointing"] == FULL),
-            ),
-        ],
-        "offload": [
-            (
-                "offloading moves the inputs of checkpointed layers",
-                lambda c: ~c["offload"] | ((c["checkpointing"] >= FULL) & (c["checkpoint_every"] == 1)),
-            ),
-            (
-                "StreamBP cuts a sequence that is whole on its rank",
-                lambda c: (c["checkpointing"] != STREAM) | (c["cp"] == 1),
-            ),
-        ],
-        "cp_heads": [
-            ("heads are exchanged among cp ranks", lambda c: c["cp"] % c["cp_heads"] == 0),
-            ("tp x cp_heads does not divide the attention heads", lambda c: heads % (c["tp"] * c["cp_heads"]) == 0),
-        ],
-        "ep": [
-            ("ep does not divide the experts", lambda c: (c["ep"] == 1) | (model.num_experts % c["ep"] == 0) & moe),
-            ("experts are shared by ranks of dp x cp", lambda c: c["dp"] * c["cp"] % c["ep"] == 0),
-        ],
-    }
+OPTIONS: tuple[Limit, ...] = (
+    WHOLE_VOCABULARY,
+    _option(
+        ("tp", "sequence_parallel"),
+        lambda model, c: (c.sequence_parallel == 0) | (c.tp > 1),
+        "sequence parallelism needs tp of at least 2",
+    ),
+    _option(("pp", "vp"), lambda model, c: (c.vp == 1) | (c.pp > 1), "interleaving needs pp of at least 2"),
+    _option(
+        ("dp", "pp", "micro_batch", "vp"),
+        lambda model, c: (c.vp == 1) | (c.num_micro_batches % c.pp == 0),
+        "interleaving needs micro-batches in multiples of pp",
+    ),
+    _option(
+        ("checkpointing", "checkpoint_every"),
+        lambda model, c: (c.checkpoint_every == 1) | (c.checkpointing == FULL),
+        "every how many layers is a matter of full checkpointing",
+    ),
+    _option(
+        ("checkpointing", "checkpoint_every", "offload"),
+        lambda model, c: (c.offload == 0) | (c.checkpointing >= FULL) & (c.checkpoint_every == 1),
+        "offloading moves the inputs of checkpointed layers",
+    ),
+    _option(("cp", "cp_heads"), lambda model, c: c.cp % c.cp_heads == 0, "heads are exchanged among cp ranks"),
+    _option(
+        ("tp", "cp_heads"),
+        lambda model, c: model.num_heads % (c.tp * c.cp_heads) == 0,
+        "tp x cp_heads does not divide the attention heads",
+    ),
+    _option(("dp", "cp", "ep"), lambda model, c: c.dp * c.cp % c.ep == 0, "experts are shared by ranks of dp x cp"),
+    *(_of_streaming(limit) for limit in RUNTIME if limit.fields),
+)
+"""In the order in which a plan counts them."""
+
+EVERY_PLAN: tuple[Limit, ...] = (
+    _option(
+        ("dp", "cp", "zero_stage"),
+        lambda model, c: (c.zero_stage == 0) | (c.dp * c.cp > 1),
+        "ZeRO needs dp x cp of at least 2",
+    ),
+)
+
+
+class _Space:
+    """Combinations as columns that grow field by field, and for each rule how many it turned away.
+
+    A rule is applied as soon as all fields that it reads are there, so that what it refuses grows no further.
+    """
+
+    def __init__(
+        self, model: DecoderFacts, limits: Sequence[Limit], columns: _Columns, *, global_batch: int, seq_len: int
+    ) -> None:
+        self.columns, self.reasons = columns, dict[str, int]()
+        self._model, self._pending = model, list(limits)
+        self._given = {"global_batch": global_batch, "seq_len": seq_len}
+        self.restrict()
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(**self.columns, **self._given)
+
+    def __len__(self) -> int:
+        return len(self.columns["dp"])
+
+    def expand(self, name: str, values: Sequence[Any]) -> None:
+        """Every combination once for each value of another field."""
+        length = len(self)
+        self.columns = {key: np.repeat(column, len(values)) for key, column in self.columns.items()}
+        self.columns[name] = np.tile(np.array(values), length)
+        self.restrict()
+
+    def restrict(self) -> None:
+        """Apply the rules that have become decidable."""
+        known = {*self.columns, *self._given}
+        ready = [limit for limit in self._pending if known.issuperset(limit.fields)]
+        self._pending = [limit for limit in self._pending if not known.issuperset(limit.fields)]
+        for limit in ready:
+            choice = self.choice
+            self.keep(limit.allows(self._model, choice), limit.counted_as(self._model, choice))
+
+    def keep(self, allowed: Column, reason: str) -> None:
+        """Turn away, under `reason`, all but the rows of a mask."""
+        refused = int(np.size(allowed) - np.count_nonzero(allowed))
+        if refused:
+            self.reasons[reason] = self.reasons.get(reason, 0) + refused
+            self.columns = {key: column[allowed] for key, column in self.columns.items()}
 
 
 def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candidates, dict[str, int]]:
@@ -102,146 +148,116 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
     Returns:
         (candidates, reason -> count); a combination is counted under the first rule that refuses it.
     Raises:
-        ValueError: a fixed value that the space has not.
+        ValueError: a fixed value that the space has not; a model that fourfold does not train, in its own space.
     """
     num_devices, global_batch, seq_len, fix = request.num_devices, request.global_batch, request.seq_len, request.fix
     full = request.space == "full"
+    facts = facts_of(model)
     if not full:
-        _check_runnable(fix)
+        _check_runnable(model, facts, fix)
     axes = [
         (num_devices // (tp * cp * pp), pp, cp, tp)
         for tp in divisors(num_devices)
         for cp in divisors(num_devices // tp)
         for pp in divisors(num_devices // tp // cp)
     ]
-    columns: _Columns = dict(zip(AXES, np.array(axes).T, strict=True))
+    fixed = [axis for axis in AXES if axis in fix]
+    limits = (*SHAPES, *(OPTIONS if full else RUNTIME), *FORMS, *EVERY_PLAN)
+    # What the fixed axes leave out is counted first.
+    columns = dict(zip(AXES, np.array(axes).T, strict=True))
     reasons: dict[str, int] = {}
+    for axis in fixed:
+        held = columns[axis] == fix[axis]
+        if not held.all():
+            reasons[f"{axis} is not the fixed {fix[axis]}"] = int((~held).sum())
+            columns = {key: column[held] for key, column in columns.items()}
+    table = _Space(facts, limits, columns, global_batch=global_batch, seq_len=seq_len)
 
-    def restrict(rules: list[_Rule]) -> None:
-        for reason, allows in rules:
-            allowed = allows(columns)
-            refused = len(allowed) - int(allowed.sum())
-            if refused:
-                reasons[reason] = reasons.get(reason, 0) + refused
-                for key in columns:
-                    columns[key] = columns[key][allowed]
+    def expand(name: str, values: Sequence[Any]) -> None:
+        table.expand(name, [as_number(name, fix[name])] if name in fix else values)
 
-    def expand(name: str, values: list[Any]) -> None:
-        if name in fix:
-            values = [CHECKPOINTING.index(fix[name]) if name == "checkpointing" else fix[name]]
-        length = len(columns["dp"])
-        for key in columns:
-            columns[key] = np.repeat(columns[key], len(values))
-        columns[name] = np.tile(np.array(values), length)
-
-    restrict([(f"{a} is not the fixed {fix[a]}", lambda c, a=a: c[a] == fix[a]) for a in AXES if a in fix])  # type: ignore[misc]
-    restrict(_axis_rules(model, global_batch, seq_len))
-    if not full:
-        restrict(_runtime_rules(model))
-    columns["batch"] = global_batch // columns["dp"]
     expand("micro_batch", [size for size in MICRO_BATCHES if global_batch % size == 0])
-    restrict([("the micro-batch does not divide a replica's batch", lambda c: c["batch"] % c["micro_batch"] == 0)])
     expand("zero_stage", [0, 1, 2, 3] if full else [0, 3])
-    restrict([("ZeRO needs dp x cp of at least 2", lambda c: (c["zero_stage"] == 0) | (c["dp"] * c["cp"] > 1))])
-    expand("checkpointing", [NONE, SELECTIVE, FULL, STREAM] if full else [NONE, FULL])
-    optional: dict[str, list[Any]] = {
+    expand("checkpointing", [NONE, SELECTIVE, FULL, STREAM] if full else [NONE, FULL, STREAM])
+    options: dict[str, Sequence[Any]] = {
         "sequence_parallel": [False, True], "vp": [1, 2, 4], "checkpoint_every": [1, 2, 4], "offload": [False, True],
         "cp_heads": [1, 2, 4, 8], "ep": divisors(model.num_experts) if model.num_experts else [1],
     }  # fmt: skip
-    if full:
-        rules = _option_rules(model)
-        for name, values in optional.items():
+    for name, values in options.items():
+        if full or name in fix:
             expand(name, values)
-            restrict(rules.get(name, []))
-        _expand_chunks(columns, reasons, seq_len, fix)
-    _expand_cuts(columns, reasons, model, fix)
+    _expand_chunks(table, seq_len, fix, least=1 if full else LEAST_CHUNK)
+    _expand_cuts(table, model, fix)
     if request.asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
-        columns = _with_asynchronous(columns, reasons, fix.get("schedule"))
-    columns.pop("batch")
+        expand("schedule", range(len(SCHEDULES)))
     mitigation = fix.get("mitigation", MITIGATION)
-    return Candidates.from_columns(columns, global_batch=global_batch, seq_len=seq_len, mitigation=mitigation), reasons
-
-
-def _with_asynchronous(columns: _Columns, reasons: dict[str, int], only: str | None) -> _Columns:
-    """The candidates as they are, and again under each asynchronous schedule that can run them; or under one only."""
-    parts = [columns] if only in (None, SCHEDULES[0]) else []
-    length = len(columns["dp"])
-    full = {name: columns.get(name, np.full(length, plain)) for name, plain in WHOLE_STAGE.items()}
-    runs = (columns["pp"] > 1) & ((columns["checkpointing"] == NONE) | (columns["checkpointing"] == FULL))
-    for name, plain in WHOLE_STAGE.items():
-        runs &= full[name] == plain
-    for number, schedule in enumerate(SCHEDULES[1:], start=1):
-        if only not in (None, schedule):
-            continue
-        rows, needs = runs, f"{schedule} needs pp of at least 2, and of cp, tp, ZeRO and the full space's options none"
-        if schedule == "2bw":
-            rows = runs & (columns["batch"] // columns["micro_batch"] >= columns["pp"])
-            needs += ", and pp micro-batches"
-        parts.append({name: column[rows] for name, column in columns.items()})
-        parts[-1]["schedule"] = np.full(int(rows.sum()), number, dtype=np.int8)
-        reasons[needs] = length - int(rows.sum())
-    for part in parts:
-        part.setdefault("schedule", np.zeros(len(part["dp"]), dtype=np.int8))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _expand_chunks(columns: _Columns, reasons: dict[str, int], seq_len: int, fix: Mapping[str, Any]) -> None:
-    """Give the layouts that stream each number of chunks, the others one; in place."""
-    asked = [fix["stream_chunks"]] if "stream_chunks" in fix else STREAM_CHUNKS
-    chunks = [count for count in asked if seq_len % count == 0]
-    streamed = columns["checkpointing"] == STREAM
-    only_streamed = fix.get("stream_chunks", 1) > 1
-    if only_streamed and not streamed.all():
-        reasons["only StreamBP has chunks"] = int((~streamed).sum())
-    if not chunks and streamed.any():
-        reasons["StreamBP's chunks do not divide the sequence"] = int(streamed.sum())
-    counts = np.where(streamed, len(chunks), 0 if only_streamed else 1)
-    for key in columns:
-        columns[key] = np.repeat(columns[key], counts)
-    streamed = np.repeat(streamed, counts)
-    columns["stream_chunks"] = np.ones(len(streamed), dtype=int)
-    columns["stream_chunks"][streamed] = np.tile(
-        np.array(chunks, dtype=int), int(streamed.sum()) // max(len(chunks), 1)
+    candidates = Candidates.from_columns(
+        table.columns, global_batch=global_batch, seq_len=seq_len, mitigation=mitigation
     )
+    return candidates, reasons | table.reasons
 
 
-def _expand_cuts(columns: _Columns, reasons: dict[str, int], model: ModelConfig, fix: Mapping[str, Any]) -> None:
+def _expand_chunks(table: _Space, seq_len: int, fix: Mapping[str, Any], *, least: int) -> None:
+    """Give the layouts that stream each number of chunks, the others one; in place.
+
+    Args:
+        least: tokens of a chunk, where nobody asked to stream: shorter ones cost time and save nothing more.
+    """
+    asked = [fix["stream_chunks"]] if "stream_chunks" in fix else STREAM_CHUNKS
+    only_streamed = fix.get("stream_chunks", 1) > 1
+    if only_streamed:
+        table.keep(table.columns["checkpointing"] == STREAM, "only StreamBP has chunks")
+    streamed = table.columns["checkpointing"] == STREAM
+    # Each streaming layout once for every number of chunks, the others once.
+    counts = np.where(streamed, len(asked), 1)
+    table.columns = {key: np.repeat(column, counts) for key, column in table.columns.items()}
+    again = np.repeat(streamed, counts)
+    chunks = np.ones(len(again), dtype=int)
+    chunks[again] = np.tile(np.array(asked, dtype=int), int(streamed.sum()))
+    table.columns["stream_chunks"] = chunks
+    tokens = seq_len // table.columns["cp"]
+    table.keep(~again | (tokens % chunks == 0), "StreamBP's chunks do not divide the sequence")
+    if fix.get("checkpointing") != "stream" and not only_streamed:
+        streamed, tokens = table.columns["checkpointing"] == STREAM, seq_len // table.columns["cp"]
+        whole = ~streamed | (tokens // table.columns["stream_chunks"] >= least)
+        table.keep(whole, f"StreamBP's chunks have fewer than {least} tokens")
+
+
+def _expand_cuts(table: _Space, model: ModelConfig, fix: Mapping[str, Any]) -> None:
     """Give pipelines the cuts of their layers that differ from the even one, the others that one; in place.
 
     The head counts for no layer, one, or as many as it computes for; the embedding for none or one.
     """
     head = round(model.head_params * model.num_layers / model.layers_params)
     cuts = [(0, 0), (0, 1), (1, 1), (0, head), (1, head)]
-    fixed = {place: fix[name] for place, name in enumerate(("embedding_counts_as", "head_counts_as")) if name in fix}
+    names = ("embedding_counts_as", "head_counts_as")
+    fixed = {place: fix[name] for place, name in enumerate(names) if name in fix}
     if max(fixed.values(), default=0) >= model.num_layers:
-        raise ValueError(f"embedding_counts_as, head_counts_as: give less than the model's {model.num_layers} layers")
+        raise ValueError(f"{', '.join(names)}: give less than the model's {model.num_layers} layers")
     cuts = list(dict.fromkeys((fixed.get(0, first), fixed.get(1, last)) for first, last in cuts))
-    shape = len(columns["dp"]), len(cuts)
-    for name in columns:
-        columns[name] = np.repeat(columns[name], len(cuts))
-    less = columns["embedding_counts_as"], columns["head_counts_as"] = np.tile(np.array(cuts).T, shape[0])
-    pp = columns["pp"]
-    first, _, last = layers_of(model.num_layers, pp, *less)
-    whole = columns.get("vp", np.ones_like(pp)) == 1
-    allowed = (less[0] + less[1] == 0) | ((pp > 1) & whole & (first >= 1) & (last >= 1))
+    shape = len(table), len(cuts)
+    columns: _Columns = {name: np.repeat(column, len(cuts)) for name, column in table.columns.items()}
+    less = columns[names[0]], columns[names[1]] = np.tile(np.array(cuts).T, shape[0])
+    first, _, last = layers_of(model.num_layers, columns["pp"], *less)
+    choice = Choice(**columns)
+    even = less[0] + less[1] == 0
+    allowed = UNEVEN_CUT.allows(facts_of(model), choice) & (even | (first >= 1) & (last >= 1))
     # The same stages under another name count once: the first and the last say what is between.
     ends = (first * (model.num_layers + 1) + last).reshape(shape)
     kept = allowed.reshape(shape).copy()
     for later, earlier in combinations(range(len(cuts) - 1, -1, -1), 2):
         kept[:, later] &= ~(allowed.reshape(shape)[:, earlier] & (ends[:, later] == ends[:, earlier]))
     if any(fixed.values()) and not allowed.all():
-        reasons["stages cut unevenly need pp of at least 2, no interleaving, and a layer each"] = int((~allowed).sum())
-    for name in columns:
-        columns[name] = columns[name][kept.reshape(-1)]
+        table.reasons[UNEVEN_CUT.reason] = int((~allowed).sum())
+    table.columns = {name: column[kept.reshape(-1)] for name, column in columns.items()}
 
 
-def _check_runnable(fix: Mapping[str, Any]) -> None:
-    """Refuse a fixed value that no layout of fourfold's own runtime has."""
-    allowed: dict[str, tuple[Any, ...]] = {"checkpointing": ("none", "full"), "zero_stage": (0, 3)}
-    allowed |= dict.fromkeys(("sequence_parallel", "offload"), (False,))
-    allowed |= dict.fromkeys(("vp", "ep", "cp_heads", "checkpoint_every", "stream_chunks"), (1,))
-    for name, values in allowed.items():
-        if name in fix and fix[name] not in values:
-            raise ValueError(
-                f"{name}={str(fix[name]).lower()}: fourfold's runtime has no such layouts: add --space full"
-            )
+def _check_runnable(model: ModelConfig, facts: DecoderFacts, fix: Mapping[str, Any]) -> None:
+    """Refuse a model, or a fixed value, that no layout of fourfold's own runtime has."""
+    for limit in RUNTIME:
+        if not limit.fields and not limit.allows(facts, Choice()):
+            raise ValueError(f"{model.name}: {limit.told(facts, Choice())}, or add --space full to plan for others")
+    for name, value in fix.items():
+        alone = [limit for limit in RUNTIME if limit.fields == (name,)]
+        if alone and any(broken(alone, DecoderFacts(), Choice(**{name: as_number(name, value)}))):
+            raise ValueError(f"{name}={str(value).lower()}: fourfold's runtime has no such layouts: add --space full")

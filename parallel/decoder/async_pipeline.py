@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.grid import AXES, layer_ranges
@@ -51,13 +52,9 @@ def decoder_stages(
         ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
             window without ring attention (pipeline_decoder sets it).
     """
-    check_decoder(model)
+    chosen = as_number("checkpointing", checkpointing)
+    check_decoder(model, Choice(pp=num_stages, checkpointing=chosen))
     whole = cast(Any, model)
-    if num_stages > 1 and whole.config.tie_word_embeddings:
-        raise ValueError(
-            f"tie_word_embeddings=true with pp={num_stages}: the first and the last stage would each update the "
-            "weight without the other's gradient; untie them"
-        )
     device = device or torch.device("cpu")
     windows = has_sliding_window(model)
     check_windows(model)
@@ -111,13 +108,9 @@ def pipeline_decoder(
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
     sizes = {axis: mesh[axis].size() for axis in AXES}
-    for axis in ("cp", "tp"):
-        if sizes[axis] > 1:
-            raise ValueError(
-                f"{axis}={sizes[axis]}: an asynchronous stage is one rank; choose {axis}=1, or parallelize"
-            )
-    if sizes["pp"] < 2:
-        raise ValueError("pp=1: an asynchronous pipeline has at least two stages; choose pp of at least 2")
+    name = schedule if isinstance(schedule, str) else schedule.name
+    late = as_number("schedule", name) if name in SCHEDULES[1:] else LOCKSTEP
+    check_decoder(model, Choice(**sizes, checkpointing=as_number("checkpointing", checkpointing), schedule=late))
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
     if dtype is not None and (chosen.spectrain or chosen.correction > 0):
         raise ValueError(

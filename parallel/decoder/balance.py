@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourfold.parallel.decoder.limits import Choice, as_number
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.pipeline.partition import balanced_ranges
 from fourfold.parallel.stream.settings import StreamSettings
@@ -59,12 +60,10 @@ def cut_decoder_into_stages(
             would update one weight, each without the other's gradient); a sliding window without ring attention,
             unless the stages stream.
     """
-    check_decoder(model)
+    check_decoder(model, Choice(pp=num_stages, checkpointing=as_number("checkpointing", checkpointing)))
     if checkpointing != "stream":  # whose chunks know windows themselves
         check_windows(model)
     config: Any = model.config
-    if num_stages > 1 and getattr(config, "tie_word_embeddings", False):
-        raise ValueError("the head shares the embedding's weight: set tie_word_embeddings=False to cut the model")
 
     def stage(layers: range) -> DecoderStage:
         made = DecoderStage(model, layers, checkpointing=checkpointing, stream=stream)

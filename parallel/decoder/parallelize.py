@@ -30,8 +30,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from fourfold.parallel.decoder.draining_pipeline import Pipeline
+from fourfold.parallel.decoder.limits import Choice, as_number
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, has_sliding_window
-from fourfold.parallel.decoder.tensor_parallel import check_tensor_parallel, cut_ends, cut_layer
+from fourfold.parallel.decoder.tensor_parallel import cut_ends, cut_layer
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.gradients import average_gradients, clip_gradients, copy_weights, resolve_partial_gradients
 from fourfold.parallel.grid import AXES, layer_ranges
@@ -65,7 +66,7 @@ def parallelize(
     layer at a time, the same under every layout.
 
     Args:
-        model: a transformers causal language model of the Llama family (decoder.stage.SUPPORTED_MODEL_TYPES). Its
+        model: a transformers causal language model of the Llama family (decoder.limits.FAMILIES). Its
             modules are taken over and changed in place: do not use `model` afterwards.
         mesh: from `init_mesh`. tp cuts matrices (DTensor), cp the sequence (ring attention), pp the layers
             (torch.distributed.pipelining, 1F1B), dp the batch.
@@ -84,30 +85,26 @@ def parallelize(
             stages, tied embeddings with pp > 1, streaming with tp > 1.
     Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others.
     """
-    check_decoder(model)
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
-    if zero_stage not in (0, 3):
-        raise ValueError(f"zero_stage={zero_stage} is not supported: 0 (DDP) or 3 (FSDP2)")
+    if zero_stage not in range(4):
+        raise ValueError(f"zero_stage={zero_stage!r}: choose 0 (DDP) or 3 (FSDP2)")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not supported (float16 needs loss scaling): use torch.bfloat16 or None")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
-    config = cast(Any, model).config
-    pp, cp, tp = (mesh[axis].size() for axis in ("pp", "cp", "tp"))
-    check_tensor_parallel(config, tp)
-    if checkpointing == "stream" and tp > 1:
-        raise ValueError(
-            f"checkpointing='stream' with tp={tp}: chunks of cut matrices are not supported; use tp=1 and more cp or "
-            "zero_stage=3, or checkpointing='full'"
-        )
+    layout = Choice(
+        **{axis: mesh[axis].size() for axis in AXES},
+        checkpointing=as_number("checkpointing", checkpointing),
+        zero_stage=zero_stage,
+        embedding_counts_as=embedding_counts_as,
+        head_counts_as=head_counts_as,
+    )
+    check_decoder(model, layout)
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
-    if pp > 1 and config.tie_word_embeddings:
-        raise ValueError(
-            f"tie_word_embeddings=true with pp={pp}: the first and the last stage would each hold a copy; "
-            "use pp=1 or untie them"
-        )
+    config = cast(Any, model).config
+    pp, cp = layout.pp, layout.cp
     layers = layer_ranges(config.num_hidden_layers, pp, embedding_counts_as, head_counts_as)[mesh.get_local_rank("pp")]
     # Without a mask torch's kernel sees the whole sequence; the ring's blocks know windows, also on one rank.
     windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves

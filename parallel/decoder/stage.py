@@ -14,40 +14,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from fourfold.parallel.decoder.limits import FAMILIES, Choice, decoder_facts, refuse_decoder
 from fourfold.parallel.ring.transformers import NAME as RING
 from fourfold.parallel.stream.attention import stream_attention_forward
 from fourfold.parallel.stream.patching import NAME
 from fourfold.parallel.stream.settings import StreamSettings
 from fourfold.parallel.stream.stage import stage_run, stream_layers, stream_loss
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-CHECKPOINTING = ("none", "full", "stream")
 
-_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-def check_decoder(model: nn.Module) -> None:
-    """Refuse a model whose forward pass `DecoderStage` would not reproduce.
+def check_decoder(model: nn.Module, layout: Choice | None = None) -> None:
+    """Refuse a model whose forward pass `DecoderStage` would not reproduce, or a layout that it cannot have.
 
     Raises:
-        ValueError: another model family, attention dropout, or a rotary embedding whose frequencies depend on the
-            length seen (a rank that holds a shard of the sequence would see another length).
+        ValueError: what decoder.limits has: another model family, attention dropout, heads that tp does not divide.
     """
     config = cast(Any, model).config if hasattr(model, "config") else None
-    model_type = getattr(config, "model_type", None)
-    if model_type not in SUPPORTED_MODEL_TYPES or not hasattr(model, "lm_head"):
+    if config is None or not hasattr(model, "lm_head"):
         raise ValueError(
-            f"{type(model).__name__} (model_type {model_type!r}) is not supported: "
-            f"use a causal language model of {', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{type(model).__name__} is not a causal language model of transformers (no config and lm_head): "
+            f"use one of {', '.join(FAMILIES)}"
         )
-    if getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"attention_dropout={config.attention_dropout} is not supported: set it to 0.0")  # type: ignore[union-attr]
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _POSITION_DEPENDENT_ROPE:
-        raise ValueError(
-            f"rope_type={rope['rope_type']!r} computes frequencies from the length a rank sees and is not supported: "
-            "use 'default', 'linear', 'llama3' or 'yarn'"
-        )
+    facts = decoder_facts(config)
+    if not facts.family:
+        raise ValueError(f"{type(model).__name__}: its config has no model_type; use one of {', '.join(FAMILIES)}")
+    refuse_decoder(facts, layout or Choice())
 
 
 def has_sliding_window(model: nn.Module) -> bool:
@@ -97,8 +87,6 @@ class DecoderStage(nn.Module):
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing={checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
         if checkpointing == "stream":
             AttentionInterface.register(NAME, stream_attention_forward)
         self._stream = stream or StreamSettings()

@@ -6,8 +6,6 @@ of an attention block and an MLP enter as one DTensor, so that the backward pass
 projection; and norms become replicated DTensors, so that an optimizer sees parameters of one kind.
 """
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
@@ -21,14 +19,6 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement
 
 from fourfold.parallel.decoder.stage import DecoderStage
-
-
-def check_tensor_parallel(config: Any, tp: int) -> None:
-    """Raises ValueError where heads, key-value heads, MLP width or vocabulary do not divide by `tp`."""
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-        value = getattr(config, name)
-        if value % tp:
-            raise ValueError(f"{name}={value} does not divide by tp={tp}: choose tp among the divisors of {value}")
 
 
 def cut_layer(layer: nn.Module, tp_mesh: DeviceMesh) -> None:

@@ -1,0 +1,392 @@
+"""What a layout may combine, and what this runtime can run of it: one table.
+
+The search, layout files, `parallelize`, `pipeline_decoder` and the launcher all read it, so that what a plan ranks is
+what trains. An entry is a predicate and the words of its refusal, which name the mend. Predicates use operators that
+work on single values and on numpy columns alike: the same text judges one layout, and a million candidates at once.
+
+torch has no such table: each of its parts refuses for itself, mostly after the processes have started. This file does
+not import torch, because the planner must answer without it.
+
+    SHAPES    what any software needs to cut a decoder: heads that tp divides, a layer a stage
+    FORMS     what makes a layout one at all, whatever the model: a batch that divides, an asynchronous stage kept whole
+    RUNTIME   what fourfold's own runtime has: four families, no interleaving, no tied embeddings across stages
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""model_type of the decoders that `parallelize` cuts; a test compares each with one process."""
+
+CHECKPOINTING = ("none", "selective", "full", "stream")
+NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
+SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
+"""Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
+DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderFacts:
+    """What of a decoder the limits depend on; counts as in a Hugging Face config.
+
+    With the defaults RUNTIME and FORMS judge a layout by itself, for any model. A model known by its sizes alone
+    (a published run) has no family.
+    """
+
+    family: str = ""
+    num_layers: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    ffn_size: int = 0
+    vocab_size: int = 0
+    num_experts: int = 0
+    tied_embeddings: bool = False
+    attention_dropout: float = 0.0
+    rope_type: str = "default"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A layout as the predicates read it: every field one value, or all those that vary a numpy column.
+
+    `checkpointing` and `schedule` are indices of their words. None is a value that is not known yet.
+    """
+
+    dp: Any = 1
+    pp: Any = 1
+    cp: Any = 1
+    tp: Any = 1
+    micro_batch: Any = 1
+    checkpointing: Any = NONE
+    zero_stage: Any = 0
+    global_batch: int | None = None
+    seq_len: int | None = None
+    vp: Any = 1
+    ep: Any = 1
+    cp_heads: Any = 1
+    sequence_parallel: Any = False
+    checkpoint_every: Any = 1
+    stream_chunks: Any = 1
+    offload: Any = False
+    embedding_counts_as: Any = 0
+    head_counts_as: Any = 0
+    schedule: Any = DRAINED
+
+    @classmethod
+    def of(cls, layout: Any) -> "Choice":
+        """The choice of anything that has these fields, with words for `checkpointing` and `schedule`."""
+        return cls(**{field.name: as_number(field.name, getattr(layout, field.name)) for field in fields(cls)})
+
+    @property
+    def num_micro_batches(self) -> Any:
+        """Of one replica in a step."""
+        assert self.global_batch is not None
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def pieces(self) -> Any:
+        """Into which cp cuts the sequence: two a rank (zigzag), or the whole."""
+        return (self.cp == 1) + 2 * self.cp * (self.cp > 1)
+
+    @property
+    def checkpointing_word(self) -> str:
+        return CHECKPOINTING[self.checkpointing]
+
+    @property
+    def schedule_word(self) -> str:
+        return SCHEDULES[self.schedule]
+
+    @property
+    def stages(self) -> str:
+        """pp=8, or pp=8 x vp=2."""
+        return f"pp={self.pp}" + (f" x vp={self.vp}" if self.vp > 1 else "")
+
+
+def as_number(name: str, value: Any) -> Any:
+    """A layout field's value as a Choice holds it: words by their index. Raises ValueError for a word that is none."""
+    words = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}.get(name)
+    if words is None:
+        return value
+    if value not in words:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(words)}")
+    return words.index(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """One thing that cannot be.
+
+    Attributes:
+        fields: of the layout, that the predicate reads; none where it is about the model alone.
+        allows: (model, layout) -> whether it can be: a bool, or a column of them.
+        reason: the same in a few words, under which a plan counts what it ruled out. `{model.num_heads}` and the like
+            are filled in, and of the layout what is one for all: `{layout.global_batch}`, `{layout.seq_len}`.
+        message: the refusal of a single layout, with its values and the mend.
+    """
+
+    fields: tuple[str, ...] = ()
+    allows: Callable[[DecoderFacts, Choice], Any]
+    reason: str
+    message: str
+
+    def counted_as(self, model: DecoderFacts, layout: Choice) -> str:
+        """The reason, filled in."""
+        return self.reason.format(model=model, layout=layout)
+
+    def told(self, model: DecoderFacts, layout: Choice) -> str:
+        """The message, filled in."""
+        return self.message.format(model=model, layout=layout)
+
+
+def _divides(axis: str, count: str, what: str) -> Limit:
+    """tp divides so many of something."""
+    number = f"{{model.{count}}}"
+    return Limit(
+        fields=(axis,),
+        allows=lambda model, layout: getattr(model, count) % getattr(layout, axis) == 0,
+        reason=f"{axis} does not divide {number} {what}",
+        message=(
+            f"{number} {what} cannot be shared by {axis}={{layout.{axis}}}: choose a {axis} that divides {number}"
+        ),
+    )
+
+
+SHAPES: tuple[Limit, ...] = (
+    _divides("tp", "num_heads", "attention heads"),
+    _divides("tp", "num_kv_heads", "key-value heads"),
+    _divides("tp", "ffn_size", "columns of the feed-forward width"),
+    Limit(
+        fields=("pp",),
+        allows=lambda model, layout: layout.pp <= model.num_layers,
+        reason="pp is more than {model.num_layers} layers",
+        message="{model.num_layers} layers cannot fill {layout.stages} stages: "
+        "choose at most {model.num_layers} stages",
+    ),
+    Limit(
+        fields=("pp", "vp"),
+        allows=lambda model, layout: layout.pp * layout.vp <= model.num_layers,
+        reason="pp x vp is more than the layers",
+        message="{model.num_layers} layers cannot fill {layout.stages} stages: "
+        "choose at most {model.num_layers} stages",
+    ),
+    Limit(
+        fields=("cp", "seq_len"),
+        allows=lambda model, layout: layout.seq_len % layout.pieces == 0,
+        reason="2 cp does not divide the sequence of {layout.seq_len}",
+        message="seq_len={layout.seq_len} cannot be cut into {layout.pieces} pieces for cp={layout.cp}: "
+        "choose a multiple of {layout.pieces}, or another cp",
+    ),
+    Limit(
+        fields=("ep",),
+        allows=lambda model, layout: (layout.ep == 1) | (model.num_experts % layout.ep == 0) & (model.num_experts > 0),
+        reason="ep does not divide the experts",
+        message="{model.num_experts} experts cannot be shared by ep={layout.ep}: choose an ep that divides them",
+    ),
+)
+
+_BATCH = (
+    "global_batch={layout.global_batch} is no multiple of dp={layout.dp} x micro_batch={layout.micro_batch}: "
+    "change one of the three"
+)
+
+UNEVEN_CUT = Limit(
+    fields=("pp", "vp", "embedding_counts_as", "head_counts_as"),
+    allows=lambda model, layout: (
+        (layout.embedding_counts_as + layout.head_counts_as == 0) | (layout.pp > 1) & (layout.vp == 1)
+    ),
+    reason="stages cut unevenly need pp of at least 2, no interleaving, and a layer each",
+    message="embedding_counts_as={layout.embedding_counts_as}, head_counts_as={layout.head_counts_as} with "
+    "pp={layout.pp}, vp={layout.vp}: stages are cut unevenly with pp of at least 2 and without interleaving; "
+    "choose 0 for both, or such stages",
+)
+
+
+WHOLE_VOCABULARY = _divides("tp", "vocab_size", "entries of the vocabulary")
+"""Not among SHAPES: Megatron pads the vocabulary where tp does not divide it."""
+
+
+def _whole_stage(name: str, plain: Any) -> Limit:
+    """An asynchronous stage is a rank with all weights of its stage, and dp replicas of it."""
+    return Limit(
+        fields=(name, "schedule"),
+        allows=lambda model, layout: (layout.schedule == DRAINED) | (getattr(layout, name) == plain),
+        reason=f"an asynchronous stage needs {name}={str(plain).lower()}",
+        message=f"{name}={{layout.{name}}} with schedule={{layout.schedule_word!r}}: an asynchronous stage is neither "
+        f"cut nor sharded; choose {name}={str(plain).lower()}, or schedule='1f1b'",
+    )
+
+
+FORMS: tuple[Limit, ...] = (
+    Limit(
+        fields=("dp", "global_batch"),
+        allows=lambda model, layout: layout.global_batch % layout.dp == 0,
+        reason="dp does not divide the global batch {layout.global_batch}",
+        message=_BATCH,
+    ),
+    Limit(
+        fields=("dp", "micro_batch", "global_batch"),
+        allows=lambda model, layout: layout.global_batch % (layout.dp * layout.micro_batch) == 0,
+        reason="the micro-batch does not divide a replica's batch",
+        message=_BATCH,
+    ),
+    UNEVEN_CUT,
+    _whole_stage("cp", 1),
+    _whole_stage("tp", 1),
+    _whole_stage("vp", 1),
+    _whole_stage("ep", 1),
+    _whole_stage("zero_stage", 0),
+    _whole_stage("sequence_parallel", False),
+    _whole_stage("offload", False),
+    _whole_stage("checkpoint_every", 1),
+    Limit(
+        fields=("pp", "schedule"),
+        allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.pp > 1),
+        reason="an asynchronous pipeline needs pp of at least 2",
+        message="schedule={layout.schedule_word!r} is for a pipeline, but pp={layout.pp}: choose pp of at least 2, or "
+        "'1f1b'",
+    ),
+    Limit(
+        fields=("checkpointing", "schedule"),
+        allows=lambda model, layout: (
+            (layout.schedule == DRAINED) | (layout.checkpointing == NONE) | (layout.checkpointing == FULL)
+        ),
+        reason="an asynchronous stage needs checkpointing=none or full",
+        message="checkpointing={layout.checkpointing_word!r} with schedule={layout.schedule_word!r}: "
+        "choose none or full",
+    ),
+    Limit(
+        fields=("dp", "pp", "micro_batch", "global_batch", "schedule"),
+        allows=lambda model, layout: (layout.schedule != DOUBLE_BUFFERED) | (layout.num_micro_batches >= layout.pp),
+        reason="2bw needs pp micro-batches a step",
+        message="schedule='2bw' with {layout.num_micro_batches} micro-batches a step needs at least pp={layout.pp} of "
+        "them for two versions of the weights: choose a larger global_batch or a smaller micro_batch",
+    ),
+)
+
+
+def _absent(name: str, plain: Any, what: str) -> Limit:
+    """An option that only other software has."""
+    return Limit(
+        fields=(name,),
+        allows=lambda model, layout: getattr(layout, name) == plain,
+        reason=name,
+        message=f"{name}={{layout.{name}}}: fourfold's runtime has no {what}; choose {name}={str(plain).lower()}, or "
+        "export the layout",
+    )
+
+
+RUNTIME: tuple[Limit, ...] = (
+    Limit(
+        allows=lambda model, layout: model.family in ("", *FAMILIES),
+        reason="model_type {model.family!r} is not a family that fourfold's runtime cuts",
+        message=f"model_type {{model.family!r}} is not supported by fourfold's runtime: use a causal language model of "
+        f"{', '.join(FAMILIES)}",
+    ),
+    Limit(
+        allows=lambda model, layout: model.attention_dropout == 0,
+        reason="attention_dropout={model.attention_dropout}",
+        message="attention_dropout={model.attention_dropout} is not supported: set it to 0.0",
+    ),
+    Limit(
+        allows=lambda model, layout: model.rope_type not in _LENGTH_DEPENDENT_ROPE,
+        reason="rope_type {model.rope_type!r}",
+        message="rope_type={model.rope_type!r} computes frequencies from the length a rank sees and is not supported: "
+        "use 'default', 'linear', 'llama3' or 'yarn'",
+    ),
+    WHOLE_VOCABULARY,
+    Limit(
+        fields=("pp",),
+        # Each of two stages would update one weight, without the other's gradient.
+        allows=lambda model, layout: (not model.tied_embeddings) | (layout.pp == 1),
+        reason="tied embeddings need pp=1 in this runtime",
+        message="tie_word_embeddings=true with pp={layout.pp}: the first and the last stage would each hold a copy; "
+        "use pp=1 or untie them",
+    ),
+    _absent("vp", 1, "interleaved stages"),
+    _absent("ep", 1, "expert parallelism"),
+    _absent("cp_heads", 1, "exchange of heads among cp ranks"),
+    _absent("sequence_parallel", False, "sequence parallelism"),
+    _absent("checkpoint_every", 1, "checkpointing of some layers only"),
+    Limit(
+        fields=("checkpointing", "offload"),
+        allows=lambda model, layout: (layout.offload == 0) | (layout.checkpointing == STREAM),
+        reason="offload",
+        message="offload=true with checkpointing={layout.checkpointing_word!r}: fourfold's runtime moves the inputs of "
+        "layers that stream; choose checkpointing='stream', or offload=false",
+    ),
+    Limit(
+        fields=("checkpointing",),
+        allows=lambda model, layout: layout.checkpointing != SELECTIVE,
+        reason="checkpointing=selective",
+        message="checkpointing='selective': fourfold's runtime keeps all, a layer's input, or chunks; choose none, "
+        "full or stream",
+    ),
+    Limit(
+        fields=("tp", "checkpointing"),
+        allows=lambda model, layout: (layout.checkpointing != STREAM) | (layout.tp == 1),
+        reason="checkpointing=stream with tp",
+        message="checkpointing='stream' with tp={layout.tp}: chunks of cut matrices are not supported; use tp=1 and "
+        "more cp or zero_stage=3, or checkpointing='full'",
+    ),
+    *(
+        Limit(
+            fields=("zero_stage",),
+            allows=lambda model, layout, stage=stage: layout.zero_stage != stage,  # type: ignore[misc]
+            reason=f"zero_stage={stage}",
+            message=f"zero_stage={stage} is not supported by fourfold's runtime: 0 (DDP) or 3 (FSDP2)",
+        )
+        for stage in (1, 2)
+    ),
+)
+
+
+def decoder_facts(config: Any) -> DecoderFacts:
+    """The facts of a Hugging Face config: an object of transformers, or the mapping of a config.json.
+
+    A field that a mapping lacks has here the neutral value, not the family's default: `layouts` knows those.
+    """
+
+    def read(name: str, default: Any) -> Any:
+        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        return default if value is None else value
+
+    heads = read("num_attention_heads", 1)
+    return DecoderFacts(
+        family=read("model_type", ""),
+        num_layers=read("num_hidden_layers", 1),
+        num_heads=heads,
+        num_kv_heads=read("num_key_value_heads", heads),
+        ffn_size=read("intermediate_size", 1),
+        vocab_size=read("vocab_size", 1),
+        tied_embeddings=read("tie_word_embeddings", False),
+        attention_dropout=read("attention_dropout", 0.0),
+        rope_type=_rope_type(read("rope_parameters", None) or read("rope_scaling", None) or {}),
+    )
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    """Of parameters for all layers, or for each kind of layer: then the one that depends on the length, if any does."""
+    tables = [table for table in rope.values() if isinstance(table, Mapping)] or [rope]
+    types = [str(table.get("rope_type") or table.get("type") or "default") for table in tables]
+    return next((kind for kind in types if kind in _LENGTH_DEPENDENT_ROPE), types[0])
+
+
+def broken(limits: Iterable[Limit], model: DecoderFacts, layout: Choice) -> Iterator[Limit]:
+    """The limits that a single layout breaks; one that reads a value which is not known yet is passed over."""
+    for limit in limits:
+        if all(getattr(layout, name) is not None for name in limit.fields) and not limit.allows(model, layout):
+            yield limit
+
+
+def refuse_decoder(model: DecoderFacts, layout: Choice) -> None:
+    """Raise ValueError for what `parallelize` or `pipeline_decoder` cannot run, with the words of the first limit."""
+    refuse((*RUNTIME, *SHAPES, *FORMS), model, layout)
+
+
+def refuse(limits: Iterable[Limit], model: DecoderFacts, layout: Choice) -> None:
+    """Raise ValueError with the words of the first limit that a single layout breaks."""
+    for limit in broken(limits, model, layout):
+        raise ValueError(limit.told(model, layout))
