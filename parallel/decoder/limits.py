@@ -383,7 +383,7 @@ def broken(limits: Iterable[Limit], model: DecoderFacts, layout: Choice) -> Iter
 
 def refuse_decoder(model: DecoderFacts, layout: Choice) -> None:
     """Raise ValueError for what `parallelize` or `pipeline_decoder` cannot run, with the words of the first limit."""
-    refuse((*RUNTIME, *SHAPES, *FORMS), model, layout)
+    refuse((*FORMS, *RUNTIME, *SHAPES), model, layout)
 
 
 def refuse(limits: Iterable[Limit], model: DecoderFacts, layout: Choice) -> None:
