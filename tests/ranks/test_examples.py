@@ -1,4 +1,4 @@
-"""Every script of examples/ runs as its first lines say, in at most 40 lines, and prints the losses of one process."""
+"""Every script of examples/ runs as its first lines say, in at most 40 lines, and reaches one process's losses."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Every command of the README runs as it stands there; those that `make` starts are .ci/run's."""
+"""Every command of the README and of docs/ runs as it stands there; those that `make` starts are .ci/run's."""
 
 import os
 import re
@@ -18,14 +18,17 @@ from fourfold.layouts.inputs.model import load_model
 
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if re.match(r"(layout-advisor|torchrun|mpiexec|make|python) ", line)
-]
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
 
 
+def commands_of(text: str) -> list[str]:
+    """The lines of the ```console blocks that start a program, without their comments."""
+    lines = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    starts = r"(layout-advisor|torchrun|mpiexec|make|python) "
+    return [line.split("  #")[0].strip() for line in lines if re.match(starts, line)]
+
+
+COMMANDS = commands_of(README)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -40,21 +43,33 @@ def test_the_readme_has_commands():
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
 def test_command(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    write_layout_file(tmp_path / "run" / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
+    run(command, tmp_path)
+
+
+@pytest.mark.parametrize("guide", [guide for guide in GUIDES if commands_of(guide.read_text())], ids=lambda p: p.stem)
+def test_a_guides_commands_one_after_the_other(guide, tmp_path):
+    for folder in ("launch", "examples"):  # as in the root, where the guide's reader is
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for command in commands_of(guide.read_text()):
+        run(command, tmp_path)
+
+
+def run(command: str, folder: Path) -> None:
     words = shlex.split(command)
     bin_folder = Path(sys.executable).parent
     if words[0] == "mpiexec" and not (bin_folder / "mpiexec").exists():
         pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
     if words[0] == "layout-advisor" and not (bin_folder / words[0]).exists():  # run from the source tree
         words[:1] = [sys.executable, "-m", "fourfold.launch.cli"]
-    (tmp_path / "run").mkdir()
-    write_layout_file(tmp_path / "run" / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
     environment = os.environ | {
         "PATH": os.pathsep.join([str(bin_folder), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT / "src"),
         "OMP_NUM_THREADS": "1",
     }
-    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 
 def readme_example() -> tuple[float, float]:

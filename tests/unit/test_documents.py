@@ -1,0 +1,68 @@
+"""What the documents say is there: files, links, modules, and the figures that the README gives."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = sorted((ROOT / "benchmarks").glob("*/README.md"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("parallel", "layouts", "launch", "profiling", "tests", "benchmarks", "examples", "docs")
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *READMES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(document):
+    text = document.read_text()
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    missing = [link for link in links if not (document.parent / link).exists()]
+    paths = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text)
+    missing += [path for path in paths if not (ROOT / path).exists()]
+    modules = re.findall(r"-m ((?:fourfold|benchmarks)[\w.]+)", text)
+    folders = [ROOT.joinpath(*module.removeprefix("fourfold.").split(".")) for module in modules]
+    missing += [str(path) for path in folders if not path.with_suffix(".py").exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_names_that_python_code_imports_exist(document):
+    """Of every ```python block; the README's blocks are run, too (tests/ranks/launch/test_readme.py)."""
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+        imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+        code = "\n".join(ast.unparse(node) for node in imports)
+        exec(compile(code, str(document), "exec"), {})
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", text)]
+
+
+def figures_and_commands() -> list[tuple[str, str]]:
+    """(bold figure, command beside it) of the README's table."""
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if "`python -m benchmarks.rows" in line]
+    return [
+        (figure, re.findall(r"`(python -m benchmarks.rows .*?)`", row)[0])
+        for row in rows
+        for figure in re.findall(r"\*\*([\d.%]+)\*\*", row)
+    ]
+
+
+def test_each_system_has_a_figure():
+    commands = " ".join(command for _, command in figures_and_commands())
+    for benchmark in ("ring_attention", "stream_backprop", "pipelined_backprop", "layout_search"):
+        assert benchmark in commands
+
+
+@pytest.mark.parametrize(("figure", "command"), figures_and_commands())
+def test_the_command_prints_the_figure(figure, command):
+    words = [sys.executable, *shlex.split(command)[1:]]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    digits, percent = figure.rstrip("%"), figure.endswith("%")
+    decimals = len(digits.partition(".")[2])
+    printed = {f"{number * (100 if percent else 1):.{decimals}f}" for number in numbers(result.stdout)}
+    assert digits in printed, result.stdout
