@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from benchmarks.pipelined_backprop.quadratic import half_life, polynomial, spectral_radii
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from fourfold.parallel.pipeline import (
     scale_hyperparameters,
 )
 from fourfold.parallel.pipeline.stage import PipelineStage
+from fourfold.parallel.testing.delayed_quadratic import half_life, polynomial, spectral_radii
 
 MOMENTA = st.floats(0.0, 0.999)
 DELAYS = st.integers(0, 64)
