@@ -29,7 +29,7 @@ from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.decoder import pipeline_decoder
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline import scale_adam_hyperparameters
-from fourfold.parallel.pipeline.links import replica_lost
+from fourfold.parallel.pipeline.failure import replica_lost
 from fourfold.parallel.sequence.tensors import shard_labels
 
 

@@ -20,7 +20,7 @@ from fourfold.parallel.pipeline.mitigation import Mitigation
 from fourfold.parallel.pipeline.optimizer import OptimizerFactory
 from fourfold.parallel.pipeline.runtime import PipelinedBackprop
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
-from fourfold.parallel.pipeline.stage import SchedulerFactory
+from fourfold.parallel.pipeline.settings import SchedulerFactory
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 

@@ -9,57 +9,45 @@ message or a second micro-batch in flight: an independent statement of what the 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.pipeline.mitigation import Mitigation
-from fourfold.parallel.pipeline.optimizer import OptimizerFactory
+from fourfold.parallel.pipeline.checks import check_model_norm, check_recomputation, check_untied, evaluating
+from fourfold.parallel.pipeline.norms import joined
 from fourfold.parallel.pipeline.program import Program
-from fourfold.parallel.pipeline.schedule import PipelineSchedule, resolve_schedule, updates_behind
-from fourfold.parallel.pipeline.stage import (
-    Flight,
-    LossFunction,
-    PipelineStage,
-    SchedulerFactory,
-    Weights,
-    check_recomputation,
-)
+from fourfold.parallel.pipeline.report import StageReport
+from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
+from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
+from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
+
+Versions = tuple[int, int]  # updates that a micro-batch's forward has seen, updates before its own
 
 
 class PipelinedBackpropEmulator:
     """Train `stages` as PipelinedBackprop would on one rank a stage.
 
     Args:
-        stages: S modules, applied one after another, each from one tensor to one tensor.
-        optimizer: parameters -> torch.optim.Optimizer, called once a stage that has parameters.
-        loss_fn: (output, target) -> scalar mean over the micro-batch.
-        schedule: a name ("lockstep", "1f1b-async", "2bw:8", ...), a PipelineSchedule, or a Program.
-        mitigation: names joined by "+" (see Mitigation.named), or a Mitigation.
+        stages: S modules, applied one after another, as for PipelinedBackprop.
         delays: D_s in updates for each stage, in place of the schedule's; all 0 is plain training, bit for bit.
-        scheduler: optimizer -> learning-rate scheduler, stepped after each update of its stage.
-        seed: if given, dropout draws from (seed, stage, micro-batch), the same as in the runtime.
+        options: as for PipelinedBackprop.
     Raises:
-        ValueError: unknown names, delays that do not fit, a program that does not validate.
+        ValueError: unknown names, delays that do not fit, a program that does not validate, a weight of two stages.
     Cost: D_s copies of the weights of each stage, at most; the time of training on one process and S graph cuts.
     Source: Kosson et al. 2021 (arXiv 2003.11666), appendix G.2 simulates delays in the same way.
+
+    Attributes:
+        reports: with observe=True, every stage's StageReport of the last run; nobody waits here.
     """
 
     def __init__(
-        self,
-        stages: Sequence[nn.Module],
-        *,
-        optimizer: OptimizerFactory,
-        loss_fn: LossFunction,
-        schedule: str | PipelineSchedule | Program = "lockstep",
-        mitigation: str | Mitigation = "lwpv+sc",
-        delays: Sequence[int] | None = None,
-        scheduler: SchedulerFactory | None = None,
-        seed: int | None = None,
+        self, stages: Sequence[nn.Module], *, delays: Sequence[int] | None = None, **options: Unpack[PipelineOptions]
     ) -> None:
-        self.schedule = resolve_schedule(schedule, len(stages))
-        self.mitigation = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
+        settings = PipelineSettings(**options)
+        self.schedule = resolve_schedule(settings.schedule, len(stages))
+        self.mitigation = settings.chosen
+        # Delays from the schedule, or those given.
         if delays is not None:
             if isinstance(self.schedule, Program):
                 raise ValueError("delays replace those of a named schedule; a Program has its own: leave delays out")
@@ -71,26 +59,29 @@ class PipelinedBackpropEmulator:
         steady: list[int | float] = self.schedule.delays() if delays is None else list(delays)
         for module in stages:
             check_recomputation(module, steady)
-        buffered = self.schedule.double_buffered and delays is None
+        check_untied(stages)
+        check_model_norm(settings.clipping, self.schedule)
+        # The stages, with masters of their own wherever past weights must not be overwritten.
+        last = len(stages) - 1
         self.stages = [
             PipelineStage(
                 module,
                 index=index,
-                optimizer=optimizer,
                 delay=steady[index],
-                behind=updates_behind(steady, index),
-                mitigation=self.mitigation,
-                double_buffered=buffered,
+                lag_updates=lag_updates(steady, index),
+                double_buffered=self.schedule.double_buffered and delays is None,
                 separate=steady[index] > 0,
-                loss_fn=loss_fn if index == len(stages) - 1 else None,
-                scheduler=scheduler,
-                seed=seed,
+                **(options if index == last else {**options, "loss_fn": None}),  # type: ignore[misc]
             )
             for index, module in enumerate(stages)
         ]
+        self._clips_model = settings.clipping if settings.clipping and settings.clipping.scope == "model" else None
+        self.reports: list[StageReport] = []
 
-    def run(self, batches: Iterable[tuple[Tensor, Any]]) -> list[float]:
+    def run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """Train on (input, target) micro-batches to the end of the stream; returns their losses, seen in training."""
+        for stage in self.stages:
+            stage.begin()
         histories = [_History(stage) for stage in self.stages]
         versions = [self._versions(index) for index in range(len(self.stages))]
         ahead = [next(each, None) for each in versions]
@@ -98,41 +89,42 @@ class PipelinedBackpropEmulator:
         for value, target in batches:
             now = ahead
             ahead = [next(each, None) for each in versions]
+            # Forward through all stages, each with the weights of its own past.
             flights: list[Flight] = []
             for stage, history, version in zip(self.stages, histories, now, strict=True):
                 if version is None:
                     raise ValueError(f"the program is for {len(losses)} micro-batches; the stream has more")
-                flights.append(stage.forward(value, target, history.weights(*version)))
-                value = flights[-1].result
-            losses.append(value)
-            gradient: Tensor | None = None
+                flights.append(stage.forward(value, target, history.weights(*version), version[0]))
+                value = flights[-1].value
+            losses.append(flights[-1].outputs[0].detach())
+            # Backward through all stages, each with its present weights.
+            gradients: list[Tensor] | None = None
+            weight = flights[-1].weight
             for index in reversed(range(len(self.stages))):
-                gradient = self.stages[index].backward(flights[index], gradient)
-                gradient = None if gradient is None else gradient.contiguous()
-                flights.pop()
-                version, following = now[index], ahead[index]
-                if following is None or version is None or following[1] > version[1]:
-                    histories[index].update()
+                gradients = self.stages[index].backward(flights.pop(), gradients, weight)
+            # Updates, where this micro-batch ends a group.
+            due = [_ends_group(version, following) for version, following in zip(now, ahead, strict=True)]
+            self._update([history for history, is_due in zip(histories, due, strict=True) if is_due])
         if isinstance(self.schedule, Program) and len(losses) < self.schedule.num_micro_batches:
             raise ValueError(
                 f"the program is for {self.schedule.num_micro_batches} micro-batches; the stream gave {len(losses)}"
             )
-        for history in histories:
-            history.finish()
-        return torch.stack([loss.double() for loss in losses]).tolist() if losses else []
+        self._update([history for history in histories if history.pending])
+        for stage in self.stages:
+            stage.end()
+        self.reports = [stage.meter.report(stage.index, 0.0) for stage in self.stages if stage.settings.observe]
+        return torch.stack([loss.double().reshape(()) for loss in losses]).tolist() if losses else []
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Any]]) -> list[float]:
+    def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode."""
         losses: list[float] = []
-        modes = [stage.module.training for stage in self.stages]
         for stage in self.stages:
-            stage.module.eval()
-        for value, target in batches:
-            for stage in self.stages:
-                value = stage.evaluate(value, target)
-            losses.append(float(value))
-        for stage, mode in zip(self.stages, modes, strict=True):
-            stage.module.train(mode)
+            stage.weights.take_changes()
+        with evaluating([stage.module for stage in self.stages]):
+            for value, target in batches:
+                for stage in self.stages:
+                    value = stage.evaluate(value, target)
+                losses.append(float(value))
         return losses
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -143,46 +135,69 @@ class PipelinedBackpropEmulator:
         for stage, state in zip(self.stages, states, strict=True):
             stage.load_state_dict(state)
 
-    def _versions(self, stage: int) -> Iterator[tuple[int, int]]:
+    def _versions(self, stage: int) -> Iterator[Versions]:
         if self._delays is None:
             return self.schedule.versions(stage)
         assert isinstance(self.schedule, PipelineSchedule)
         every, delay = self.schedule.update_every, self._delays[stage]
         return ((max(0, i // every - delay), i // every) for i in count())
 
+    def _update(self, histories: Sequence["_History"]) -> None:
+        if not histories:
+            return
+        norms = [history.stage.prepare_update() for history in histories]
+        norm = self._norm(norms)
+        for history in histories:
+            history.update(norm)
+
+    def _norm(self, norms: Sequence[float]) -> float | None:
+        """The whole model's norm to clip by; None where stages clip by themselves."""
+        if self._clips_model is None:
+            return None
+        update, lag = self.stages[0].num_updates, self._clips_model.lag_updates
+        for stage in self.stages:
+            stage.norms[update] = norms[0] if len(norms) == 1 else joined(norms)
+        known = self.stages[0].norms
+        norm = known.get(update - lag, known[update])
+        for stage in self.stages:
+            for old in sorted(stage.norms)[: len(stage.norms) - lag]:
+                del stage.norms[old]
+        return norm
+
+
+def _ends_group(version: Versions | None, following: Versions | None) -> bool:
+    return following is None or version is None or following[1] > version[1]
+
 
 class _History:
     """The weights that forwards read at each update still in use."""
 
     def __init__(self, stage: PipelineStage) -> None:
-        self._stage = stage
+        self.stage = stage
+        self.pending = False  # whether gradients wait for an update
         self._first = 0
         self._past: deque[Weights] = deque()
         self._updates = 0
-        self._pending = False
         self._newest = stage.snapshot()
 
     def weights(self, seen: int, own: int) -> Weights:
         """The weights after `seen` updates, for a micro-batch whose gradient comes after `own`."""
         assert own == self._updates
-        self._pending = True
+        self.pending = True
         while self._first < seen and self._past:
             self._past.popleft()
             self._first += 1
-        if seen == own or self._stage.optimizer is None:
+        if seen == own or self.stage.optimizer is None:
             return self._newest
         return self._past[seen - self._first]
 
-    def update(self) -> None:
-        if self._stage.optimizer is not None and self._stage.optimizer.delay:
-            self._past.append(self._newest if self._newest is not None else self._stage.present())
+    def update(self, norm: float | None) -> None:
+        """Step, and keep the weights before for the forwards that still read them."""
+        if self.stage.optimizer is not None and self.stage.optimizer.delay:
+            self._past.append(self._newest if self._newest is not None else self.stage.weights.present())
         else:
             self._first += 1
-        self._stage.update()
+        self.stage.update(norm)
         self._updates += 1
-        self._pending = False
-        self._newest = self._stage.snapshot()
-
-    def finish(self) -> None:
-        if self._pending:
-            self.update()
+        self.pending = False
+        self._newest = self.stage.snapshot()

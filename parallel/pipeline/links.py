@@ -1,19 +1,33 @@
-"""Point-to-point traffic of a pipeline: two first-in-first-out links to the stage before and two to the stage behind.
+"""Point-to-point traffic of a pipeline: two first-in-first-out links to the stage before and two to the one after.
 
 torch.distributed.pipelining posts its sends and receives step by step and waits for each; its shapes are fixed when
 it is built. An endless asynchronous stream wants every receive posted before it is needed and every send left to run
-beside the computation, and may end in a smaller micro-batch. So: `expect_*` posts a receive, `take_*` waits for it,
-`send_*` starts a send and returns. Shapes are sent once for each signature (what the micro-batch looks like at the
-pipeline's input, which every stage sees) and remembered.
+beside the computation, with shapes that may change from micro-batch to micro-batch. So: `expect_*` posts receives,
+`take_*` waits for them, `send_*` starts sends and returns.
+
+A message is a header of three numbers, then the tensors as bytes. What the tensors are is described to the next stage
+only where it is not what the message before was; the sender keeps what it announced and compares:
+
+    the same as announced    header (DATA, 0, weight)           tensors
+    something else           header (DATA, length, weight)      description of that length, tensors
+    the stream has ended     header (END, 0, count)
+    this stage has failed    header (ABORT, length, 0)          the reason, as text
+
+After two messages alike, the receiver posts the receives of the next one's tensors before its header is there, so that
+they arrive beside the computation. Should that message be another after all, the sender first fills these receives with
+bytes that nobody reads. A gradient has the shape of what was sent down, hence never a description.
 
 Forward and backward traffic have tags of their own. NCCL knows no tags and runs what one communicator is given in one
-order: a stage's send would wait behind the receive it posted ahead, its neighbour's behind that, and so in a circle.
-There each direction has a group of its own, and so have even and odd links, hence a rank uses a communicator for one
-link in one direction only. (NCCL has not been run with more than one device.)
+order: a stage's send would wait for the receive it posted ahead, its neighbour's for that, and so in a circle. There
+each direction has a group of its own, and so have even and odd links, hence a rank uses a communicator for one link in
+one direction only; headers go over gloo, beside. (NCCL has not been run with more than one device.)
 """
 
+import pickle
+import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -21,15 +35,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_FORWARD, _BACKWARD, _SHAPE = 7001, 7002, 7003
-_MAX_DIMS = 8
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
+from fourfold.parallel.pipeline.failure import PipelineError, leave_note, read_note
+from fourfold.parallel.pipeline.values import Structure, TensorSpec
+
+_DATA, _END, _ABORT = 0, 1, 2
+_TAGS = {"down": (7001, 7002), "up": (7003, 7004)}  # of headers (and descriptions) and of tensors
+_GRACE_S = 0.5
 
 Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]  # of even and odd links, a link being numbered as its first stage
+Description = tuple[list[TensorSpec], Structure]
 
 
-class PipelineError(RuntimeError):
-    """A stage of the pipeline is gone; the message names it."""
+@dataclass(slots=True)
+class _Incoming:
+    """A receive that is posted: the header, and the tensors where they could be foreseen."""
+
+    header: Tensor
+    work: Any
+    tensors: list[Tensor] | None = None
+    works: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Announced:
+    """What both ends of a link know of its messages."""
+
+    description: Description | None = None
+    repeated: bool = False  # the last two were alike
 
 
 class PipeLinks:
@@ -39,83 +71,144 @@ class PipeLinks:
         group: one rank a stage, in order.
         device: where received tensors live.
         timeout_s: how long a receive may wait for a stage that is alive but silent; None: the group's timeout.
+
+    Attributes:
+        control_group: for small tensors on the host.
+        idle_s: time spent waiting for messages, so far.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_s: float | None = None) -> None:
         self.stage = dist.get_rank(group)
         self.num_stages = dist.get_world_size(group)
+        self.idle_s = 0.0
         self._device = device
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._ranks = dist.get_process_group_ranks(group)
         self._down: Groups = (group, group)
         self._up: Groups = (group, group)
+        self.control_group = group
         if self.num_stages > 1 and has_nccl(group):
             made = [dist.new_group(self._ranks, use_local_synchronization=True) for _ in range(3)]
             self._down, self._up = (group, made[0]), (made[1], made[2])
-        self._received: dict[Hashable, tuple[torch.dtype, list[int]]] = {}
-        self._announced: set[Hashable] = set()
+            self.control_group = dist.new_group(self._ranks, backend="gloo", use_local_synchronization=True)
         self._sends: deque[tuple[Any, Tensor, str]] = deque()
-        self._activation: tuple[Any, Tensor, Hashable | None] | None = None
-        self._gradient: tuple[Any, Tensor] | None = None
+        self._known: dict[tuple[str, str], _Announced] = {}  # by purpose ("train", "evaluate") and direction
+        self._activation: _Incoming | None = None
+        self._gradient: _Incoming | None = None
 
-    def expect_activation(self, signature: Hashable) -> None:
-        """Post the receive of the next activation from the stage before."""
-        known = self._received.get(signature)
-        if known is None:
-            header = torch.empty(_MAX_DIMS + 2, dtype=torch.int64, device=self._device)
-            self._activation = (
-                self._receive(header, self.stage - 1, self._down, _SHAPE),
-                header,
-                signature,
-            )
-        else:
-            payload = torch.empty(known[1], dtype=known[0], device=self._device)
-            self._activation = self._receive(payload, self.stage - 1, self._down, _FORWARD), payload, None
+    def expect_activation(self, purpose: str) -> None:
+        """Post the receive of the next activation from the stage before, or of the end of its stream."""
+        known = self._known.setdefault((purpose, "in"), _Announced())
+        self._activation = self._expect(self.stage - 1, "down")
+        if known.repeated and known.description is not None:
+            self._post_tensors(self._activation, known.description[0], self.stage - 1, "down")
 
-    def take_activation(self, micro_batch: int) -> Tensor:
-        """Wait for the activation that was expected."""
+    def take_activation(self, purpose: str, micro_batch: int) -> tuple[list[Tensor], Description]:
+        """Wait for the activation that was expected: its tensors, and what they are.
+
+        Raises:
+            ValueError: the stream of the stage before has ended.
+        """
         assert self._activation is not None
+        incoming, self._activation = self._activation, None
+        known = self._known[purpose, "in"]
         what = f"the activation of micro-batch {micro_batch}"
-        work, tensor, signature = self._activation
-        self._wait(work, self.stage - 1, what)
-        if signature is not None:
-            code, num_dims, *dims = tensor.tolist()
-            self._received[signature] = _DTYPES[code], dims[:num_dims]
-            self.expect_activation(signature)
-            work, tensor, _ = self._activation
-            self._wait(work, self.stage - 1, what)
-        self._activation = None
-        return tensor
+        kind, length, count = self._header(incoming, self.stage - 1, "down", what)
+        if kind == _END:
+            raise ValueError(
+                f"stage {self.stage - 1}'s stream ended after {int(count)} micro-batches, but stage {self.stage}'s has "
+                "more: give every stage a stream of the same length"
+            )
+        if length:
+            # Something else than announced: what was foreseen is discarded, and the description comes first.
+            self._wait_all(incoming.works, self.stage - 1, what)
+            known.description = pickle.loads(self._bytes(length, self.stage - 1, "down", what))
+            known.repeated, incoming.tensors, incoming.works = False, None, []
+        else:
+            known.repeated = True
+        assert known.description is not None
+        if incoming.tensors is None:
+            self._post_tensors(incoming, known.description[0], self.stage - 1, "down")
+        self._wait_all(incoming.works, self.stage - 1, what)
+        return incoming.tensors or [], known.description
 
-    def send_activation(self, tensor: Tensor, signature: Hashable, micro_batch: int) -> None:
-        """Start sending to the stage behind; `tensor` must not be written to any more."""
-        if signature not in self._announced:
-            if tensor.ndim > _MAX_DIMS or tensor.dtype not in _DTYPES:
-                raise ValueError(
-                    f"stage {self.stage} sends {tensor.dtype} of shape {list(tensor.shape)}: at most 8 dims"
-                )
-            dims = [*tensor.shape, *[0] * (_MAX_DIMS - tensor.ndim)]
-            header = torch.tensor([_DTYPES.index(tensor.dtype), tensor.ndim, *dims], device=self._device)
-            self._send(header, self.stage + 1, self._down, _SHAPE, f"the shape of micro-batch {micro_batch}")
-            self._announced.add(signature)
-        self._send(tensor, self.stage + 1, self._down, _FORWARD, f"the activation of micro-batch {micro_batch}")
+    def send_activation(
+        self, purpose: str, tensors: Sequence[Tensor], description: Description, micro_batch: int
+    ) -> None:
+        """Start sending to the stage after; the tensors must not be written to any more."""
+        known = self._known.setdefault((purpose, "out"), _Announced())
+        what = f"the activation of micro-batch {micro_batch}"
+        to = self.stage + 1
+        if known.description == description:
+            known.repeated = True
+            self._send_header((_DATA, 0, 0.0), to, "down", what)
+        else:
+            text = pickle.dumps(description)
+            self._send_header((_DATA, len(text), 0.0), to, "down", what)
+            if known.repeated and known.description is not None:
+                # The receiver has posted receives for tensors as before: fill them.
+                for spec in known.description[0]:
+                    self._send_tensor(torch.empty(spec.shape, dtype=spec.dtype, device=self._device), to, "down", what)
+            self._send_bytes(text, to, "down", what)
+            known.description, known.repeated = description, False
+        for tensor in tensors:
+            self._send_tensor(tensor, to, "down", what)
 
-    def expect_gradient(self, like: Tensor) -> None:
-        """Post the receive of the next gradient from the stage behind."""
-        payload = torch.empty(like.shape, dtype=like.dtype, device=self._device)
-        self._gradient = self._receive(payload, self.stage + 1, self._up, _BACKWARD), payload
+    def send_end(self, count: int) -> None:
+        """Tell the stage after that this stage's stream has ended, after `count` micro-batches."""
+        self._send_header((_END, 0, float(count)), self.stage + 1, "down", "the end of the stream")
 
-    def take_gradient(self, micro_batch: int) -> Tensor:
-        """Wait for the gradient that was expected."""
+    def take_end(self, purpose: str, count: int) -> None:
+        """Wait for the end of the stream of the stage before, whose receive is posted.
+
+        Args:
+            count: micro-batches of this stage's own stream.
+        Raises:
+            ValueError: another activation comes instead.
+        """
+        if self._activation is None:
+            self._activation = self._expect(self.stage - 1, "down")
+        incoming, self._activation = self._activation, None
+        kind, _, _ = self._header(incoming, self.stage - 1, "down", "the end of the stream")
+        if kind != _END:
+            raise ValueError(
+                f"stage {self.stage}'s stream ended after {count} micro-batches, but stage {self.stage - 1}'s goes on: "
+                "give every stage a stream of the same length"
+            )
+
+    def expect_gradient(self, like: Sequence[TensorSpec]) -> None:
+        """Post the receive of the next gradient from the stage after, which has the shape of what was sent to it."""
+        self._gradient = self._expect(self.stage + 1, "up")
+        self._post_tensors(self._gradient, like, self.stage + 1, "up")
+
+    def take_gradient(self, micro_batch: int) -> tuple[list[Tensor], float]:
+        """Wait for the gradient that was expected; and how much its micro-batch counts."""
         assert self._gradient is not None
-        work, tensor = self._gradient
-        self._wait(work, self.stage + 1, f"the gradient of micro-batch {micro_batch}")
-        self._gradient = None
-        return tensor
+        incoming, self._gradient = self._gradient, None
+        what = f"the gradient of micro-batch {micro_batch}"
+        _, _, weight = self._header(incoming, self.stage + 1, "up", what)
+        self._wait_all(incoming.works, self.stage + 1, what)
+        return incoming.tensors or [], weight
 
-    def send_gradient(self, tensor: Tensor, micro_batch: int) -> None:
-        """Start sending to the stage before; `tensor` must not be written to any more."""
-        self._send(tensor, self.stage - 1, self._up, _BACKWARD, f"the gradient of micro-batch {micro_batch}")
+    def send_gradient(self, tensors: Sequence[Tensor], weight: float, micro_batch: int) -> None:
+        """Start sending to the stage before; the tensors must not be written to any more."""
+        what = f"the gradient of micro-batch {micro_batch}"
+        self._send_header((_DATA, 0, weight), self.stage - 1, "up", what)
+        for tensor in tensors:
+            self._send_tensor(tensor, self.stage - 1, "up", what)
+
+    def abort(self, reason: str) -> None:
+        """Tell all ranks which stage failed and why, and end the neighbours' waiting; the links are of no use after."""
+        text = f"stage {self.stage} (rank {self._ranks[self.stage]}) {reason}"
+        leave_note(text)
+        data = text.encode()
+        for stage, direction in ((self.stage + 1, "down"), (self.stage - 1, "up")):
+            if 0 <= stage < self.num_stages:
+                try:
+                    self._send_header((_ABORT, len(data), 0.0), stage, direction, "its failure")
+                    self._send_bytes(data, stage, direction, "its failure")
+                except PipelineError:  # that neighbour is gone as well
+                    continue
 
     def drain(self) -> None:
         """Wait until everything sent has left."""
@@ -130,33 +223,74 @@ class PipeLinks:
         except RuntimeError as error:
             raise self._error(None, what, error) from error
 
-    def leave_note(self, stage: int, what: str) -> None:
-        """Tell all ranks which stage failed: others may notice only that a neighbour left."""
-        _leave_note(f"stage {stage} (rank {self._ranks[stage]}) {what}")
+    def _expect(self, stage: int, direction: str) -> _Incoming:
+        header = torch.empty(3, dtype=torch.float64)
+        return _Incoming(header, self._post(dist.irecv, header, stage, (direction, "header"), "a message"))
 
-    def _receive(self, tensor: Tensor, stage: int, groups: Groups, tag: int) -> Any:
-        return self._post(dist.irecv, tensor, stage, groups, tag, "a message")
+    def _header(self, incoming: _Incoming, stage: int, direction: str, what: str) -> tuple[int, int, float]:
+        """Wait for a header. Raises PipelineError where it says that its sender has failed."""
+        self._wait(incoming.work, stage, what)
+        kind, length, number = incoming.header.tolist()
+        if kind == _ABORT:
+            text = self._bytes(int(length), stage, direction, what).decode()
+            # Whose failure it is should be the first to show its own error.
+            time.sleep(_GRACE_S)
+            raise PipelineError(f"stage {self.stage} stops at {what}: {text}")
+        return int(kind), int(length), number
 
-    def _send(self, tensor: Tensor, stage: int, groups: Groups, tag: int, what: str) -> None:
+    def _post_tensors(self, incoming: _Incoming, specs: Sequence[TensorSpec], stage: int, direction: str) -> None:
+        incoming.tensors = [torch.empty(spec.shape, dtype=spec.dtype, device=self._device) for spec in specs]
+        incoming.works = [
+            self._post(dist.irecv, _as_bytes(tensor), stage, (direction, "tensor"), "a message")
+            for tensor in incoming.tensors
+            if tensor.numel()
+        ]
+
+    def _bytes(self, length: int, stage: int, direction: str, what: str) -> bytes:
+        text = torch.empty(length, dtype=torch.uint8)
+        self._wait(self._post(dist.irecv, text, stage, (direction, "header"), what), stage, what)
+        return text.numpy().tobytes()
+
+    def _send_header(self, numbers: tuple[int, int, float], stage: int, direction: str, what: str) -> None:
+        self._send(torch.tensor(numbers, dtype=torch.float64), stage, (direction, "header"), what)
+
+    def _send_bytes(self, text: bytes, stage: int, direction: str, what: str) -> None:
+        self._send(torch.frombuffer(bytearray(text), dtype=torch.uint8), stage, (direction, "header"), what)
+
+    def _send_tensor(self, tensor: Tensor, stage: int, direction: str, what: str) -> None:
+        if tensor.numel():
+            self._send(_as_bytes(tensor.contiguous()), stage, (direction, "tensor"), what)
+
+    def _send(self, tensor: Tensor, stage: int, channel: tuple[str, str], what: str) -> None:
         while self._sends and self._sends[0][0].is_completed():
             work, _, sent = self._sends.popleft()
             self._wait(work, None, sent)
-        self._sends.append((self._post(dist.isend, tensor, stage, groups, tag, what), tensor, what))
+        self._sends.append((self._post(dist.isend, tensor, stage, channel, what), tensor, what))
 
-    def _post(self, post: Callable[..., Any], tensor: Tensor, stage: int, groups: Groups, tag: int, what: str) -> Any:
+    def _post(self, post: Callable[..., Any], tensor: Tensor, stage: int, channel: tuple[str, str], what: str) -> Any:
+        direction, part = channel
+        groups = self._down if direction == "down" else self._up
+        group = self.control_group if part == "header" else groups[min(self.stage, stage) % 2]
         try:
-            return post(tensor, self._ranks[stage], group=groups[min(self.stage, stage) % 2], tag=tag)
+            return post(tensor, self._ranks[stage], group=group, tag=_TAGS[direction][part == "tensor"])
         except RuntimeError as error:
             raise self._error(stage, what, error) from error
 
+    def _wait_all(self, works: Sequence[Any], stage: int, what: str) -> None:
+        for work in works:
+            self._wait(work, stage, what)
+
     def _wait(self, work: Any, stage: int | None, what: str) -> None:
+        start = time.perf_counter()
         try:
             work.wait(self._timeout) if self._timeout is not None else work.wait()
         except RuntimeError as error:
             raise self._error(stage, what, error) from error
+        finally:
+            self.idle_s += time.perf_counter() - start
 
     def _error(self, stage: int | None, what: str, error: RuntimeError) -> PipelineError:
-        note = _note()
+        note = read_note()
         if note:
             return PipelineError(f"stage {self.stage} stops at {what}: {note}")
         if stage is None:
@@ -165,8 +299,13 @@ class PipeLinks:
         if "timed out" in str(error).lower():
             # Not noted for all: a stage that is silent may itself be waiting for another.
             return PipelineError(f"{who} sent nothing in time: stage {self.stage} stops at {what} ({error})")
-        self.leave_note(stage, f"is gone, says stage {self.stage}")
+        leave_note(f"{who} is gone, says stage {self.stage}")
         return PipelineError(f"{who} is gone: stage {self.stage} stops at {what} ({error})")
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as uint8, which every backend sends whatever the dtype."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def has_nccl(group: dist.ProcessGroup) -> bool:
@@ -191,40 +330,3 @@ def device_of_stages(own: torch.device | None, group: dist.ProcessGroup) -> torc
     if own is not None:
         return own
     return torch.device("cuda", torch.cuda.current_device()) if found == ["cuda"] else torch.device("cpu")
-
-
-def replica_lost(stage: int, group: dist.ProcessGroup, error: RuntimeError) -> PipelineError:
-    """What to raise where the replicas of `stage` could not be reached over their `group`."""
-    ranks = dist.get_process_group_ranks(group)
-    cause = _note()
-    if not cause:
-        cause = f"a replica of stage {stage} is gone (one of ranks {', '.join(map(str, ranks))})"
-        if "timed out" not in str(error).lower():
-            _leave_note(f"{cause}, says rank {dist.get_rank()}")
-    return PipelineError(f"stage {stage} stops at averaging over its replicas: {cause} ({error})")
-
-
-def _store() -> Any:
-    # Private, but the only way to the store that all ranks already share.
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store()
-
-
-# One note for all pipelines of a world: its replicas end together, and the first to notice saw the cause.
-_NOTE = "fourfold/pipeline/failed"
-
-
-def _leave_note(text: str) -> None:
-    try:
-        _store().compare_set(_NOTE, "", text)
-    except Exception:  # the store may have died with the rank that held it; the neighbours' own messages remain
-        return
-
-
-def _note() -> str:
-    try:
-        store = _store()
-        return store.get(_NOTE).decode() if store.check([_NOTE]) else ""
-    except Exception:
-        return ""

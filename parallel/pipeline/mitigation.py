@@ -3,10 +3,10 @@
 With delay D (in updates) the gradient g that a stage applies was computed from weights D updates old. For SGD with
 momentum m, v+ = m v + g, w+ = w - lr v+, Kosson et al. propose
 
-    spike compensation (SC)          w+ = w - lr (a v+ + b g)
+    spike compensation (SC)          w+ = w - lr (a v+ + b g),   a = m^D,   b = (1 - m^D) / (1 - m)
     linear weight prediction (LWP)   the forward runs at w - lr T v, or at w + T (w - w_before)
 
-optimizer.py applies them to SGD and carries them over to Adam, AdamW, NAdam and Muon.
+answers.py applies them, and every other answer to delay that Mitigation names, to SGD, Adam, AdamW, NAdam and Muon.
 """
 
 from dataclasses import dataclass
@@ -112,6 +112,12 @@ class Mitigation:
         correction: PipeMare's second technique: the backward reads w - D d, an estimate of its forward's weights, with
             d the running mean of updates, d+ = c d + (1 - c) (w+ - w), c = correction^(1/D). 0 for none; 0.135 there.
         shrink: every gradient times shrink^D (Zhuang et al. 2019, arXiv 1906.12043). 1 for none.
+        look_ahead: SC at this delay, whatever the schedule's; 1 is Nesterov's momentum, which for AdamW is NAdamW
+            (Ajanthan et al. 2025, arXiv 2505.01099; beta1 = 0.99 there). 0 for none.
+        feedback: error feedback (Zmushko et al. 2026, arXiv 2606.30634): D updates ago the step u_old was made in place
+            of the one that is known now, u; the error is made good, w+ = w - u - feedback (u - u_old). 0 for none.
+        rotate_every: basis rotation (Jung et al. 2026, arXiv 2602.03515): Adam steps in the eigenbasis of its
+            gradients' covariance, found anew every so many updates. 0 for none.
     """
 
     spike: float = 0.0
@@ -123,23 +129,30 @@ class Mitigation:
     reschedule_updates: int = 0
     correction: float = 0.0
     shrink: float = 1.0
+    look_ahead: float = 0.0
+    feedback: float = 0.0
+    rotate_every: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.spike, self.horizon, self.reschedule_updates) < 0:
-            raise ValueError(f"{self}: spike, horizon and reschedule_updates are at least 0")
+        for name in ("spike", "horizon", "reschedule_updates", "look_ahead", "feedback", "rotate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 0")
         if not 0 <= self.correction < 1 or not 0 < self.shrink <= 1:
             raise ValueError(f"correction={self.correction} lies in [0, 1), shrink={self.shrink} in (0, 1]")
         if sum((self.stash, self.spectrain, self.correction > 0)) > 1:
             raise ValueError("stash, spectrain and correction each choose the weights of the backward: take one")
         if self.spectrain and self.predict != "none":
             raise ValueError("spectrain predicts by itself: leave out lwpv and lwpw")
+        if self.look_ahead and (self.spike or self.spike_coefficients is not None):
+            raise ValueError("sc and nesterov each set the newest gradient's share of a step: take one")
 
     @classmethod
     def named(cls, name: str) -> "Mitigation":
         """The mitigation called `name`: words joined by "+".
 
         none, stash, sc, sc2d, lwpv, lwpv2d, lwpw, lwpw2d, spectrain, pipemare-lr (over 1000 updates), pipemare-dc,
-        shrink (0.98 an update of delay). "2d" doubles D. Other settings: make the Mitigation itself.
+        shrink (0.98 an update of delay), nesterov, ef (error feedback), rotate (basis rotation, every 10 updates).
+        "2d" doubles D. Other settings: make the Mitigation itself.
         """
         settings: dict[str, object] = {}
         for word in name.split("+"):
@@ -155,7 +168,19 @@ class Mitigation:
         """(a, b) of spike compensation at `delay`; (1, 0) changes nothing."""
         if not delay:
             return 1.0, 0.0
+        if self.look_ahead:
+            return spike_compensation(self.look_ahead, momentum)
         return self.spike_coefficients or spike_compensation(self.spike * delay, momentum)
+
+    @property
+    def compensates(self) -> bool:
+        """Whether a step weighs its newest gradient otherwise than the optimizer would."""
+        return bool(self.spike or self.look_ahead) or self.spike_coefficients is not None
+
+    @property
+    def reads_momentum(self) -> bool:
+        """Whether it needs to know where the optimizer keeps its first moment."""
+        return self.compensates or self.predict == "velocity" or self.spectrain
 
     @property
     def predicts(self) -> bool:
@@ -165,13 +190,15 @@ class Mitigation:
         """Copies of a stage's weights that this holds at `delay` beyond the weights and the optimizer's own state.
 
         Parameters live in one place and the optimizer's in another as soon as a forward or backward reads other weights
-        (1); the predicted weights (1); the weights before, for LWP^w (1); the running mean of updates (1); stashing
-        keeps those of every version in flight instead, double buffering (2bw) those of two.
+        (1); the predicted weights (1); the weights before, for LWP^w (1); the running mean of updates (1); error
+        feedback's last D steps (D); basis rotation's covariances and bases of both sides of a matrix (4, for a square
+        one); stashing keeps the weights of every version in flight instead, double buffering (2bw) those of two.
         """
         if not delay:
             return 0
         held = int(self.predicts or self.stash or self.correction > 0 or double_buffered)
         held += self.predicts + (self.predict == "weight") + (self.correction > 0)
+        held += (self.feedback > 0) * -int(-delay // 1) + 4 * (self.rotate_every > 0)
         if double_buffered:
             return held + 2 - self.predicts
         return held + (int(-(-delay // 1)) + (not self.predicts) if self.stash else 0)
@@ -190,6 +217,9 @@ _WORDS: dict[str, dict[str, object]] = {
     "pipemare-lr": {"reschedule_updates": 1000},
     "pipemare-dc": {"correction": 0.135},
     "shrink": {"shrink": 0.98},
+    "nesterov": {"look_ahead": 1.0},
+    "ef": {"feedback": 1.0},
+    "rotate": {"rotate_every": 10},
 }
 
 

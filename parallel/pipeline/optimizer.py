@@ -1,260 +1,257 @@
-"""A torch.optim optimizer that knows how late its gradients are.
+"""Optimizers of torch.optim that know how late their gradients are.
 
-torch.optim has no place to say that a gradient is D updates old. This wrapper leaves the optimizer as it is and changes
-what it reads, so every option of it (foreach, fused, amsgrad, decoupled decay) keeps its meaning.
-
-Spike compensation. Each supported optimizer keeps one first moment u+ = m u + w g, and its step is a function of u+:
-
-    SGD            w = 1 - dampening     step = lr u+            (nesterov: lr (w g + m u+))
-    Adam, AdamW    w = 1 - beta1         step = lr (u+ / (1 - beta1^t)) / (sqrt(second moment) + eps)
-    NAdam          w = 1 - beta1         as Adam, of a mean of g and u+
-    Muon           w = 1 - m             step = lr orthogonalised(u+)    (nesterov: of (1 - m) g + m u+)
-
-For SGD the paper replaces u+ in the step by u* = a u+ + b g, at the same total weight of a gradient. In general
-u* = a u+ + b w c g, where c = 1 - beta1^t for the Adams makes the weights in the bias-corrected mean sum to one from
-the first update on (c = 1 for SGD and Muon); the second moment counts sizes, not directions, and is left alone. Where
-the optimizer is Nesterov's by itself (NAdam, nesterov=True) its step then looks D + 1 ahead, as SC_(D+1) does
-(torch's NAdam only late: its momentum starts at half of beta1, hence half of a step is the newest gradient anyway).
-The optimizer computes u* itself when it finds u' = a u + ((a w + b w c - w) / m) g in place of u, since
-m u' + w g = u*; afterwards the true u+ is put back.
-
-Weight prediction in velocity form supposes that the next T steps are the present one without its gradient. SGD's paper
-rule is w - lr T v, T times the step of the moment u = v. For the others likewise, T step(u) with nothing new in u:
-
-    Adam, AdamW    u_hat = u / (1 - beta1^t) moves by a share of 1 - beta1 an update, v_hat by 1 - beta2: over T steps
-                   w - lr T u_hat / (sqrt(v_hat) + eps), as XPipe (arXiv 1911.04610)
-    NAdam          mixes g and u+; the best guess of a gradient not yet seen is u_hat, so the mix is u_hat: Adam's
-    Muon           w - lr T orthogonalised(u): steps of a set size, as long as the directions of u stay
-
-each without weight decay, which moves w by lr T times the decay at most. The weight form w + T (w - w_before) needs no
-knowledge of the optimizer.
-Whether any of it helps: benchmarks/pipelined_backprop/README.md.
+torch.optim has no place to say that a gradient is D updates old. This wrapper leaves the optimizers as they are and
+changes what they read, so every option of theirs (foreach, fused, amsgrad, decoupled decay) keeps its meaning. What is
+changed, with equations and papers: answers.py. Whether any of it helps: benchmarks/pipelined_backprop/README.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
+from torch.optim import LBFGS, Optimizer
 
+from fourfold.parallel.pipeline.answers import Answer, BasisRotation, DriftCorrection, Lateness, answers_of
 from fourfold.parallel.pipeline.mitigation import Mitigation
+from fourfold.parallel.pipeline.moments import Slot, check_moments
 
-_MUON: type[Optimizer] | None = getattr(torch.optim, "Muon", None)
-_ADAMS = (Adam, AdamW, NAdam)
+
+class NamedParameters(list[torch.nn.Parameter]):
+    """A list of parameters that knows their names; what an optimizer factory is called with.
+
+    Attributes:
+        names: as the stage's module has them ("norm.weight"), in the order of the list.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], names: Sequence[str]) -> None:
+        super().__init__(parameters)
+        self.names = list(names)
+
+    def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter), as module.named_parameters gives."""
+        return zip(self.names, self, strict=True)
+
+
+OptimizerFactory = Callable[[NamedParameters], Optimizer | Sequence[Optimizer]]
 
 
 class DelayedOptimizer:
-    """Steps an optimizer whose gradients are `delay` updates late, and says which weights to compute with.
+    """Steps optimizers whose gradients are `delay` updates late, and says which weights to compute with.
 
     Args:
-        optimizer: over the stage's parameters; its state is its own and saved as usual.
-        delay: D in updates; at 0 (and behind 0) every method is the plain optimizer's, bit for bit.
-        behind: e, updates of this stage from its backward of a micro-batch to that of stage 0 (for SpecTrain).
+        optimizer: one over the stage's parameters, or several over some each (Muon for matrices, AdamW for the rest);
+            their state is their own and saved as usual.
+        delay: D in updates; at 0 (and with no lag) every method is the plain optimizer's, bit for bit.
+        lag_updates: e, updates of this stage from its backward of a micro-batch to that of stage 0 (for SpecTrain).
     Raises:
-        ValueError: a mitigation that reads the momentum (sc, lwpv, spectrain) of an optimizer that is not supported.
+        ValueError: a mitigation that reads the momentum (sc, nesterov, lwpv, spectrain) of an optimizer that is not
+            supported, basis rotation without an Adam, an optimizer that evaluates the loss itself (LBFGS).
     """
 
-    def __init__(self, optimizer: Optimizer, *, delay: float, mitigation: Mitigation, behind: int = 0) -> None:
-        self.optimizer = optimizer
-        self.delay = delay
+    def __init__(
+        self, optimizer: Optimizer | Sequence[Optimizer], *, delay: float, mitigation: Mitigation, lag_updates: int = 0
+    ) -> None:
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.mitigation = mitigation
-        self.behind = behind
-        self.num_updates = 0
-        self._parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-        self._before: list[Tensor] | None = None
-        self._drift: list[Tensor] | None = None
-        compensates = mitigation.spike or mitigation.spike_coefficients is not None
-        if compensates or mitigation.predict == "velocity" or mitigation.spectrain:
-            _check_supported(optimizer)
-        self._compensates = bool(compensates) and delay > 0
+        for each in self.optimizers:
+            _check_optimizer(each, mitigation)
+        places = [
+            (each, number, p)
+            for each in self.optimizers
+            for number, group in enumerate(each.param_groups)
+            for p in group["params"]
+        ]
+        self.slots = [Slot(index, *place) for index, place in enumerate(places)]
+        self._late = Lateness(mitigation, delay, lag_updates)
+        self._answers = answers_of(self._late)
+        for answer in self._answers:
+            answer.kept = answer.blank(self.slots) if answer.starts_blank else {}
+            if isinstance(answer, BasisRotation) and not any(slot.is_adam for slot in self.slots):
+                names = ", ".join(type(each).__name__ for each in self.optimizers)
+                raise ValueError(f"{names}: basis rotation turns the steps of Adam, AdamW and NAdam; leave out rotate")
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, where it is one.
+
+        Raises:
+            ValueError: where there are several.
+        """
+        if len(self.optimizers) > 1:
+            raise ValueError(f"this stage has {len(self.optimizers)} optimizers: see `optimizers`")
+        return self.optimizers[0]
+
+    @property
+    def delay(self) -> float:
+        return self._late.delay
+
+    @property
+    def num_updates(self) -> int:
+        """Made so far."""
+        return self._late.num_updates
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update from the gradients in `.grad`, which it may scale. Cost: that of the optimizer, and for sc two
-        passes over moments and gradients."""
-        mitigation, delay = self.mitigation, self.delay
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if mitigation.shrink < 1 and delay and gradients:
-            torch._foreach_mul_(gradients, mitigation.shrink**delay)
-        remembers = delay > 0 and (mitigation.predict == "weight" or mitigation.correction > 0)
-        self._before = None  # made room for before its successor is
-        before = [p.detach().clone() for p in self._parameters] if remembers else None
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"] * self._rate_factor() if self._rate_factor() != 1 else group["lr"]
-        moments = self._exchange_moments() if self._compensates else []
-        self.optimizer.step()
-        for state, key, moment in moments:
-            state[key] = moment
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self.num_updates += 1
-        if before is not None:
-            self._before = before if mitigation.predict == "weight" else None
-            if mitigation.correction:
-                self._follow(before)
+        """One update from the gradients in `.grad`, which it may change.
+
+        The user's pre-hooks run first: what they do to gradients (clipping, say) is part of what is compensated.
+        Cost: that of the optimizers, and for sc two passes over moments and gradients.
+        """
+        # The weights before, where an answer needs them; their predecessors make room first.
+        for answer in self._answers:
+            answer.kept.pop("before", None)
+        needed = any(answer.needs_old for answer in self._answers)
+        old = [slot.parameter.detach().clone() for slot in self.slots] if needed else []
+        for optimizer in self.optimizers:
+            slots = [slot for slot in self.slots if slot.optimizer is optimizer]
+            # A pre-hook registered last runs last: the answers see gradients as the optimizer will.
+            before = _once(partial(self._before_step, slots))
+            handle = optimizer.register_step_pre_hook(lambda *_, before=before: before())
+            try:
+                optimizer.step()
+            finally:
+                handle.remove()
+            for answer in reversed(self._answers):
+                answer.after_step(slots)
+        self._late.num_updates += 1
+        for answer in self._answers:
+            answer.after_update(self.slots, old)
 
     @property
     def predicts(self) -> bool:
         """Whether forwards read other weights than the present ones."""
-        return (self.mitigation.spectrain and self.delay + self.behind > 0) or (
-            self.mitigation.predict != "none" and self.delay > 0
+        late, mitigation = self._late, self.mitigation
+        return (mitigation.spectrain and late.delay + late.lag_updates > 0) or (
+            mitigation.predict != "none" and late.delay > 0
         )
 
     @property
     def corrects(self) -> bool:
         """Whether backwards read other weights than the present ones."""
-        return (self.mitigation.spectrain and self.behind > 0) or (self.mitigation.correction > 0 and self.delay > 0)
+        late, mitigation = self._late, self.mitigation
+        return (mitigation.spectrain and late.lag_updates > 0) or (mitigation.correction > 0 and late.delay > 0)
 
     @torch.no_grad()
     def forward_weights(self) -> list[Tensor] | None:
-        """New tensors with the weights that a forward should read now, in the optimizer's order; None: the weights."""
+        """New tensors with the weights that a forward should read now, in the optimizers' order; None: the weights.
+
+        LWP^v: w - lr T v, T times the step of the moment alone. LWP^w: w + T (w - w_before). T is the horizon times D;
+        for SpecTrain D + lag.
+        """
+        late, mitigation = self._late, self.mitigation
         if not self.predicts:
             return None
-        if self.mitigation.spectrain:
-            return self._ahead(self.delay + self.behind)
-        horizon = self.mitigation.horizon * self.delay
-        if self.mitigation.predict == "velocity":
+        if mitigation.spectrain:
+            return self._ahead(late.delay + late.lag_updates)
+        horizon = mitigation.horizon * late.delay
+        if mitigation.predict == "velocity":
             return self._ahead(horizon)
-        if self._before is None:
-            return [p.detach().clone() for p in self._parameters]
-        return [torch.lerp(old, p.detach(), 1 + horizon) for old, p in zip(self._before, self._parameters, strict=True)]
+        before = self._kept("before")
+        if before is None:
+            return [slot.parameter.detach().clone() for slot in self.slots]
+        pairs = zip(before, self.slots, strict=True)
+        return [torch.lerp(old, slot.parameter.detach(), 1 + horizon) for old, slot in pairs]
 
     @torch.no_grad()
     def backward_weights(self) -> list[Tensor] | None:
         """New tensors with the weights that a backward should read now; None: the weights."""
-        if self.mitigation.spectrain and self.behind:
-            return self._ahead(self.behind)
-        if self._drift is not None:
-            return [p.detach() - self.delay * d for p, d in zip(self._parameters, self._drift, strict=True)]
-        return None
+        if self.mitigation.spectrain and self._late.lag_updates:
+            return self._ahead(self._late.lag_updates)
+        corrections = [answer for answer in self._answers if isinstance(answer, DriftCorrection)]
+        return corrections[0].backward_weights(self.slots) if corrections else None
 
     def remembered(self, *, blank: bool = False) -> dict[str, list[Tensor]]:
-        """What the mitigation keeps from update to update, a tensor a parameter: "before", "drift", as far as there is.
+        """What the answers keep from update to update, a tensor a parameter ("before", "drift"), as far as there is.
 
         Args:
             blank: zeros for all that there may be, to be filled from a file.
         """
-        if blank:
-            kinds = {"before": self.mitigation.predict == "weight", "drift": self.mitigation.correction > 0}
-            zeros = [torch.zeros_like(p) for p in self._parameters]
-            return {kind: [zero.clone() for zero in zeros] for kind, used in kinds.items() if used and self.delay > 0}
-        kept = {"before": self._before, "drift": self._drift}
-        return {kind: tensors for kind, tensors in kept.items() if tensors is not None}
+        kept = [answer.blank(self.slots) if blank else answer.kept for answer in self._answers]
+        return {kind: tensors for each in kept for kind, tensors in each.items()}
 
     def go_on(self, num_updates: int, remembered: dict[str, list[Tensor]]) -> None:
-        """Set the count of updates and what `remembered` returned; the optimizer's state is its own matter."""
-        self.num_updates = num_updates
-        self._before, self._drift = remembered.get("before"), remembered.get("drift")
+        """Set the count of updates and what `remembered` returned; the optimizers' states are their own matter."""
+        self._late.num_updates = num_updates
+        for answer in self._answers:
+            there = {kind: remembered[kind] for kind in answer.kinds if kind in remembered}
+            if len(there) == len(answer.kinds):
+                answer.kept = there
+            else:
+                answer.kept = answer.blank(self.slots) if answer.starts_blank else {}
 
     def state_dict(self) -> dict[str, Any]:
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": states[0] if len(states) == 1 else states,
             "num_updates": self.num_updates,
-            "before": self._before,
-            "drift": self._drift,
+            "before": None,
+            "drift": None,
+            **self.remembered(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.num_updates = state["num_updates"]
-        self._before = None if state["before"] is None else [tensor.clone() for tensor in state["before"]]
-        self._drift = None if state["drift"] is None else [tensor.clone() for tensor in state["drift"]]
+        states = state["optimizer"] if len(self.optimizers) > 1 else [state["optimizer"]]
+        for optimizer, own in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(own)
+        remembered = {
+            kind: [tensor.clone() for tensor in tensors]
+            for kind, tensors in state.items()
+            if kind not in ("optimizer", "num_updates") and tensors is not None
+        }
+        self.go_on(state["num_updates"], remembered)
 
-    def _rate_factor(self) -> float:
-        anneal = self.mitigation.reschedule_updates
-        if not anneal or self.delay <= 1:
-            return 1.0
-        return float(self.delay ** -(1 - min(self.num_updates / anneal, 1.0)))
+    def _before_step(self, slots: list[Slot]) -> None:
+        for answer in self._answers:
+            answer.before_step(slots)
 
-    def _follow(self, before: list[Tensor]) -> None:
-        decay = self.mitigation.correction ** (1 / self.delay)
-        if self._drift is None:
-            self._drift = [torch.zeros_like(tensor) for tensor in before]
-        for drift, new, old in zip(self._drift, self._parameters, before, strict=True):
-            drift.mul_(decay).add_(new.detach() - old, alpha=1 - decay)
-
-    def _exchange_moments(self) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Put u' in place of the first moments; returns where the true new ones belong."""
-        true: list[tuple[dict[str, Any], str, Tensor]] = []
-        for group in self.optimizer.param_groups:
-            momentum = _momentum(group)
-            if momentum == 0:
-                continue
-            a, b = self.mitigation.coefficients(self.delay, momentum)
-            adam = "betas" in group
-            key = "exp_avg" if adam else "momentum_buffer"
-            share = 1 - group["dampening"] if "dampening" in group else 1 - momentum
-            bias = 1 - momentum ** (self.num_updates + 1) if adam else 1.0
-            slope = (a * share + b * share * bias - share) / momentum
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.optimizer.state[p]
-                if state.get(key) is None:
-                    if "dampening" not in group:
-                        continue  # the first moment is all gradient: u* and u+ have the same direction and weight
-                    state[key] = torch.zeros_like(p)
-                moment, gradient = state[key], _gradient(group, p, coupled=_decay_is_coupled(self.optimizer, group))
-                true.append((state, key, moment.mul(momentum).add_(gradient, alpha=share)))
-                moment.mul_(a).add_(gradient, alpha=slope)
-        return true
+    def _kept(self, kind: str) -> list[Tensor] | None:
+        return next((answer.kept[kind] for answer in self._answers if kind in answer.kept), None)
 
     def _ahead(self, horizon: float) -> list[Tensor]:
         weights: list[Tensor] = []
-        for group in self.optimizer.param_groups:
-            rate = float(group["lr"]) * self._rate_factor()
-            for p in group["params"]:
-                state = self.optimizer.state.get(p, {})
-                moment = state.get("exp_avg" if "betas" in group else "momentum_buffer")
-                if moment is None:
-                    weights.append(p.detach().clone())
-                else:
-                    weights.append(self._step_from(group, p.detach(), state, moment, rate * horizon))
+        gradients = self._kept("gradient")
+        for slot in self.slots:
+            p, moment = slot.parameter.detach(), slot.state.get(slot.moment_key)
+            if moment is None and gradients is not None and gradients[slot.index].numel():
+                moment = gradients[slot.index]  # no momentum: v is the gradient
+            rate = float(slot.group["lr"]) * self._late.rate_factor * horizon
+            rotation = self._rotation(slot)
+            if moment is None:
+                weights.append(p.clone())
+            elif rotation is None:
+                weights.append(slot.step_from(p, moment, rate))
+            else:
+                weights.append(p + rotation.outward(slot, slot.step_from(torch.zeros_like(p), moment, rate)))
         return weights
 
-    def _step_from(
-        self, group: dict[str, Any], p: Tensor, state: dict[str, Any], moment: Tensor, rate: float
-    ) -> Tensor:
-        if "betas" in group:
-            bias, square_bias = (1 - float(beta) ** self.num_updates for beta in group["betas"])
-            square = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-            return torch.addcdiv(p, moment, (square / square_bias).sqrt_().add_(group["eps"]), value=-rate / bias)
-        if _MUON is not None and isinstance(self.optimizer, _MUON):
-            # Muon's own step on a throw-away copy whose whole gradient is the moment: its orthogonalisation, once more.
-            copy = torch.nn.Parameter(p.clone())
-            copy.grad = moment.clone()
-            same = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-            _MUON([copy], lr=rate, momentum=0.0, nesterov=False, weight_decay=0.0, **same).step()  # type: ignore[call-arg]
-            return copy.detach()
-        return torch.add(p, moment, alpha=-rate)
+    def _rotation(self, slot: Slot) -> BasisRotation | None:
+        found: list[Answer] = [answer for answer in self._answers if isinstance(answer, BasisRotation)]
+        turned = found and any(found[0].kept[kind][slot.index].numel() for kind in ("row_basis", "column_basis"))
+        return found[0] if turned else None  # type: ignore[return-value]
 
 
-def _momentum(group: dict[str, Any]) -> float:
-    return float(group["betas"][0] if "betas" in group else group["momentum"])
+def _once(action: Callable[[], None]) -> Callable[[], None]:
+    """`action` the first time: a subclass whose step calls its parent's runs pre-hooks twice."""
+    done: list[bool] = []
+
+    def run() -> None:
+        if not done:
+            done.append(True)
+            action()
+
+    return run
 
 
-def _gradient(group: dict[str, Any], p: Tensor, *, coupled: bool) -> Tensor:
-    """The gradient as the optimizer will read it."""
-    assert p.grad is not None
-    gradient = -p.grad if group.get("maximize", False) else p.grad
-    return gradient.add(p.detach(), alpha=group["weight_decay"]) if coupled and group["weight_decay"] else gradient
-
-
-def _decay_is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    if isinstance(optimizer, SGD):
-        return True
-    return isinstance(optimizer, _ADAMS) and not group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
-
-
-def _check_supported(optimizer: Optimizer) -> None:
-    known: tuple[type[Optimizer], ...] = (SGD, *_ADAMS, *([_MUON] if _MUON is not None else []))
-    if not isinstance(optimizer, known):
+def _check_optimizer(optimizer: Any, mitigation: Mitigation) -> None:
+    if not isinstance(optimizer, Optimizer):
         raise ValueError(
-            f"{type(optimizer).__name__}: sc, lwpv and spectrain read the first moment of "
-            f"{', '.join(kind.__name__ for kind in known)} only; use lwpw, which works with every optimizer"
+            f"the optimizer factory returned {type(optimizer).__name__}: return a torch.optim.Optimizer, or several"
         )
-
-
-OptimizerFactory = Callable[[list[torch.nn.Parameter]], Optimizer]
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times a step; a pipeline has one gradient an update: use SGD or AdamW"
+        )
+    if mitigation.reads_momentum:
+        check_moments(optimizer)

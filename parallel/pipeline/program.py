@@ -1,7 +1,7 @@
 """One finite run of a pipeline, written out: validated, simulated and printed without a single rank.
 
 A program is every stage's list of actions. Sends and receives are not listed, because they follow from it: a forward
-receives what the forward of the stage before sent, a backward what the backward of the stage behind sent, each link
+receives what the forward of the stage before sent, a backward what the backward of the stage after sent, each link
 first in, first out. Validation checks exactly that, so a program that passes cannot hang.
 """
 
@@ -48,7 +48,7 @@ class Program:
 
     Attributes:
         stages: actions in order, stage by stage.
-        double_buffered: forwards read the weights one update behind their group (PipeDream-2BW).
+        double_buffered: forwards read the weights of one update before their group's (PipeDream-2BW).
     """
 
     stages: tuple[tuple[Action, ...], ...]
@@ -138,6 +138,7 @@ class Program:
         Cost: O(actions).
         """
         seconds = _durations(self.num_stages, forward_s, backward_s, weight_s)
+        # Round after round, every stage runs as many of its actions as have their input.
         ends: dict[Action, float] = {}
         clock = [0.0] * self.num_stages
         position = [0] * self.num_stages
@@ -156,6 +157,7 @@ class Program:
                     timeline[stage].append(Timed(action, start, clock[stage]))
                     position[stage] += 1
                     moved = True
+        # What is left waits for something that never comes.
         stuck = [str(actions[at]) for actions, at in zip(self.stages, position, strict=True) if at < len(actions)]
         if stuck:
             raise ValueError(f"the stages wait for one another for ever at {', '.join(stuck)}:\n{self}")
@@ -173,8 +175,10 @@ class Program:
         if kind == "F" and stage > 0:
             sent = ends.get(Action(stage - 1, "F", micro_batch))
         elif kind in "BI" and stage < self.num_stages - 1:
-            behind = ends.get(Action(stage + 1, "B", micro_batch))
-            sent = behind if behind is not None else ends.get(Action(stage + 1, "I", micro_batch))
+            next_stage_end = ends.get(Action(stage + 1, "B", micro_batch))
+            if next_stage_end is None:  # a backward in halves sends after its first
+                next_stage_end = ends.get(Action(stage + 1, "I", micro_batch))
+            sent = next_stage_end
         else:
             return 0.0
         return None if sent is None else sent + link_s
@@ -247,6 +251,7 @@ def _validate_stage(stage: int, actions: Sequence[Action]) -> None:
     passed: dict[str, set[int]] = defaultdict(set)
     pending: set[int] = set()
     updates = 0
+    # Each action alone: in its place after those that it needs.
     for action in actions:
         _, kind, micro_batch = action
         if action.stage != stage:
@@ -268,6 +273,7 @@ def _validate_stage(stage: int, actions: Sequence[Action]) -> None:
             forwards.add(micro_batch)
         if kind in "BW":
             pending.add(micro_batch)
+    # The stage as a whole: every forward has one backward, in the same order, and every gradient an update.
     order = [[action.micro_batch for action in actions if action.kind in kinds] for kinds in ("F", "BI")]
     missing = forwards - passed["B"] - passed["W"]
     if missing:

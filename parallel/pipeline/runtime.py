@@ -9,27 +9,29 @@ any length, steps its own optimizer in the middle of it, and reads the weights t
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fourfold.parallel.pipeline.links import PipelineError, PipeLinks, device_of_stages
-from fourfold.parallel.pipeline.mitigation import Mitigation
-from fourfold.parallel.pipeline.optimizer import OptimizerFactory
-from fourfold.parallel.pipeline.program import Program
-from fourfold.parallel.pipeline.schedule import PipelineSchedule, resolve_schedule, updates_behind
-from fourfold.parallel.pipeline.stage import (
-    Flight,
-    LossFunction,
-    PipelineStage,
-    SchedulerFactory,
-    Weights,
+from fourfold.parallel.pipeline.checks import (
+    check_model_norm,
     check_recomputation,
+    check_untied,
+    check_whole_backwards,
+    evaluating,
 )
+from fourfold.parallel.pipeline.failure import PipelineError
+from fourfold.parallel.pipeline.links import PipeLinks, device_of_stages
+from fourfold.parallel.pipeline.norms import ModelNorms
+from fourfold.parallel.pipeline.program import Program
+from fourfold.parallel.pipeline.report import StageReport
+from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
+from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
+from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
+from fourfold.parallel.pipeline.values import describe, needs_gradient, put_together, take_apart
 
-Signature = tuple[str, tuple[int, ...], torch.dtype]
 OnLoss = Callable[[int, Tensor], None]
 
 
@@ -37,23 +39,22 @@ class PipelinedBackprop:
     """Train a sequence of stages, one on each rank of `group`, without draining the pipeline between updates.
 
     Args:
-        stages: S modules, applied one after another, each from one tensor to one tensor; this rank uses its own only
-            (the others may be None).
+        stages: S modules, applied one after another, each to what the one before returned: a tensor, or tuples, lists
+            and dicts of tensors (see values.call). This rank uses its own only; the others may be None.
         group: one rank a stage, in order; None for all ranks.
-        optimizer: parameters -> torch.optim.Optimizer, over the parameters it is called with.
-        loss_fn: (output, target) -> scalar mean over the micro-batch; used on the last stage.
-        schedule: a name ("lockstep", "1f1b-async", "2bw:8", ...), a PipelineSchedule, or a Program.
-        mitigation: names joined by "+" (see Mitigation.named), or a Mitigation.
         dp_group: this stage's replicas; their gradients are averaged at every update, and their weights and buffers
             start as those of the group's first rank.
-        scheduler: optimizer -> learning-rate scheduler, stepped after each update of its stage.
-        seed: if given, dropout draws from (seed, stage, micro-batch), the same as in the emulator.
         timeout_s: how long to wait for a stage that is alive but silent; None: the group's timeout.
+        options: optimizer and loss_fn, and what else PipelineSettings has: schedule, mitigation, scheduler, seed,
+            dtype, clip, ...
     Raises:
         ValueError: the number of stages is not the size of the group; unknown names; a program that does not validate,
-            or splits the backward passes of a stage that streams.
+            or splits the backward passes of a stage that streams; a weight of two stages; as PipelineSettings.
     Cost: a micro-batch sends one activation and one gradient a link. Extra weights: Mitigation.weight_copies.
     Source: Kosson et al. 2021 (arXiv 2003.11666).
+
+    Attributes:
+        reports: with observe=True, every stage's StageReport of the last run, on every rank.
     """
 
     def __init__(
@@ -61,46 +62,44 @@ class PipelinedBackprop:
         stages: Sequence[nn.Module | None],
         *,
         group: dist.ProcessGroup | None,
-        optimizer: OptimizerFactory,
-        loss_fn: LossFunction,
-        schedule: str | PipelineSchedule | Program = "lockstep",
-        mitigation: str | Mitigation = "lwpv+sc",
         dp_group: dist.ProcessGroup | None = None,
-        scheduler: SchedulerFactory | None = None,
-        seed: int | None = None,
         timeout_s: float | None = None,
+        **options: Unpack[PipelineOptions],
     ) -> None:
         ranks = dist.group.WORLD if group is None else group
         assert ranks is not None
         self.group = ranks
         self.num_stages, index = dist.get_world_size(ranks), dist.get_rank(ranks)
+        # This rank's module, and whether all stages fit the group, the schedule and one another.
         if len(stages) != self.num_stages:
             raise ValueError(f"{len(stages)} stages on a group of {self.num_stages} ranks: give one stage a rank")
         module = stages[index]
         if module is None:
             raise ValueError(f"this rank runs stage {index}, but stages[{index}] is None")
-        self.schedule = resolve_schedule(schedule, self.num_stages)
-        if getattr(module, "checkpointing", "none") == "stream":
-            _check_whole_backwards(self.schedule, index)
-        self.mitigation = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
+        settings = PipelineSettings(**options)
+        self.schedule = resolve_schedule(settings.schedule, self.num_stages)
+        self.mitigation = settings.chosen
+        check_whole_backwards(module, self.schedule, index)
+        check_untied(stages)
+        check_model_norm(settings.clipping, self.schedule)
         delays = self.schedule.delays()
         check_recomputation(module, delays)
+        # The stage with its optimizer, and the links to its neighbours.
+        own = options if index == self.num_stages - 1 else {**options, "loss_fn": None}
         self.stage = PipelineStage(
             module,
             index=index,
-            optimizer=optimizer,
             delay=delays[index],
-            behind=updates_behind(delays, index),
-            mitigation=self.mitigation,
+            lag_updates=lag_updates(delays, index),
             double_buffered=self.schedule.double_buffered,
-            loss_fn=loss_fn if index == self.num_stages - 1 else None,
-            scheduler=scheduler,
             dp_group=dp_group,
-            seed=seed,
+            **own,  # type: ignore[misc]
         )
         self._device = device_of_stages(next((p.device for p in module.parameters()), None), ranks)
         self._links = PipeLinks(ranks, self._device, timeout_s)
+        self._norms = ModelNorms(settings.clipping, self.stage.norms)
         self._length = 0  # of the stream that ran last
+        self.reports: list[StageReport] = []
 
     @property
     def is_first(self) -> bool:
@@ -110,22 +109,24 @@ class PipelinedBackprop:
     def is_last(self) -> bool:
         return self.stage.index == self.num_stages - 1
 
-    def run(self, batches: Iterable[tuple[Tensor, Any]], *, on_loss: OnLoss | None = None) -> list[float]:
+    def run(self, batches: Iterable[tuple[Any, Any]], *, on_loss: OnLoss | None = None) -> list[float]:
         """Train on a stream of (input, target) micro-batches to its end, drained: every sample is used exactly once.
 
         Args:
-            batches: on every rank of the group the same number of micro-batches with inputs of the same shapes. The
-                first stage reads the inputs, the last the targets; elsewhere inputs may be meta tensors.
+            batches: on every rank of the group the same number of micro-batches, of any lengths. The first stage reads
+                the inputs, the last the targets; elsewhere they may be anything.
             on_loss: called on the last stage with the number of a micro-batch in this stream and its loss, as soon as
                 it is known.
         Returns:
             The loss of each micro-batch as seen in training, on every rank.
         Raises:
-            PipelineError: another stage is gone or silent; names it. The group cannot be used any more.
+            ValueError: this stage's stream is shorter or longer than its neighbour's; as PipelineStage.forward and
+                backward. The other stages then raise PipelineError.
+            PipelineError: another stage has failed, is gone or silent; names it. The group cannot be used any more.
         """
         return self._guarded(lambda: self._share(self._train(batches, on_loss)))
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Any]]) -> list[float]:
+    def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode; arguments as for `run`."""
         return self._guarded(lambda: self._share(self._evaluate(batches)))
 
@@ -136,98 +137,49 @@ class PipelinedBackprop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another stage."""
         self.stage.load_state_dict(state)
+        self._norms.known = self.stage.norms
 
-    def _train(self, batches: Iterable[tuple[Tensor, Any]], on_loss: OnLoss | None) -> list[Tensor]:
+    def _train(self, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None) -> list[Tensor]:
+        self.stage.begin()
+        run = _Run(self, batches, on_loss)
+        idle = self._links.idle_s
+        # Every action of the schedule in turn; the stream is read as forwards are due.
+        for _, kind, micro_batch in self.schedule.actions(self.stage.index, run.stream):
+            run.actions[kind](micro_batch)
+        # Nothing is in flight any more, and the streams of all stages have ended.
+        run.finish()
+        self.stage.end()
+        if self.stage.settings.observe:
+            report = self.stage.meter.report(self.stage.index, self._links.idle_s - idle)
+            gathered: list[Any] = [None] * self.num_stages
+            self._links.guard(lambda: dist.all_gather_object(gathered, report, group=self.group), "sharing reports")
+            self.reports = gathered
+        self._length = run.stream.length
+        return run.losses
+
+    def _evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
         stage, links = self.stage, self._links
-        stream = _Stream(batches, "train")
-        flights: dict[int, Flight] = {}
-        waiting: deque[int] = deque()  # forwarded, gradient not yet taken
-        losses: list[Tensor] = []
-        previous: Weights = None
-        weights = stage.snapshot()
-        updates = 0
-
-        def gradient_of(micro_batch: int) -> Tensor | None:
-            if self.is_last:
-                return None
-            gradient = links.take_gradient(micro_batch)
-            assert waiting.popleft() == micro_batch
-            if waiting:
-                links.expect_gradient(flights[waiting[0]].result)
-            return gradient
-
-        def pass_on(gradient: Tensor | None, micro_batch: int) -> None:
-            if not self.is_first:
-                assert gradient is not None
-                links.send_gradient(gradient.contiguous(), micro_batch)
-
-        if not self.is_first and stream.following is not None:
-            links.expect_activation(stream.following)
-        group_of = self._group_of()
-        for _, kind, micro_batch in self.schedule.actions(stage.index, stream):
-            if kind == "F":
-                (value, target), signature = stream.current, stream.signature
-                if not self.is_first:
-                    value = links.take_activation(micro_batch)
-                    if stream.following is not None:
-                        links.expect_activation(stream.following)
-                behind = (
-                    self.schedule.double_buffered and group_of(micro_batch) > 0 and updates == group_of(micro_batch)
-                )
-                flight = flights[micro_batch] = stage.forward(value, target, previous if behind else weights)
-                if self.is_last:
-                    losses.append(flight.result)
-                    if on_loss is not None:
-                        on_loss(micro_batch, flight.result)
-                    continue
-                links.send_activation(flight.result, signature, micro_batch)
-                waiting.append(micro_batch)
-                if len(waiting) == 1:
-                    links.expect_gradient(flight.result)
-            elif kind == "B":
-                gradient = gradient_of(micro_batch)
-                pass_on(stage.backward(flights.pop(micro_batch), gradient), micro_batch)
-            elif kind == "I":
-                gradient = gradient_of(micro_batch)
-                pass_on(stage.backward_input(flights[micro_batch], gradient), micro_batch)
-            elif kind == "W":
-                stage.backward_weight(flights.pop(micro_batch))
-            else:
-                # No forward reads them again: free before the update makes others.
-                previous, weights = (weights if self.schedule.double_buffered else None), None
-                stage.update()
-                updates += 1
-                weights = stage.snapshot()
-        links.drain()
-        self._length = stream.length
-        return losses
-
-    def _group_of(self) -> Any:
-        """Micro-batch -> the number of the update that uses it."""
-        if isinstance(self.schedule, PipelineSchedule):
-            every = self.schedule.update_every
-            return lambda micro_batch: micro_batch // every
-        own = [own for _, own in self.schedule.versions(self.stage.index)]
-        return own.__getitem__
-
-    def _evaluate(self, batches: Iterable[tuple[Tensor, Any]]) -> list[Tensor]:
-        stage, links = self.stage, self._links
-        mode = stage.module.training
-        stage.module.eval()
-        stream = _Stream(batches, "evaluate")
+        stage.weights.take_changes()
+        stream = _Stream(batches)
         losses = []
-        for micro_batch in stream:
-            value, target = stream.current
+        with evaluating([stage.module]):
+            for micro_batch in stream:
+                value, target = stream.current
+                if not self.is_first:
+                    links.expect_activation("evaluate")
+                    tensors, (_, structure) = links.take_activation("evaluate", micro_batch)
+                    value = put_together(structure, tensors)
+                output = stage.evaluate(value, target)
+                if self.is_last:
+                    losses.append(output)
+                    continue
+                parts, structure = take_apart(output, f"the output of stage {stage.index}")
+                links.send_activation("evaluate", parts, (describe(parts), structure), micro_batch)
+            if not self.is_last:
+                links.send_end(stream.length)
             if not self.is_first:
-                links.expect_activation(stream.signature)
-                value = links.take_activation(micro_batch)
-            output = stage.evaluate(value, target)
-            if self.is_last:
-                losses.append(output)
-            else:
-                links.send_activation(output.contiguous(), stream.signature, micro_batch)
-        links.drain()
-        stage.module.train(mode)
+                links.take_end("evaluate", stream.length)
+            links.drain()
         self._length = stream.length
         return losses
 
@@ -236,7 +188,7 @@ class PipelinedBackprop:
         if not self._length:
             return []
         if self.is_last:
-            values = torch.stack([loss.double().reshape(()) for loss in losses])
+            values = torch.stack([loss.detach().double().reshape(()) for loss in losses])
         else:
             values = torch.empty(self._length, dtype=torch.float64, device=self._device)
         values = self.broadcast_from_last(values, "sharing the losses")
@@ -252,50 +204,155 @@ class PipelinedBackprop:
     def _guarded(self, work: Any) -> list[float]:
         try:
             losses: list[float] = work()
-        except PipelineError:
+        except PipelineError as error:
+            self._links.abort(f"stops because {error}")
             raise
         except BaseException as error:
-            self._links.leave_note(self.stage.index, f"raised {type(error).__name__}: {error}")
+            self._links.abort(f"raised {type(error).__name__}: {error}")
             raise
         return losses
 
 
-def _check_whole_backwards(schedule: PipelineSchedule | Program, stage: int) -> None:
-    """A streamed layer makes both gradients at once and overwrites its output's: it cannot go back a second time."""
-    num_micro_batches = schedule.num_micro_batches if isinstance(schedule, Program) else 1
-    if any(action.kind == "I" for action in schedule.actions(stage, iter(range(num_micro_batches)))):
-        name = "a Program" if isinstance(schedule, Program) else repr(schedule.name)
-        raise ValueError(
-            f"schedule: {name} splits backward passes, and stage {stage} streams (checkpointing='stream'): choose a "
-            "schedule of whole backward passes, or checkpointing='full'"
-        )
+class _Run:
+    """One run of one stage: what is under way, and what each kind of action does."""
+
+    def __init__(self, pipeline: PipelinedBackprop, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None) -> None:
+        self.pipeline, self.stage, self.links = pipeline, pipeline.stage, pipeline._links
+        self.stream = _Stream(batches, self._end_of_stream)
+        self.losses: list[Tensor] = []
+        self.actions: dict[str, Callable[[int], None]] = {
+            "F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight,
+            "U": self._update,
+        }  # fmt: skip
+        self._on_loss = on_loss
+        self._flights: dict[int, Flight] = {}
+        self._waiting: deque[int] = deque()  # forwarded, gradient not yet taken
+        self._weights: Weights = self.stage.snapshot()
+        self._previous: Weights = None
+        self._updates = 0
+        self._update_of = _update_of(pipeline.schedule, self.stage.index)
+        if not pipeline.is_first and not self.stream.ended:
+            self.links.expect_activation("train")
+
+    def finish(self) -> None:
+        """After the last action: the stream of the stage before has ended as well, and all messages have left."""
+        if not self.pipeline.is_first:
+            self.links.take_end("train", self.stream.length)
+        self.pipeline._norms.finish()
+        self.links.drain()
+
+    def _end_of_stream(self, length: int) -> None:
+        if not self.pipeline.is_last:
+            self.links.send_end(length)
+
+    def _forward(self, micro_batch: int) -> None:
+        value, target = self.stream.current
+        if not self.pipeline.is_first:
+            # This activation, and the receive of the next one posted before there is anything to compute.
+            tensors, (specs, structure) = self.links.take_activation("train", micro_batch)
+            if not self.stream.ended:
+                self.links.expect_activation("train")
+            marked = [each.requires_grad_(spec.needs_gradient) for each, spec in zip(tensors, specs, strict=True)]
+            value = put_together(structure, marked)
+        # With double buffering a group reads the weights before the newest update, once there are such.
+        group = self._update_of(micro_batch) if self.pipeline.schedule.double_buffered else 0
+        use_previous = group > 0 and self._updates == group
+        weights = self._previous if use_previous else self._weights
+        flight = self.stage.forward(value, target, weights, self._updates - use_previous)
+        self._flights[micro_batch] = flight
+        if self.pipeline.is_last:
+            self.losses.append(flight.outputs[0].detach())
+            if self._on_loss is not None:
+                self._on_loss(micro_batch, self.losses[-1])
+            return
+        # On to the next stage, and the receive of its gradient posted if no other is awaited.
+        results = flight.results
+        description = describe(results), flight.structure
+        self.links.send_activation("train", [each.detach() for each in results], description, micro_batch)
+        self._waiting.append(micro_batch)
+        if len(self._waiting) == 1:
+            self._expect_gradient(flight)
+
+    def _expect_gradient(self, flight: Flight) -> None:
+        self.links.expect_gradient(describe([output for output in flight.outputs if needs_gradient(output)]))
+
+    def _gradient_of(self, micro_batch: int) -> tuple[list[Tensor] | None, float]:
+        """The gradients of a micro-batch's outputs, and its weight; on the last stage there is only the weight."""
+        if self.pipeline.is_last:
+            return None, self._flights[micro_batch].weight
+        gradients, weight = self.links.take_gradient(micro_batch)
+        assert self._waiting.popleft() == micro_batch
+        if self._waiting:
+            self._expect_gradient(self._flights[self._waiting[0]])
+        return gradients, weight
+
+    def _pass_on(self, gradients: list[Tensor], weight: float, micro_batch: int) -> None:
+        if not self.pipeline.is_first:
+            self.links.send_gradient(gradients, weight, micro_batch)
+
+    def _backward(self, micro_batch: int) -> None:
+        gradients, weight = self._gradient_of(micro_batch)
+        self._pass_on(self.stage.backward(self._flights.pop(micro_batch), gradients, weight), weight, micro_batch)
+
+    def _backward_input(self, micro_batch: int) -> None:
+        gradients, weight = self._gradient_of(micro_batch)
+        self._pass_on(
+            self.stage.backward_input(self._flights[micro_batch], gradients, weight), weight, micro_batch
+        )  # fmt: skip
+
+    def _backward_weight(self, micro_batch: int) -> None:
+        self.stage.backward_weight(self._flights.pop(micro_batch))
+
+    def _update(self, number: int) -> None:
+        # No forward reads them again: free before the update makes others.
+        self._previous, self._weights = (self._weights if self.pipeline.schedule.double_buffered else None), None
+        norm = self.stage.prepare_update()
+        self.stage.update(self.pipeline._norms.of(self.stage.num_updates, norm, self.links))
+        self._updates = number + 1
+        self._weights = self.stage.snapshot()
+
+
+def _update_of(schedule: PipelineSchedule | Program, stage: int) -> Callable[[int], int]:
+    """Micro-batch -> the number of the update that uses it."""
+    if isinstance(schedule, PipelineSchedule):
+        every = schedule.update_every
+        return lambda micro_batch: micro_batch // every
+    return [own for _, own in schedule.versions(stage)].__getitem__
 
 
 class _Stream(Iterator[int]):
-    """Numbers the micro-batches of an iterable and looks one ahead, so that the next receive can be posted."""
+    """Numbers the micro-batches of an iterable and looks one ahead, so that the next receive can be posted.
 
-    def __init__(self, batches: Iterable[tuple[Tensor, Any]], purpose: str) -> None:
+    Args:
+        on_end: called with the length as soon as the last micro-batch has been used, before anything else is asked.
+    """
+
+    def __init__(self, batches: Iterable[tuple[Any, Any]], on_end: Callable[[int], None] | None = None) -> None:
         self._batches = iter(batches)
         self._numbers = count()
-        self._purpose = purpose
-        self._next = next(self._batches, None)
-        self.current: tuple[Tensor, Any] = (torch.empty(0), None)
-        self.signature: Signature = (purpose, (), torch.float32)
+        self._on_end = on_end
+        self._next = self._pull()
+        self.current: tuple[Any, Any] = (None, None)
         self.length = 0
 
     @property
-    def following(self) -> Signature | None:
-        """The signature of the next micro-batch; None at the end of the stream."""
-        if self._next is None:
-            return None
-        value = self._next[0]
-        return self._purpose, tuple(value.shape), value.dtype
+    def ended(self) -> bool:
+        """Whether there is no micro-batch after the current one."""
+        return self._next is None
 
     def __next__(self) -> int:
-        following = self.following
-        if following is None or self._next is None:
+        if self._next is None:
+            if self._on_end is not None:
+                self._on_end(self.length)
+                self._on_end = None
             raise StopIteration
-        self.current, self.signature = self._next, following
-        self._next = next(self._batches, None)
+        self.current = self._next
+        self._next = self._pull()
         self.length += 1
         return next(self._numbers)
+
+    def _pull(self) -> tuple[Any, Any] | None:
+        pair = next(self._batches, None)
+        if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise ValueError(f"the stream gave a {type(pair).__name__}: give pairs (input, target)")
+        return None if pair is None else (pair[0], pair[1])

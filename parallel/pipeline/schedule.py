@@ -7,6 +7,21 @@ a schedule is a rule that yields every stage's actions for a stream of any lengt
 
     F  forward    B  backward    I, W  the halves of a backward: input gradient, weight gradient    U  update
 
+Two of them drawn for four stages and six micro-batches: a column is a tick, * an update after the action, . idle.
+In lock step every stage does one F and one B a tick; a gradient of stage s is 2 (S-1-s) updates old:
+
+    stage 0 | F0  F1  F2  F3  F4  F5  .   B0* .   B1* .   B2* .   B3* .   B4* .   B5*
+    stage 1 | .   F0  F1  F2  F3  F4  B0* F5  B1* .   B2* .   B3* .   B4* .   B5*
+    stage 2 | .   .   F0  F1  F2  B0* F3  B1* F4  B2* F5  B3* .   B4* .   B5*
+    stage 3 | .   .   .   F0  B0* F1  B1* F2  B2* F3  B3* F4  B4* F5  B5*
+
+In PipeDream's order (1f1b-async) a stage runs only S-1-s forwards ahead, and its gradients are S-1-s updates old:
+
+    stage 0 | F0  F1  F2  F3  .   .   .   B0* F4  B1* F5  B2* .   B3* .   B4* .   B5*
+    stage 1 | .   F0  F1  F2  .   .   B0* F3  B1* F4  B2* F5  B3* .   B4* .   B5*
+    stage 2 | .   .   F0  F1  .   B0* F2  B1* F3  B2* F4  B3* F5  B4* .   B5*
+    stage 3 | .   .   .   F0  B0* F1  B1* F2  B2* F3  B3* F4  B4* F5  B5*
+
 No torch in this file: layouts prices schedules on a laptop.
 """
 
@@ -75,6 +90,21 @@ class PipelineSchedule:
         default = 1 if name in ("lockstep", "1f1b-async") else num_stages
         return cls(name=name, num_stages=num_stages, update_every=int(every) if every else default)
 
+    @classmethod
+    def accumulating(cls, num_stages: int, *, crossed_updates: int = 1) -> "PipelineSchedule":
+        """PACI with the fewest micro-batches an update for which none crosses more than `crossed_updates` updates.
+
+        A micro-batch of stage s is under way for S-1-s others, hence crosses at most ceil((S-1-s) / m) updates, and
+        m = ceil((S-1) / crossed_updates) bounds that on every stage. No weights are stashed or predicted for it.
+
+        Raises:
+            ValueError: crossed_updates below 1.
+        Source: Elam et al. 2026 (PACI, arXiv 2606.07881).
+        """
+        if crossed_updates < 1:
+            raise ValueError(f"crossed_updates={crossed_updates}: at least 1; for none choose a flushed schedule")
+        return cls(name="paci", num_stages=num_stages, update_every=max(1, -(-(num_stages - 1) // crossed_updates)))
+
     @property
     def flushed(self) -> bool:
         """Whether the pipeline drains before every update (no staleness, but a bubble)."""
@@ -82,13 +112,13 @@ class PipelineSchedule:
 
     @property
     def double_buffered(self) -> bool:
-        """Whether forward and backward of a group both read the weights one update behind it (2bw)."""
+        """Whether forward and backward of a group both read the weights of one update before it (2bw)."""
         return self.name == "2bw"
 
     def warm_up(self, stage: int) -> int:
         """Forwards that `stage` runs ahead of its backwards once the pipeline is full (within a group, if flushed)."""
-        behind = self.num_stages - 1 - stage
-        return {"lockstep": 2 * behind, "gpipe": self.update_every - 1}.get(self.name, behind)
+        following = self.num_stages - 1 - stage
+        return {"lockstep": 2 * following, "gpipe": self.update_every - 1}.get(self.name, following)
 
     def actions(self, stage: int, micro_batches: Iterator[int]) -> Iterator[Action]:
         """What `stage` does, in order. A micro-batch is pulled when its forward is due: the stream may be endless."""
@@ -126,6 +156,7 @@ class PipelineSchedule:
         A whole number wherever every micro-batch has the same delay; the mean over a group otherwise (paci).
         """
         group = self.update_every
+        # The first micro-batches, while the pipeline fills, are younger: count over one group after them.
         ramp = group * (ceil(self.warm_up(stage) / group) + 1)
         steady = [own - seen for seen, own in islice(self.versions(stage), ramp, ramp + group)]
         mean = Fraction(sum(steady), group)
@@ -176,7 +207,7 @@ def peak_in_flight(actions: Iterator[Action]) -> int:
     return peak
 
 
-def updates_behind(delays: Sequence[int | float], stage: int) -> int:
+def lag_updates(delays: Sequence[int | float], stage: int) -> int:
     """Updates of `stage` between its backward of a micro-batch and that of stage 0: half of what D_0 has over D.
 
     The other half is the forward's way from stage 0 to `stage`.
@@ -191,26 +222,48 @@ def resolve_schedule(schedule: str | PipelineSchedule | Program, num_stages: int
         raise ValueError(f"the schedule is for {resolved.num_stages} stages, but there are {num_stages}")
     if isinstance(resolved, Program):
         resolved.validate()
+        _check_halves(resolved)
     return resolved
+
+
+def _check_halves(program: Program) -> None:
+    """Refuse an update between the two halves of a backward: they would read weights of two versions."""
+    for stage, actions in enumerate(program.stages):
+        open_halves: set[int] = set()
+        for action in actions:
+            if action.kind == "I":
+                open_halves.add(action.micro_batch)
+            elif action.kind == "W":
+                open_halves.discard(action.micro_batch)
+            elif action.kind == "U" and open_halves:
+                split = min(open_halves)
+                raise ValueError(
+                    f"stage {stage}: update {action.micro_batch} stands between {stage}I{split} and {stage}W{split}, "
+                    "which would compute the input's and the weights' gradient with different weights: put the update "
+                    "after both, or use a whole backward (B)"
+                )
 
 
 def _flowing(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> Iterator[Action]:
     """Warm up once, then one forward and one backward in turn to the end of the stream."""
-    waiting: deque[int] = deque()
+    waiting: deque[int] = deque()  # forwarded, not yet backwarded
 
     def backward() -> Iterator[Action]:
         micro_batch = waiting.popleft()
         yield Action(stage, "B", micro_batch)
+        # The last micro-batch of a group brings the update.
         update, place = divmod(micro_batch, schedule.update_every)
         if place == schedule.update_every - 1:
             yield Action(stage, "U", update)
 
+    # While the stream lasts: a forward, and once warmed up a backward after each.
     last = -1
     for last in stream:
         yield Action(stage, "F", last)
         waiting.append(last)
         if len(waiting) > schedule.warm_up(stage):
             yield from backward()
+    # The stream has ended: the backwards that are left, and an update for a smaller last group.
     while waiting:
         yield from backward()
     update, rest = divmod(last + 1, schedule.update_every)
@@ -236,6 +289,7 @@ def _flushed(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> I
                 if len(weights) > postponed:
                     yield Action(stage, "W", weights.popleft())
 
+        # Forwards of the group, with backwards in between once warmed up.
         group = 0
         for micro_batch in islice(stream, schedule.update_every):
             group += 1
@@ -245,6 +299,7 @@ def _flushed(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> I
                 yield from backward()
         if not group:
             return
+        # Drain, finish the postponed weight gradients, and update.
         while waiting:
             yield from backward()
         for micro_batch in weights:

@@ -1,72 +1,67 @@
 """One stage of an asynchronous pipeline: a module, its optimizer, and which weights each forward and backward reads.
 
-Autograd refuses a backward after an optimizer changed a saved weight in place, which is what pipelined backpropagation
-is about: forward with old (or predicted) weights, backward with the present ones. Weights are therefore written through
-`.data`, which does not count as a change. The optimizer owns its parameters (the masters). Where forwards read the
-present weights the masters share the module's storage and nothing is copied; otherwise the module's storage is filled
-before each forward and set back after it, so that between actions the module always holds the present weights.
-
 Activation checkpointing and StreamBP recompute inside the backward, hence with the backward's weights: what is stale
 then is only the stage's input. Under autocast without either, the graph keeps the forward's weights as low-precision
 casts, and the backward computes input gradients with those: in effect stashed, whatever the mitigation says.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fourfold.parallel.gradients import average_gradients
-from fourfold.parallel.pipeline.links import replica_lost
-from fourfold.parallel.pipeline.mitigation import Mitigation
-from fourfold.parallel.pipeline.optimizer import DelayedOptimizer, OptimizerFactory
+from fourfold.parallel.pipeline.accumulation import GradientSum
+from fourfold.parallel.pipeline.checks import check_batch_norms
+from fourfold.parallel.pipeline.masters import MasterWeights, attach
+from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
+from fourfold.parallel.pipeline.randomness import seeded
+from fourfold.parallel.pipeline.report import Meter
+from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
+from fourfold.parallel.pipeline.values import Structure, call, needs_gradient, put_together, take_apart
 
 Weights = list[Tensor] | None  # None: the present ones
-LossFunction = Callable[[Tensor, Any], Tensor]
-SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 @dataclass(slots=True)
 class Flight:
     """A micro-batch between its forward and its backward."""
 
-    input: Tensor
-    output: Tensor  # the loss, on the last stage
-    weights: Weights
-    result: Tensor  # `output` without its graph
-    parameter_groups: list[dict[str, Any]] = field(default_factory=list)  # between the two halves of a backward
+    inputs: list[Tensor]  # those that need a gradient
+    outputs: list[Tensor]  # of the module, or the loss on the last stage
+    structure: Structure  # of the outputs
+    weights: Weights  # that the backward reads, where they are kept for it
+    weight: float = 1.0  # of the micro-batch in its update
+    seen: int = 0  # updates of this run that its forward's weights had seen
+    sample: Weights = None  # those weights, where their error is to be measured
+    halves: list[dict[str, Any]] = field(default_factory=list)  # between the two halves of a backward
 
+    @property
+    def results(self) -> list[Tensor]:
+        """The outputs without their graph, marked (requires_grad) where the next stage is to give a gradient back."""
+        return [output.detach().requires_grad_(needs_gradient(output)) for output in self.outputs]
 
-def check_recomputation(module: nn.Module | None, delays: Sequence[float]) -> None:
-    """Refuse a stage that recomputes around an attention output of other weights than the backward's.
-
-    Args:
-        delays: of all stages, so that every rank refuses.
-    """
-    if getattr(module, "keeps_attention", False) and max(delays) > 0:
-        raise ValueError(
-            "keep_attention in a pipeline that updates between a forward and its backward: the kept output would be of "
-            "other weights than what is recomputed around it; choose keep_attention=False, or a schedule that drains"
-        )
+    @property
+    def value(self) -> Any:
+        """The results as the module returned them."""
+        return put_together(self.structure, self.results)
 
 
 class PipelineStage:
     """What a rank of the runtime, or the emulator for each stage, does with a micro-batch.
 
     Args:
-        module: maps one tensor [B, ...] to one tensor; on the last stage its output goes into `loss_fn`.
-        optimizer: called with this stage's masters, in the order of module.parameters().
-        delay: D, in updates; with `behind` as DelayedOptimizer's.
+        module: from what the stage before returned to what the next one takes; see values.call.
+        index: its number, from 0.
+        delay: D, in updates; with `lag_updates` as DelayedOptimizer's.
         double_buffered: a micro-batch's forward and backward read the same version of the weights, not the present one.
         separate: keep the masters apart from the module's storage even where no mitigation asks for it (the emulator).
-        loss_fn: (output, target) -> scalar mean over the micro-batch; on the last stage only.
         dp_group: replicas of this stage; gradients are averaged over it.
-        seed: if given, every forward draws its random numbers (dropout) from (seed, stage, micro-batch) alone.
+        options: the keywords of PipelineSettings; `loss_fn` on the last stage only.
     """
 
     def __init__(
@@ -74,198 +69,229 @@ class PipelineStage:
         module: nn.Module,
         *,
         index: int,
-        optimizer: OptimizerFactory,
         delay: float,
-        behind: int = 0,
-        mitigation: Mitigation,
+        lag_updates: int = 0,
         double_buffered: bool = False,
         separate: bool = False,
-        loss_fn: LossFunction | None = None,
-        scheduler: SchedulerFactory | None = None,
         dp_group: dist.ProcessGroup | None = None,
-        seed: int | None = None,
+        **options: Unpack[PipelineOptions],  # type: ignore[misc]
     ) -> None:
-        self.module = module
-        self.index = index
-        self.loss_fn = loss_fn
-        self.dp_group = dp_group
-        self.seed = seed
+        self.module, self.index, self.dp_group = module, index, dp_group
+        self.settings = PipelineSettings(**options)  # type: ignore[misc]
+        self.loss_fn = self.settings.loss_fn
         self.num_forwards = 0
+        self.num_updates = 0  # due so far, also those without a gradient
+        self.norms: dict[int, float] = {}  # of the whole model's gradient, by update
+        mitigation = self.settings.chosen
         self.stashes = (mitigation.stash and delay > 0) or double_buffered
-        self._live = [p for p in module.parameters() if p.requires_grad]
-        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._replica = 0
+        check_batch_norms(module, index, dp_group)
         if dp_group is not None:
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.data, group=dp_group, group_src=0)
-        self._pending = 0
-        self._separate = False
+            self._replica = dist.get_rank(dp_group)
+            self._copy_from_first((*module.parameters(), *module.buffers()))
+        self.weights = MasterWeights(module, index, self.settings.master_dtype)
+        self.gradients = GradientSum(self.weights, self.settings, index, dp_group)
         self.optimizer: DelayedOptimizer | None = None
-        self.scheduler: LRScheduler | None = None
-        self._masters = self._live
-        if self._live:
-            self._attach(optimizer, scheduler, mitigation, delay, behind, separate)
-
-    def _attach(
-        self,
-        factory: OptimizerFactory,
-        scheduler: SchedulerFactory | None,
-        mitigation: Mitigation,
-        delay: float,
-        behind: int,
-        separate: bool,
-    ) -> None:
-        copies = [nn.Parameter(p.detach().clone()) for p in self._live]
-        optimizer = factory(copies)
-        given = [p for group in optimizer.param_groups for p in group["params"]]
-        if {id(p) for p in given} != {id(p) for p in copies}:
-            raise ValueError(
-                f"stage {self.index}: the optimizer factory must build its optimizer over the parameters it is called "
-                "with, all of them and no others (the module's own are overwritten by predicted weights)"
+        self.schedulers: list[LRScheduler] = []
+        if self.weights.live:
+            delayed = {"delay": delay, "mitigation": mitigation, "lag_updates": lag_updates}
+            self.optimizer = attach(
+                self.weights, self.settings.optimizer, delayed=delayed, separate=separate or self.stashes
             )
-        self.optimizer = DelayedOptimizer(optimizer, delay=delay, mitigation=mitigation, behind=behind)
-        # From here on everything is in the optimizer's order, which its param_groups may have changed.
-        live = dict(zip(map(id, copies), self._live, strict=True))
-        self._masters = given
-        self._live = [live[id(p)] for p in given]
-        self._separate = separate or self.stashes or self.optimizer.predicts or self.optimizer.corrects
-        if not self._separate:
-            for master, p in zip(self._masters, self._live, strict=True):
-                master.data = p.data
-        self.scheduler = scheduler(optimizer) if scheduler is not None else None
+            made = map(self.settings.make_scheduler, self.optimizer.optimizers)
+            self.schedulers = [scheduler for scheduler in made if scheduler is not None]
+        self.meter = Meter(self.weights, self.settings.observe)
+        if self.settings.dtype is not None:
+            self._check_autocast()
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        """The learning-rate scheduler (of the first optimizer, where there are several)."""
+        return self.schedulers[0] if self.schedulers else None
+
+    def begin(self) -> None:
+        """At the start of a run: take weights that the user has set since the last. Raises ValueError, see masters."""
+        self.weights.take_changes()
+        self.gradients.begin()
+        self.meter.begin()
+
+    def end(self) -> None:
+        """At the end of a run: all is applied; replicas' buffers become those of the first, as under torch's DDP."""
+        self.gradients.end()
+        if self.dp_group is not None:
+            self._copy_from_first(tuple(self.module.buffers()))
+        self.weights.check_untouched()
+        self.weights.note()
 
     def snapshot(self) -> Weights:
         """What forwards should read from now to the next update; new tensors where later reads may see an update."""
         weights = self.optimizer.forward_weights() if self.optimizer is not None else None
-        return self.present() if weights is None and self.stashes else weights
+        return self.weights.present() if weights is None and self.stashes else weights
 
-    def present(self) -> list[Tensor]:
-        """A copy of the present weights."""
-        return [p.detach().clone() for p in self._masters]
+    def forward(self, value: Any, target: Any, weights: Weights, seen: int) -> Flight:
+        """Run the module on `value` (detached from its sender) with `weights`, keeping the graph.
 
-    def forward(self, value: Tensor, target: Any, weights: Weights) -> Flight:
-        """Run the module on `value` (detached from its sender) with `weights`, keeping the graph."""
-        leaf = value.detach()
-        if self.index and leaf.is_floating_point():
-            leaf.requires_grad_()
-        with self._randomness(leaf.device):
-            self._load(weights)
-            output = self.module(leaf)
-            self._load(None if weights is None else self._masters)
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"stage {self.index} returned {type(output).__name__}: stages map one tensor to one tensor"
-            )
-        if self.loss_fn is not None:
-            output = self.loss_fn(output, target)
-            if output.numel() != 1:
-                raise ValueError(f"loss_fn must return one number, the mean over its micro-batch; got {output.shape}")
+        A tensor of the value needs a gradient where the stage before says so (requires_grad); the first stage's never.
+
+        Args:
+            target: for the loss, on the last stage.
+            weights: from `snapshot`, after `seen` updates of this run.
+
+        Raises:
+            ValueError: an output that is no tensor, tuple, list or dict of tensors, or has no gradient to give; a loss
+                that is no scalar or does not depend on the output; weights changed in mid-stream.
+        """
+        self.weights.check_untouched()
+        tensors, structure = take_apart(value, f"the input of stage {self.index}")
+        wanted = [self.index > 0 and needs_gradient(tensor) for tensor in tensors]
+        leaves = [each.detach().requires_grad_(want) for each, want in zip(tensors, wanted, strict=True)]
+        with self._computing(leaves):
+            self.weights.load(weights)
+            output = call(self.module, put_together(structure, leaves))
+            if weights is not None:
+                self.weights.restore()
+            weight = 1.0
+            if self.loss_fn is not None:
+                output, weight = self._loss(output, target)
         self.num_forwards += 1
+        outputs, structure = take_apart(output, f"the output of stage {self.index}")
+        inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+        self._check_gradients(inputs, outputs)
         kept = weights if self.stashes else None
-        return Flight(leaf, output, kept, output.detach().contiguous())
+        return Flight(inputs, outputs, structure, kept, weight, seen, self.meter.sample(weights))
 
     @torch.no_grad()
-    def evaluate(self, value: Tensor, target: Any) -> Tensor:
-        """Output (or loss) with the present weights, without a graph."""
-        output: Tensor = self.module(value)
-        return output if self.loss_fn is None else self.loss_fn(output, target)
+    def evaluate(self, value: Any, target: Any) -> Any:
+        """The module's output, or the loss on the last stage, with the present weights."""
+        tensors, structure = take_apart(value, f"the input of stage {self.index}")
+        with self._computing(tensors, seeded=False):
+            output = call(self.module, put_together(structure, [tensor.detach() for tensor in tensors]))
+            return self._loss(output, target)[0] if self.loss_fn is not None else output
 
-    def backward(self, flight: Flight, gradient: Tensor | None) -> Tensor | None:
-        """Accumulate the parameters' gradients; returns the input's (None on stage 0)."""
-        self._pending += 1
-        if flight.output.requires_grad:
-            weights = self._backward_weights(flight)
-            self._load(weights)
-            torch.autograd.backward(flight.output, gradient)
-            self._load(None if weights is None else self._masters)
-        return flight.input.grad
+    def backward(self, flight: Flight, gradients: Sequence[Tensor] | None, weight: float) -> list[Tensor]:
+        """Add the parameters' gradients to those since the last update; returns those of the inputs that need one.
 
-    def backward_input(self, flight: Flight, gradient: Tensor | None) -> Tensor | None:
-        """The first half of a split backward: only the input's gradient."""
-        # torch's own zero-bubble runtime walks the graph for this; private there, but there is no public way.
+        Args:
+            gradients: of the outputs that need one, in order; None on the last stage.
+            weight: of the micro-batch in its update.
+        Raises:
+            ValueError: an output that does not depend on the stage's input.
+        """
+        relative = self.gradients.relative(weight)
+        with self._reading(flight), self.gradients.adding(relative):
+            roots, seeds = self._roots(flight, gradients, relative)
+            if roots:
+                torch.autograd.backward(roots, seeds)
+        self.meter.landed(flight.seen, flight.sample)
+        return self._input_gradients(flight)
+
+    def backward_input(self, flight: Flight, gradients: Sequence[Tensor] | None, weight: float) -> list[Tensor]:
+        """The first half of a backward: only the inputs' gradients. `backward_weight` must follow."""
         from torch.distributed.pipelining._backward import stage_backward_input
 
-        if not flight.input.requires_grad:
-            # Nothing to send: the whole backward is the weights' half.
-            flight.parameter_groups = [{"gradient": gradient}]
-            return None
-        gradients = None if gradient is None else [gradient]
-        # It detaches the output in place, which autograd refuses for a view.
-        output = flight.output.clone() if flight.output._is_view() else flight.output
-        _, flight.parameter_groups = stage_backward_input([output], gradients, [flight.input], iter(self._live))
-        return flight.input.grad
+        flight.weight = self.gradients.relative(weight)
+        roots, seeds = self._roots(flight, gradients, flight.weight)
+        if not flight.inputs:
+            # Nothing comes before this stage that needs a gradient: all is the weights' half.
+            flight.halves = [{"roots": roots, "seeds": seeds}]
+            return []
+        # torch detaches the outputs in place, which autograd refuses for a view.
+        roots = [root.clone() if root._is_view() else root for root in roots]
+        with self._reading(flight):
+            _, flight.halves = stage_backward_input(roots, seeds, flight.inputs, iter(self.weights.live))  # type: ignore[arg-type]
+        return self._input_gradients(flight)
 
     def backward_weight(self, flight: Flight) -> None:
         """The second half: only the parameters' gradients."""
         from torch.distributed.pipelining._backward import stage_backward_weight
 
-        self._pending += 1
-        if flight.input.requires_grad:
-            stage_backward_weight(iter(self._live), flight.parameter_groups)
-        elif flight.output.requires_grad:
-            torch.autograd.backward(flight.output, flight.parameter_groups[0]["gradient"])
+        with self._reading(flight), self.gradients.adding(flight.weight):
+            if flight.inputs:
+                stage_backward_weight(iter(self.weights.live), flight.halves)
+            elif flight.halves[0]["roots"]:
+                torch.autograd.backward(flight.halves[0]["roots"], flight.halves[0]["seeds"])
+        self.meter.landed(flight.seen, flight.sample)
+
+    def prepare_update(self) -> float:
+        """Average the gradients since the last update over micro-batches and replicas; returns their 2-norm.
+
+        The norm is 0 where nothing (clipping, observing) asks for it.
+        """
+        self._steps = self.optimizer is not None and self.gradients.average()
+        if self._steps and self.settings.on_gradients is not None:
+            pairs = zip(self.weights.names, self.weights.live, strict=True)
+            self.settings.on_gradients({name: p.grad for name, p in pairs if p.grad is not None})
+        wanted = self._steps and (self.settings.clipping is not None or self.settings.observe)
+        self._norm = self.gradients.norm() if wanted else 0.0
+        return self._norm
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Average the gradients since the last update over micro-batches and replicas, and step.
+    def update(self, norm: float | None = None) -> None:
+        """Clip and step, after `prepare_update`.
 
-        Every micro-batch counts the same, also a smaller last one. Cost: with replicas one all-reduce of the gradients.
-
-        Raises:
-            PipelineError: a replica is gone.
+        Args:
+            norm: of the whole model's gradient, to clip by; None for this stage's own.
         """
-        count, self._pending = self._pending, 0
+        self.num_updates += 1
+        self.meter.update(self._norm)
         if self.optimizer is None:
             return
-        pairs = [(m, p) for m, p in zip(self._masters, self._live, strict=True) if p.grad is not None]
-        gradients = [p.grad for _, p in pairs if p.grad is not None]
-        if gradients and self.dp_group is not None and self.dp_group.size() > 1:
-            try:
-                average_gradients((p for _, p in pairs), self.dp_group)
-            except RuntimeError as error:
-                raise replica_lost(self.index, self.dp_group, error) from error
-        if gradients and count > 1:
-            torch._foreach_div_(gradients, float(count))
+        clipping = self.settings.clipping
+        if self._steps and clipping is not None:
+            self.gradients.clip(clipping.max_norm, self._norm if norm is None else max(norm, self._norm))
+        pairs = list(zip(self.weights.masters, self.weights.live, strict=True))
         for master, p in pairs:
-            master.grad, p.grad = p.grad, None
-        self.optimizer.step()
+            master.grad, p.grad = None if p.grad is None else p.grad.to(master.dtype), None
+        if self._steps:
+            self.optimizer.step()
         for master, _ in pairs:
             master.grad = None
-        if self._separate:
-            self._load(self._masters)
-        if self.scheduler is not None:
-            self.scheduler.step()
+        if self.weights.separate:
+            self.weights.restore()
+        for scheduler in self.schedulers:
+            scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next run depends on; the pipeline is drained between runs, so nothing is in flight."""
-        return {
+        self.weights.take_changes()
+        schedulers = [scheduler.state_dict() for scheduler in self.schedulers]
+        state = {
             "stage": self.index,
             "module": self.module.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler": (schedulers[0] if len(schedulers) == 1 else schedulers) if schedulers else None,
             "num_forwards": self.num_forwards,
+            "num_updates": self.num_updates,
+            "norms": dict(self.norms),
         }
+        if self.weights.narrower:
+            state["masters"] = self.weights.present()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another stage."""
         if state["stage"] != self.index:
             raise ValueError(f"this is the state of stage {state['stage']}, not of stage {self.index}")
         self.module.load_state_dict(state["module"])
-        self.num_forwards = state["num_forwards"]
+        self.num_forwards, self.num_updates = state["num_forwards"], state["num_updates"]
+        self.norms = dict(state["norms"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             with torch.no_grad():
-                for master, p in zip(self._masters, self._live, strict=True):
-                    master.data.copy_(p.data)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+                for master, saved in zip(self.weights.masters, state.get("masters", self.weights.live), strict=True):
+                    master.data.copy_(saved.data)
+            self.weights.note()
+        states = state["scheduler"] if len(self.schedulers) > 1 else [state["scheduler"]] * len(self.schedulers)
+        for scheduler, own in zip(self.schedulers, states, strict=True):
+            scheduler.load_state_dict(own)
 
     def remembered(self, *, blank: bool = False) -> dict[str, Tensor]:
         """DelayedOptimizer.remembered, by the names of the parameters: "before.NAME"."""
         kinds = {} if self.optimizer is None else self.optimizer.remembered(blank=blank)
         return {
-            f"{kind}.{self._names[id(p)]}": tensor
+            f"{kind}.{name}": tensor
             for kind, tensors in kinds.items()
-            for p, tensor in zip(self._live, tensors, strict=True)
+            for name, tensor in zip(self.weights.names, tensors, strict=True)
         }
 
     def go_on(self, *, num_updates: int, num_forwards: int, remembered: dict[str, Tensor]) -> None:
@@ -275,10 +301,10 @@ class PipelineStage:
             remembered: as `remembered` returns it. A kind that lacks some parameters, as under another cut of the
                 model into stages (the last keeps none), is left out: its prediction starts afresh.
         """
-        self.num_forwards = num_forwards
+        self.num_forwards, self.num_updates = num_forwards, num_updates
         if self.optimizer is None:
             return
-        names = [self._names[id(p)] for p in self._live]
+        names = self.weights.names
         kinds = {
             kind: [remembered[f"{kind}.{name}"] for name in names]
             for kind in {name.split(".", 1)[0] for name in remembered}
@@ -292,7 +318,7 @@ class PipelineStage:
 
         For torch.distributed.checkpoint, which finds an optimizer's state by the names of a module's parameters.
         """
-        masters = dict(zip(map(id, self._live), self._masters, strict=True))
+        masters = dict(zip(map(id, self.weights.live), self.weights.masters, strict=True))
         places = [
             (module, name, p)
             for module in self.module.modules()
@@ -307,33 +333,89 @@ class PipelineStage:
             for module, name, p in places:
                 module._parameters[name] = p
             with torch.no_grad():
-                self._load(self._masters)
+                self.weights.restore()
+            self.weights.note()
 
-    def _backward_weights(self, flight: Flight) -> Weights:
-        if flight.weights is not None:
-            return flight.weights
-        return self.optimizer.backward_weights() if self.optimizer is not None else None
+    def _loss(self, output: Any, target: Any) -> tuple[Tensor, float]:
+        """The loss, and how much its micro-batch counts."""
+        assert self.loss_fn is not None
+        loss = self.loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn returned {what}: give a scalar mean over the micro-batch")
+        weigh = self.settings.loss_weight
+        return loss, 1.0 if weigh is None else float(weigh(target))
 
-    def _load(self, weights: list[Tensor] | list[nn.Parameter] | None) -> None:
-        if weights:
-            torch._foreach_copy_([p.data for p in self._live], [weight.detach() for weight in weights])
+    def _check_gradients(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Refuse a forward after which this stage, or those before it, could not train."""
+        if (self.weights.live or inputs) and not any(needs_gradient(output) for output in outputs):
+            what = "its loss" if self.loss_fn is not None else "what it hands to the next stage"
+            kinds = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
+            raise ValueError(
+                f"stage {self.index} and those before it would not train: {what} ({kinds or 'no tensor'}) has no "
+                "gradient; is it detached, or an integer?"
+            )
+
+    def _roots(
+        self, flight: Flight, gradients: Sequence[Tensor] | None, relative: float
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Where a backward starts, with which gradients; None for ones."""
+        if gradients is not None:
+            return [output for output in flight.outputs if needs_gradient(output)], list(gradients)
+        roots = [output for output in flight.outputs if output.requires_grad]
+        return roots, None if relative == 1 else [torch.full_like(root, relative) for root in roots]
+
+    def _input_gradients(self, flight: Flight) -> list[Tensor]:
+        found = [leaf.grad for leaf in flight.inputs]
+        if found and all(gradient is None for gradient in found):
+            raise ValueError(
+                f"stage {self.index} gives stage {self.index - 1} no gradient: its output does not need its input, "
+                "so the stages before would not train (is the input detached, or used as an integer?)"
+            )
+        pairs = zip(flight.inputs, found, strict=True)
+        return [torch.zeros_like(leaf) if gradient is None else gradient.contiguous() for leaf, gradient in pairs]
+
+    @contextmanager
+    def _reading(self, flight: Flight) -> Iterator[None]:
+        """Around a backward: the weights that it reads in the module, and casts of others forgotten."""
+        weights = flight.weights
+        if weights is None and self.optimizer is not None:
+            weights = self.optimizer.backward_weights()
+        torch.clear_autocast_cache()  # a recomputation must cast the weights that are there now
+        self.weights.load(weights)
+        yield
+        if weights is not None:
+            self.weights.restore()
+
+    @contextmanager
+    def _computing(self, tensors: Sequence[Tensor], *, seeded: bool = True) -> Iterator[None]:
+        """Around a forward: its random numbers, its precision, and no casts of weights of another version."""
+        own = next((tensor.device for tensor in (*self.weights.live[:1], *tensors)), torch.device("cpu"))
+        if torch.is_autocast_enabled(own.type):
+            self._check_autocast()
+        # The cache of casts does not see that weights were written, and outlives this forward under an outer autocast.
+        torch.clear_autocast_cache()
+        dtype = self.settings.dtype
+        precision = nullcontext() if dtype is None else torch.autocast(own.type, dtype)
+        with self._randomness(own) if seeded else nullcontext(), precision:
+            yield
+        torch.clear_autocast_cache()
+
+    def _check_autocast(self) -> None:
+        if self.optimizer is not None and self.optimizer.corrects:
+            raise ValueError(
+                f"stage {self.index}: spectrain and pipemare-dc compute backwards with weights of their own, but under "
+                "autocast the graph keeps the forward's as casts: choose stash or lwpv+sc, or leave autocast off"
+            )
+
+    def _copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        assert self.dp_group is not None
+        for tensor in tensors:
+            dist.broadcast(tensor.data, group=self.dp_group, group_src=0)
 
     def _randomness(self, device: torch.device) -> AbstractContextManager[None]:
-        if self.seed is None:
+        if self.settings.seed is None:
             return nullcontext()
-        return _seeded(hash((self.seed, self.index, self.num_forwards)) & 0x7FFFFFFFFFFF, device)
-
-
-class _seeded(AbstractContextManager[None]):
-    """Random numbers from `seed`, and the outer generator's state put back."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._fork.__exit__(*exception)
+        # A replica draws masks of its own; the first one's are the emulator's.
+        place = (self.settings.seed, self.index, self.num_forwards, *([self._replica] if self._replica else []))
+        return seeded(hash(place) & 0x7FFFFFFFFFFF, device)

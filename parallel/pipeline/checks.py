@@ -1,0 +1,109 @@
+"""What the runtime and the emulator refuse alike, and the mode that they evaluate in."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import nn
+
+from fourfold.parallel.pipeline.program import Program
+from fourfold.parallel.pipeline.schedule import PipelineSchedule
+from fourfold.parallel.pipeline.settings import ClipNorm
+
+
+def check_recomputation(module: nn.Module | None, delays: Sequence[float]) -> None:
+    """Refuse a stage that recomputes around an attention output of other weights than the backward's.
+
+    Args:
+        delays: of all stages, so that every rank refuses.
+    """
+    if getattr(module, "keeps_attention", False) and max(delays) > 0:
+        raise ValueError(
+            "keep_attention in a pipeline that updates between a forward and its backward: the kept output would be of "
+            "other weights than what is recomputed around it; choose keep_attention=False, or a schedule that drains"
+        )
+
+
+def check_whole_backwards(module: nn.Module, schedule: PipelineSchedule | Program, stage: int) -> None:
+    """A streamed layer makes both gradients at once and overwrites its output's: it cannot go back a second time."""
+    if getattr(module, "checkpointing", "none") != "stream":
+        return
+    num_micro_batches = schedule.num_micro_batches if isinstance(schedule, Program) else 1
+    if any(action.kind == "I" for action in schedule.actions(stage, iter(range(num_micro_batches)))):
+        name = "a Program" if isinstance(schedule, Program) else repr(schedule.name)
+        raise ValueError(
+            f"schedule: {name} splits backward passes, and stage {stage} streams (checkpointing='stream'): choose a "
+            "schedule of whole backward passes, or checkpointing='full'"
+        )
+
+
+def check_untied(stages: Sequence[nn.Module | None]) -> None:
+    """Refuse a trained weight that two stages share: each would update it without the other's gradient.
+
+    Raises:
+        ValueError: naming both places.
+    """
+    owners: list[tuple[int, int, int, str, bool]] = []  # (first byte, end, stage, name, trained)
+    for index, module in enumerate(stages):
+        for name, tensor in () if module is None else (*module.named_parameters(), *module.named_buffers()):
+            if not tensor.is_meta and tensor.numel():
+                start = tensor.data_ptr()
+                size = tensor.numel() * tensor.element_size()
+                owners.append((start, start + size, index, name, tensor.requires_grad))
+    owners.sort()
+    # In the order of memory: a tensor overlaps one before it if it starts before that one's end.
+    reach = owners[:1]
+    for place in owners[1:]:
+        for _, end, stage, name, trained in reach:
+            if place[0] < end and stage != place[2] and (trained or place[4]):
+                _refuse_tie(stage, name, place[2], place[3])
+        reach = [each for each in reach if each[1] > place[0]] + [place]
+    # Weights without storage (the meta device) are told by their objects.
+    seen: dict[int, tuple[int, str]] = {}
+    for index, module in enumerate(stages):
+        for name, p in () if module is None else module.named_parameters():
+            stage, first = seen.setdefault(id(p), (index, name))
+            if stage != index and p.requires_grad:
+                _refuse_tie(stage, first, index, name)
+
+
+def _refuse_tie(stage: int, name: str, other: int, other_name: str) -> None:
+    raise ValueError(
+        f"stage {stage}'s {name} and stage {other}'s {other_name} are one weight: each stage would update it without "
+        "the other's gradient; untie them (for a decoder tie_word_embeddings=False), freeze it, or put both in one"
+    )
+
+
+def check_batch_norms(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | None) -> None:
+    """Refuse a SyncBatchNorm over other ranks than the stage's replicas: it would wait for other stages for ever."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm) and (dp_group is None or part.process_group is not dp_group):
+            raise ValueError(
+                f"stage {stage}: {name} is a SyncBatchNorm over another group than dp_group, whose ranks run other "
+                "stages or other micro-batches: make it with process_group=dp_group, or use BatchNorm"
+            )
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Evaluation mode; afterwards, also after an error, every module inside has the mode that it had."""
+    modes: list[tuple[nn.Module, bool]] = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def check_model_norm(clipping: ClipNorm | None, schedule: PipelineSchedule | Program) -> None:
+    """Refuse clipping by the whole model's norm where stages update after different micro-batches: there is none."""
+    if clipping is None or clipping.scope == "stage" or isinstance(schedule, PipelineSchedule):
+        return
+    groups = {tuple(own for _, own in schedule.versions(stage)) for stage in range(schedule.num_stages)}
+    if len(groups) > 1:
+        raise ValueError(
+            "clip with scope='model': this program's stages update after different micro-batches, so that no gradient "
+            "is the whole model's; choose scope='stage', or put the updates after the same micro-batches"
+        )

@@ -1,0 +1,193 @@
+"""A stage's weights in two places: those its module computes with, and those its optimizer owns (the masters).
+
+Autograd refuses a backward after an optimizer changed a saved weight in place, which is what pipelined backpropagation
+is about: forward with old (or predicted) weights, backward with the present ones. Weights are therefore written through
+`.data`, which does not count as a change. Where forwards read the present weights the masters share the module's
+storage and nothing is copied; otherwise the module's storage is filled before each forward and set back after it, so
+that between actions the module always holds the present weights.
+
+Weights that the user sets between two runs, in the module or in the optimizer, are taken; what cannot be taken (other
+parameters, another dtype or device, a change in mid-stream) is noticed and refused.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fourfold.parallel.pipeline.optimizer import DelayedOptimizer, NamedParameters, OptimizerFactory
+
+Fingerprint = tuple[int, int]
+
+
+class MasterWeights:
+    """The trainable parameters of `module` and the optimizer's copies of them.
+
+    Args:
+        stage: its number, for errors.
+        dtype: of the masters; None for the module's own.
+
+    Attributes:
+        live, masters: the module's and the optimizer's, in the same order.
+        names: by the module.
+        separate: whether they have storage of their own.
+    """
+
+    def __init__(self, module: nn.Module, stage: int, dtype: torch.dtype | None = None) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._module, self._stage = module, stage
+        self.names = [name for name, _ in named]
+        self.live = [p for _, p in named]
+        self.masters = [nn.Parameter(p.detach().clone() if dtype is None else p.detach().to(dtype, copy=True))
+                        for p in self.live]  # fmt: skip
+        self.separate = any(master.dtype != p.dtype for master, p in zip(self.masters, self.live, strict=True))
+        self._dtypes = {name: p.dtype for name, p in named}
+        self._fingerprints: list[Fingerprint] = []
+        self._writes: list[int] = []
+
+    @property
+    def narrower(self) -> bool:
+        """Whether the module's weights are rounded masters."""
+        return any(master.dtype != p.dtype for master, p in zip(self.masters, self.live, strict=True))
+
+    def own(self, factory: OptimizerFactory) -> list[torch.optim.Optimizer]:
+        """Make the optimizers over the masters; from here on everything is in the optimizers' order.
+
+        Raises:
+            ValueError: they are not over the parameters that the factory was called with.
+        """
+        made = factory(NamedParameters(self.masters, self.names))
+        optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
+        given = [p for each in optimizers for group in getattr(each, "param_groups", []) for p in group["params"]]
+        places = {id(master): at for at, master in enumerate(self.masters)}
+        if sorted(map(id, given)) != sorted(places):
+            missing = [
+                name for name, p in zip(self.names, self.masters, strict=True) if id(p) not in set(map(id, given))
+            ]
+            raise ValueError(
+                f"stage {self._stage}: the optimizer factory must build its optimizer over the parameters it is called "
+                "with, all of them once and no others (the module's own are overwritten by predicted weights)"
+                + (f"; missing: {', '.join(missing[:5])}" if missing else "")
+            )
+        order = [places[id(p)] for p in given]
+        self.masters = [self.masters[at] for at in order]
+        self.live, self.names = [self.live[at] for at in order], [self.names[at] for at in order]
+        return optimizers
+
+    def share(self) -> None:
+        """Give the masters the module's storage, unless they must be apart."""
+        if not self.separate:
+            for master, p in zip(self.masters, self.live, strict=True):
+                master.data = p.data
+        self._writes = [p._version for p in self.live]
+
+    def load(self, weights: Sequence[Tensor] | None) -> None:
+        """Fill the module with `weights`; nothing for None."""
+        if weights:
+            torch._foreach_copy_([p.data for p in self.live], [weight.detach() for weight in weights])
+
+    def restore(self) -> None:
+        """Fill the module with the present weights."""
+        self.load(self.masters)
+
+    def present(self) -> list[Tensor]:
+        """A copy of the present weights."""
+        return [p.detach().clone() for p in self.masters]
+
+    @torch.no_grad()
+    def take_changes(self) -> None:
+        """Before a run: take what the user has set since the last, in the module or in the optimizer.
+
+        Raises:
+            ValueError: naming the parameter that was replaced, added, moved, or set in both places differently.
+        Cost: reads the weights twice.
+        """
+        self._check_parameters()
+        for at, (name, master, p) in enumerate(zip(self.names, self.masters, self.live, strict=True)):
+            if not self.separate:
+                if master.data_ptr() != p.data_ptr():
+                    master.data = p.data  # the module's storage was exchanged
+                continue
+            own, module = _local(master), _local(p)
+            if torch.equal(own.to(module.dtype), module):
+                continue
+            if self._fingerprints:
+                known = self._fingerprints[at]
+                set_in_module = _fingerprint(module) != known
+                set_in_optimizer = _fingerprint(own.to(module.dtype)) != known
+                if set_in_module and set_in_optimizer:
+                    raise ValueError(
+                        f"stage {self._stage}: weight {name} was set in the module and, otherwise, in the optimizer: "
+                        "set it in one of them"
+                    )
+                if set_in_optimizer:
+                    module.copy_(own)
+                    continue
+            own.copy_(module)
+        self._writes = [p._version for p in self.live]
+
+    def note(self) -> None:
+        """After a run: remember the weights, to see later which side was changed."""
+        if self.separate:
+            self._fingerprints = [_fingerprint(_local(p)) for p in self.live]
+
+    def check_untouched(self) -> None:
+        """In mid-stream: refuse weights that were changed in place since the run began (through `.data` is not seen).
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        for name, p, writes in zip(self.names, self.live, self._writes, strict=True):
+            if p._version != writes:
+                raise ValueError(
+                    f"stage {self._stage}: weight {name} was changed while a stream runs, where it holds predicted or "
+                    "past weights: change weights between two runs, or in an optimizer's hook"
+                )
+
+    def _check_parameters(self) -> None:
+        there = dict(self._module.named_parameters())
+        known = {id(p) for p in self.live}
+        if lost := [name for name, p in zip(self.names, self.live, strict=True) if there.get(name) is not p]:
+            raise ValueError(
+                f"stage {self._stage}: parameter {lost[0]} is not the object that it was when the pipeline was made, "
+                "and the optimizer does not know the new one: set weights in place, or make a new pipeline"
+            )
+        if new := [name for name, p in there.items() if p.requires_grad and id(p) not in known]:
+            raise ValueError(
+                f"stage {self._stage}: parameter {new[0]} was not trainable when the pipeline was made, and no "
+                "optimizer has it: make a new pipeline"
+            )
+        for name, master, p in zip(self.names, self.masters, self.live, strict=True):
+            if p.device != master.device or p.dtype != self._dtypes[name]:
+                raise ValueError(
+                    f"stage {self._stage}: parameter {name} went to {p.dtype} on {p.device}, its optimizer state is "
+                    f"{master.dtype} on {master.device}: convert and move modules before making the pipeline"
+                )
+
+
+def attach(
+    masters: MasterWeights, factory: OptimizerFactory, *, delayed: dict[str, object], separate: bool
+) -> DelayedOptimizer:
+    """The delayed optimizer over `masters`, and their storage shared where nothing asks for two places.
+
+    Args:
+        delayed: delay, mitigation and lag_updates for DelayedOptimizer.
+        separate: keep the masters apart in any case.
+    """
+    optimizer = DelayedOptimizer(masters.own(factory), **delayed)  # type: ignore[arg-type]
+    masters.separate = masters.separate or separate or optimizer.predicts or optimizer.corrects
+    masters.share()
+    return optimizer
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _fingerprint(tensor: Tensor) -> Fingerprint:
+    """Two sums over the bits: other weights have others, but for a coincidence."""
+    flat = tensor.contiguous().view(-1)
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
+    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
