@@ -83,7 +83,7 @@ def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandw
     passes = passes + COPY_PASSES * ((own_forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
     # At every micro-batch: weights of its own for the forward, and for the backward where that reads others.
     late = delays(layouts, stage)
-    lag_updates = (delays(layouts, 0 * stage) - late) // 2  # pipeline.schedule.updates_behind
+    lag_updates = (delays(layouts, 0 * stage) - late) // 2  # pipeline.schedule.lag_updates
     own_backward = ~stashes & (follows | (mitigation.spectrain & (lag_updates > 0)))
     made = DRIFT_PASSES["backward"] if follows else PREDICTION_PASSES["velocity"]
     backward = EXCHANGE_PASSES * (stashes | own_backward) + own_backward * made
