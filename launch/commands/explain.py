@@ -8,10 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fourfold.launch.commands.plan import cluster_in_nodes
 from fourfold.layouts.cost.asynchronous import convergence_text, schedule_of
 from fourfold.layouts.cost.price import GIB, PricedLayout, price, software_for
-from fourfold.layouts.inputs.cluster import Cluster, load_cluster
-from fourfold.layouts.inputs.layout import check
+from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.layout_words import parse_layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.output.tables import seconds_text
@@ -24,6 +24,7 @@ ClusterName = Annotated[str, typer.Option(help="A measured cluster.toml, or a pr
 Gpus = Annotated[int, typer.Option(help="Devices in all.")]
 GlobalBatch = Annotated[int, typer.Option(help="Sequences a step, over all devices.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a sequence.")]
+GpusPerNode = Annotated[int, typer.Option(help="Devices that share a node's fast links; 0: as the cluster says.")]
 Space = Annotated[str, typer.Option(help="runtime: what fourfold launches; full: also what can be exported.")]
 
 
@@ -35,14 +36,15 @@ def explain(
     seq_len: SeqLen,
     layout: Annotated[str, typer.Option(help='A layout as plan prints it, "tp2 pp4 mb1 z1"; default: the best.')] = "",
     space: Space = "runtime",
+    gpus_per_node: GpusPerNode = 0,
 ) -> None:
     """Show where a layout's step time and memory go, its schedule, and what each neighbouring layout would change."""
-    model, machine = load_model(config), load_cluster(cluster)
+    model, machine = load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node)
     software = software_for(machine, space)
+    request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
     if layout:
-        priced = _price(layout, model, machine, gpus, global_batch, seq_len, space)
+        priced = _price(layout, model, machine, request)
     else:
-        request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
         result = rank_layouts(model, machine, request, top=1)
         if not result.layouts:
             raise ValueError(advice(result))
@@ -85,10 +87,12 @@ def compare(
     global_batch: GlobalBatch,
     seq_len: SeqLen,
     space: Space = "runtime",
+    gpus_per_node: GpusPerNode = 0,
 ) -> None:
     """Set two layouts side by side: every term of the step, every part of the memory."""
-    model, machine = load_model(config), load_cluster(cluster)
-    a, b = (_price(words, model, machine, gpus, global_batch, seq_len, space) for words in (first, second))
+    model, machine = load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node)
+    request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
+    a, b = (_price(words, model, machine, request) for words in (first, second))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for priced in (a, b):
@@ -107,12 +111,11 @@ def compare(
     console.print(f"{b.layout} against {a.layout}: {b.step_s / a.step_s - 1:+.1%} step; {difference(a, b)}.")
 
 
-def _price(
-    words: str, model: ModelConfig, cluster: Cluster, gpus: int, global_batch: int, seq_len: int, space: str
-) -> PricedLayout:
-    layout = parse_layout(words, num_devices=gpus, global_batch=global_batch, seq_len=seq_len)
-    check(layout, model)
-    return price(model, cluster, [layout], software=software_for(cluster, space))[0]
+def _price(words: str, model: ModelConfig, cluster: Cluster, request: SearchRequest) -> PricedLayout:
+    layout = parse_layout(
+        words, num_devices=request.num_devices, global_batch=request.global_batch, seq_len=request.seq_len
+    )
+    return price(model, cluster, [layout], software=software_for(cluster, request.space))[0]
 
 
 def _bars(title: str, parts: dict[str, float], text: Callable[[float], str]) -> Table:

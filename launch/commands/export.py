@@ -7,8 +7,9 @@ from typing import Annotated
 import tomli_w
 import typer
 
-from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file
+from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file, read_prediction
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.reading import whole
 from fourfold.layouts.output.export import (
     TARGETS,
     deepspeed_config,
@@ -24,11 +25,15 @@ def export(
     layout: Annotated[Path, typer.Argument(help="layout.toml, as `layout-advisor plan --out DIR` writes it.")],
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default: print.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node, for the scripts.")] = 8,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=0, help="Ranks a node, for the scripts; 0: of the cluster that was planned for, or 8.")
+    ] = 0,
 ) -> None:
     """Write LAYOUT as Megatron arguments, a DeepSpeed or torchtitan config, or a torchrun, Slurm or MPI script."""
     chosen, model = read_layout_file(layout)
-    text = exported(chosen, model, to=to, gpus_per_node=gpus_per_node, file=str(layout))
+    planned = read_prediction(layout).get("devices_per_node", 0)
+    per_node = gpus_per_node or whole(planned, f"{layout}: [prediction] devices_per_node", least=0) or 8
+    text = exported(chosen, model, to=to, gpus_per_node=per_node, file=str(layout))
     if out is None:
         typer.echo(text, nl=False)
     else:

@@ -8,11 +8,12 @@ import typer
 from rich.console import Console
 
 from fourfold.layouts.cost.asynchronous import convergence_text
+from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.output.report import write_report
-from fourfold.layouts.output.tables import describe, plan_table, why_not, write_csv
+from fourfold.layouts.output.tables import describe, legend, plan_table, why_not, write_csv
 from fourfold.layouts.search.rank import Plan, advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import Mitigation
@@ -60,7 +61,8 @@ def plan(
         write_csv(out / "plan.csv", result.layouts)
         (out / "layout.toml").unlink(missing_ok=True)
         if result.layouts:
-            write_layout_file(out / "layout.toml", result.layouts[0].layout, result.model)
+            best = result.layouts[0]
+            write_layout_file(out / "layout.toml", best.layout, result.model, prediction_of(result, best))
         html = html or out / "report.html"
     if html is not None:
         write_report(html, result, title=f"Layouts for {result.model.name}")
@@ -75,6 +77,7 @@ def plan(
         console.print(convergence_text(layout), soft_wrap=True, highlight=False)
     if why_not(result):
         console.print(f"Ruled out: {why_not(result)}.", style="dim")
+    console.print(legend(result.layouts[:top]), style="dim", soft_wrap=True, highlight=False)
     if html is not None:
         console.print(f"Report: {html}")
 
@@ -91,6 +94,15 @@ def cluster_in_nodes(path_or_preset: str, gpus: int, gpus_per_node: int) -> Clus
     if gpus > gpus_per_node and gpus % gpus_per_node:
         raise ValueError(f"--gpus {gpus} does not fill nodes of {gpus_per_node}: give a multiple")
     return cluster.with_devices_per_node(gpus_per_node)
+
+
+def prediction_of(result: Plan, priced: PricedLayout) -> dict[str, Any]:
+    """What was said of a layout, for whoever launches or exports it: [prediction] of layout.toml."""
+    return {
+        "cluster": result.cluster.name, "devices_per_node": result.cluster.devices_per_node,
+        "software": result.software.name, "step_s": priced.step_s, "peak_gib": priced.peak_bytes / GIB,
+        "fit_probability": priced.fit_probability,
+    }  # fmt: skip
 
 
 def late_layouts(result: Plan) -> list[Layout]:
@@ -130,7 +142,7 @@ def parse_fix(words: list[str]) -> dict[str, Any]:
             fixed[key] = _FLAGS[value.lower()]
         else:
             least = 0 if key in ("zero_stage", "embedding_counts_as", "head_counts_as") else 1
-            if not value.isdecimal() or int(value) < least:
+            if not value.isdecimal() or len(value) > 18 or int(value) < least:
                 raise ValueError(f"--fix {word}: give a whole number of at least {least}")
             fixed[key] = int(value)
     return fixed

@@ -49,7 +49,7 @@ class Network:
         Args:
             reducing: for gradient reduction and weight gathering, which some networks carry worse than the rest.
         """
-        if cluster.measured:
+        if cluster.measured or not cluster.links:
             return cls(cluster=cluster)
         outer = cluster.links[-1]
         reached = outer.reduction_share if reducing else outer.share
@@ -76,6 +76,8 @@ class Network:
         size, stride, num_bytes = np.broadcast_arrays(
             np.asarray(size), np.asarray(stride), np.asarray(num_bytes, float)
         )
+        if not self.cluster.links:
+            return np.zeros(size.shape)  # one device: `price` and the search refuse groups of more
         inside = self.ranks_in_node(size, stride)
         inner = self._one_tier(operation, num_bytes, size, 0, ports=np.ones_like(size))
         if len(self.cluster.links) == 1:
@@ -98,6 +100,8 @@ class Network:
 
     def send_s(self, num_bytes: Column, size: Column, stride: Column) -> Column:
         """Seconds of one neighbour exchange on an axis of `size` ranks; the slowest boundary decides."""
+        if not self.cluster.links:
+            return np.zeros(np.broadcast_shapes(np.shape(num_bytes), np.shape(size)))
         inside = self.ranks_in_node(np.asarray(size), np.asarray(stride))
         inner, inner_share = self._tier(0)
         outer, outer_share = self._tier(1)

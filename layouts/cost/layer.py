@@ -38,11 +38,36 @@ def _sum(parts: list[Times]) -> Times:
 
 def layer_times(pricing: Pricing) -> Times:
     """Compute of an average layer, without recomputation and communication."""
-    model, layouts, kernels = pricing.model, pricing.layouts, pricing.kernels
+    return _sum([*_projections(pricing), _mlp_times(pricing), attention_times(pricing), _memory_bound(pricing)])
+
+
+def _projections(pricing: Pricing) -> list[Times]:
+    """The linear layers around attention: q, k and v in one matmul, then the output; or those of another kind."""
+    model, layouts = pricing.model, pricing.layouts
     tokens, wide = layouts.tokens, np.full_like(layouts.tokens, model.hidden_size)
     q, kv = model.q_size // layouts.tp, model.kv_size // layouts.tp
-    projections = [_linear(kernels, tokens, wide, q + 2 * kv), _linear(kernels, tokens, q, wide)]
-    return _sum([*projections, _mlp_times(pricing), attention_times(pricing), _memory_bound(pricing)])
+    if model.latent is not None:
+        own = [
+            _one_projection(pricing, sizes) for sizes in model.latent.projections(model.hidden_size, model.num_heads)
+        ]
+    else:
+        made = q * (2 if model.output_gate else 1) + 2 * kv
+        own = [_linear(pricing.kernels, tokens, wide, made), _linear(pricing.kernels, tokens, q, wide)]
+    if model.linear is None:
+        return own
+    share = model.num_linear_layers / model.num_layers
+    others = [_one_projection(pricing, sizes).scaled(share) for sizes in model.linear.projections(model.hidden_size)]
+    return [*(times.scaled(1 - share) for times in own), *others]
+
+
+def _one_projection(pricing: Pricing, sizes: tuple[int, int]) -> Times:
+    """A linear layer of (in, out); tp cuts its wider side."""
+    inner, outer = sizes
+    tp = pricing.layouts.tp
+    cut_inner, cut_outer = (
+        (inner // tp, np.full_like(tp, outer)) if inner > outer else (np.full_like(tp, inner), outer // tp)
+    )
+    return _linear(pricing.kernels, pricing.layouts.tokens, np.maximum(cut_inner, 1), np.maximum(cut_outer, 1))
 
 
 def attention_times(pricing: Pricing) -> Times:

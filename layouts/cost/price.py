@@ -96,6 +96,7 @@ def price(
     """
     for layout in layouts:
         check(layout, model)
+        cluster.check_links(layout.world_size)
     return price_candidates(
         Pricing(
             layouts=Candidates.of(layouts),

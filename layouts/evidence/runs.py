@@ -3,7 +3,6 @@
 The schema is that of runs.csv (one row a run; blank: not given). A row that cannot be priced is kept, with the reason.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from fourfold.layouts.evidence.study import KERNELS, STUDY, StudyConstants, ship
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster, preset_for_gpu
 from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.reading import number_text, read_csv, whole_text
 from fourfold.layouts.inputs.software import FSDP, MEGATRON, RUNTIME_CPU, Software
 
 _BLANK = ("", "nan", "none", "null", "-", "n/a", "?")
@@ -43,7 +43,6 @@ class Run:
     sweep: str
     """Runs of one model, length, batch and number of devices, which compete with each other."""
     step_s: float | None
-    mfu: float | None
     oom: bool | None
     memory_gib: float | None
 
@@ -66,16 +65,7 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[i
     Raises:
         ValueError: no such file, not a CSV, or no column that a run needs.
     """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
-            rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): give a CSV of runs") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV ({error}): give a CSV of runs") from None
+    header, rows = read_csv(path, "give a CSV of runs")
     missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise ValueError(f"{path}: has no column {missing[0]!r}: the schema is that of runs.csv")
@@ -135,8 +125,12 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
     )  # fmt: skip
     check(layout, model)
     alternatives = _alternatives(row, layout, model)
-    step, mfu = _number(row, "step_time_s"), _number(row, "mfu")
-    if step is None and mfu is not None:
+    step = _number(row, "step_time_s")
+    # An MFU counts where it is all there is; beside a step time it is another's arithmetic, right or wrong.
+    mfu = _number(row, "mfu") if step is None else None
+    if mfu is not None and mfu > 1:
+        raise ValueError(f"mfu={mfu:g}: a share of the peak, so at most 1")
+    if mfu is not None:
         flops = layout.global_batch * layout.seq_len * model.flops_per_token(layout.seq_len)
         step = flops / (mfu * cluster.device.peak_flops_per_s * gpus)
     if step is None and oom is None:
@@ -146,7 +140,7 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         alternatives=alternatives, software=software,
         sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
         + (" sp" if sequence == "true" else ""),
-        step_s=None if oom else step, mfu=mfu, oom=oom, memory_gib=_number(row, "mem_gib"),
+        step_s=None if oom else step, oom=oom, memory_gib=_number(row, "mem_gib"),
     )  # fmt: skip
 
 
@@ -206,23 +200,9 @@ def _whole(row: Mapping[str, str], key: str, *, default: int | None = None, leas
         if default is None:
             raise ValueError(f"{key} is blank")
         return default
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{key}={text!r} is not a number") from None
-    if value != int(value) or value < least:
-        raise ValueError(f"{key}={text}: not a whole number of at least {least}")
-    return int(value)
+    return whole_text(text, key, least=least)
 
 
 def _number(row: Mapping[str, str], key: str) -> float | None:
     text = row.get(key, "")
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{key}={text!r} is not a number") from None
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{key}={text}: not a number above 0")
-    return value
+    return number_text(text, key) if text else None

@@ -11,10 +11,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fourfold.layouts.inputs.reading import MOST_DEVICES, finite, number, read_toml, shortened, shown, whole
+
 OPERATIONS = ("send", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 SCHEMA = 1
-MODEL_TABLES = ("layer", "ends", "optimizer", "tp_layer", "tp_ends", "cp_layer")
+_SHAPE = ("tp", "micro_batch", "seq_len")
+MODEL_COLUMNS: dict[str, tuple[str, ...]] = {
+    "layer": _SHAPE, "ends": _SHAPE, "optimizer": ("parameters", "step_s", "clip_s"),
+    "tp_layer": (*_SHAPE, "forward_s", "backward_s"), "tp_ends": _SHAPE,
+    "cp_layer": ("cp", "micro_batch", "seq_len", "forward_s", "backward_s"),
+}  # fmt: skip
+"""What each row of a real model's timings must have."""
+MODEL_TABLES = tuple(MODEL_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,10 +139,19 @@ class Cluster:
     def measured(self) -> bool:
         return bool(self.matmul)
 
+    def check_links(self, num_devices: int) -> None:
+        """Refuse several devices where none could be measured together. Raises ValueError with the mend."""
+        if num_devices > 1 and not self.links:
+            raise ValueError(
+                f"{self.name} was measured on one device and has no link to price {num_devices} with: "
+                "give --gpus 1, or measure again with `layout-advisor profile --ranks 2`"
+            )
+
     def with_devices_per_node(self, count: int) -> "Cluster":
         """The same devices in nodes of another size; the innermost tier spans a node."""
-        if count < 1:
-            raise ValueError(f"gpus per node {count}: give a whole number of at least 1")
+        whole(count, "gpus per node", most=MOST_DEVICES)
+        if not self.links:
+            return replace(self, devices_per_node=count)
         inner = replace(self.links[0], num_ranks=count)
         return replace(self, devices_per_node=count, links=(inner, *self.links[1:]))
 
@@ -157,12 +175,10 @@ def load_cluster(path_or_preset: str | Path) -> Cluster:
         return _read_preset(key, presets[key])
     path = Path(name)
     if not path.is_file():
-        raise ValueError(f"{name}: neither a cluster.toml nor a preset; the presets are {', '.join(presets)}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file ({error}): write it with `layout-advisor profile`") from None
-    return read_cluster(table, title=str(path))
+        raise ValueError(
+            f"{shortened(name)}: neither a cluster.toml nor a preset; the presets are {', '.join(presets)}"
+        )
+    return read_cluster(read_toml(path, "write it with `layout-advisor profile`"), title=str(path))
 
 
 def preset_for_gpu(gpu_type: str) -> str:
@@ -187,7 +203,7 @@ def read_cluster(table: Mapping[str, Any], *, title: str) -> Cluster:
     """A cluster from cluster.toml's table (schema 1)."""
     if table.get("schema") != SCHEMA:
         raise ValueError(
-            f"{title}: schema={table.get('schema')!r}, but this reads {SCHEMA}: "
+            f"{title}: schema={shown(table.get('schema'))}, but this reads {SCHEMA}: "
             "measure again with `layout-advisor profile`"
         )
     device = table.get("device")
@@ -209,7 +225,7 @@ def read_cluster(table: Mapping[str, Any], *, title: str) -> Cluster:
             matmul=_samples(MatmulSample, table, "matmul", title),
             attention=_samples(AttentionSample, table, "attention", title),
             elementwise=_samples(ElementwiseSample, table, "elementwise", title),
-            tables={key: tuple(_tables(table, key, title)) for key in MODEL_TABLES},
+            tables={key: _model_table(table, key, title) for key in MODEL_TABLES},
         ),
         title,
     )
@@ -248,10 +264,10 @@ def _read_device(table: Any, title: str) -> Device:
     if not isinstance(table, Mapping):
         raise ValueError(f"{title}: no [device] table: measure again with `layout-advisor profile`")
     dtype = table.get("dtype")
-    if dtype not in ITEMSIZE:
-        raise ValueError(f"{title}: [device] dtype={dtype!r}, but it is one of {', '.join(ITEMSIZE)}")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise ValueError(f"{title}: [device] dtype={shown(dtype)}, but it is one of {', '.join(ITEMSIZE)}")
     if table.get("type") not in ("cpu", "cuda"):
-        raise ValueError(f"{title}: [device] type={table.get('type')!r}, but it is 'cpu' or 'cuda'")
+        raise ValueError(f"{title}: [device] type={shown(table.get('type'))}, but it is 'cpu' or 'cuda'")
     where = f"{title}: [device]"
     return Device(
         name=str(table.get("name", "unnamed")),
@@ -269,7 +285,7 @@ def _read_link(table: Mapping[str, Any], where: str) -> Link:
     for entry in _tables(table, "operation", where):
         operation = entry.get("operation")
         if operation not in OPERATIONS:
-            raise ValueError(f"{where}: operation={operation!r}, but it is one of {', '.join(OPERATIONS)}")
+            raise ValueError(f"{where}: operation={shown(operation)}, but it is one of {', '.join(OPERATIONS)}")
         operations.append(
             LinkOperation(
                 operation=operation,
@@ -296,14 +312,42 @@ def _checked(cluster: Cluster, title: str) -> Cluster:
 
 
 def _samples(kind: type[Any], table: Mapping[str, Any], key: str, title: str) -> tuple[Any, ...]:
-    names = set(kind.__dataclass_fields__)
+    """Entries of a table as samples, each field checked by its annotation."""
     samples = []
     for index, entry in enumerate(_tables(table, key, title)):
-        missing = sorted(names - set(entry))
+        where = f"{title}: [[{key}]] {index}"
+        missing = sorted(set(kind.__dataclass_fields__) - set(entry))
         if missing:
-            raise ValueError(f"{title}: [[{key}]] {index} has no {missing[0]!r}: measure again with `profile`")
-        samples.append(kind(**{name: entry[name] for name in names}))
+            raise ValueError(f"{where} has no {missing[0]!r}: measure again with `profile`")
+        samples.append(
+            kind(**{name: _field(entry, name, field.type, where) for name, field in kind.__dataclass_fields__.items()})
+        )
     return tuple(samples)
+
+
+def _field(entry: Mapping[str, Any], name: str, kind: Any, where: str) -> Any:
+    value = entry[name]
+    if kind is int:
+        return _whole(entry, name, where)
+    if kind is float:
+        return _positive(entry, name, where)
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: {name}={shown(value)}, but it is a {kind.__name__}")
+    return value
+
+
+def _model_table(table: Mapping[str, Any], key: str, title: str) -> tuple[Mapping[str, Any], ...]:
+    """Rows of one of MODEL_TABLES: counts are whole, seconds above 0, and nothing else is nan or infinite."""
+    rows = tuple(_tables(table, key, title))
+    for index, row in enumerate(rows):
+        where = f"{title}: [[{key}]] {index}"
+        finite(row, where)
+        for name in (*MODEL_COLUMNS[key], *(name for name in row if name.endswith("_s"))):
+            _positive(row, name, where) if name.endswith("_s") else _whole(row, name, where)
+        if not isinstance(row.get("dtype", ""), str):
+            raise ValueError(f"{where}: dtype={shown(row['dtype'])}, but it is a word")
+        number(row.get("activation_bytes", 0), f"{where}: activation_bytes", zero=True)
+    return rows
 
 
 def _tables(table: Mapping[str, Any], key: str, where: str) -> Sequence[Mapping[str, Any]]:
@@ -314,15 +358,8 @@ def _tables(table: Mapping[str, Any], key: str, where: str) -> Sequence[Mapping[
 
 
 def _whole(table: Mapping[str, Any], key: str, where: str, *, least: int = 1) -> int:
-    value = table.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{where}: {key}={value!r}, but it is a whole number of at least {least}")
-    return value
+    return whole(table.get(key), f"{where}: {key}", least=least)
 
 
 def _positive(table: Mapping[str, Any], key: str, where: str, *, zero: bool = False) -> float:
-    value = table.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value > 0 or (zero and value == 0)) or value == float("inf"):  # type: ignore[operator]
-        raise ValueError(f"{where}: {key}={value!r}, but it is a number above 0")
-    return float(value)  # type: ignore[arg-type]
+    return number(table.get(key), f"{where}: {key}", zero=zero)

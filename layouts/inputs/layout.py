@@ -1,6 +1,5 @@
 """One way to cut a training step over ranks, and the file that carries it from the planner to the launcher."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import tomli_w
 
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.reading import MOST, read_toml, shown
 from fourfold.parallel.decoder.limits import CHECKPOINTING as CHECKPOINTING
 from fourfold.parallel.decoder.limits import FORMS, RUNTIME, SHAPES, Choice, DecoderFacts, broken, decoder_facts, refuse
 from fourfold.parallel.decoder.limits import SCHEDULES as SCHEDULES
@@ -64,20 +64,24 @@ class Layout:
         ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: a layout's {name} is a whole number of at least 1")
+                raise ValueError(f"{name}={shown(value)}: a layout's {name} is a whole number of at least 1")
+            if value > MOST:
+                raise ValueError(f"{name}={shown(value)}: a layout's {name} is at most {MOST}")
         for name in ("embedding_counts_as", "head_counts_as"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: a number of layers, at least 0")
+                raise ValueError(f"{name}={shown(value)}: a number of layers, at least 0")
         if self.checkpointing not in CHECKPOINTING:
-            raise ValueError(f"checkpointing={self.checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}")
+            raise ValueError(f"checkpointing={shown(self.checkpointing)}: choose one of {', '.join(CHECKPOINTING)}")
         if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage={self.zero_stage!r}: choose 0, 1, 2 or 3")
+            raise ValueError(f"zero_stage={shown(self.zero_stage)}: choose 0, 1, 2 or 3")
         for name in ("sequence_parallel", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give true or false")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+            raise ValueError(f"schedule={shown(self.schedule)}: choose one of {', '.join(SCHEDULES)}")
+        if not isinstance(self.mitigation, str):
+            raise ValueError(f"mitigation={shown(self.mitigation)}: a word such as {MITIGATION!r}")
         if self.mitigation != MITIGATION:
             Mitigation.named(self.mitigation)
         refuse(FORMS, DecoderFacts(), Choice.of(self))
@@ -150,6 +154,7 @@ def check(layout: Layout, model: ModelConfig) -> None:
     refuse(SHAPES, facts_of(model), Choice.of(layout))
     if layout.embedding_counts_as or layout.head_counts_as:
         layer_ranges(model.num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)
+    model.check_length(layout.seq_len)
 
 
 def check_runnable(layout: Layout, model: ModelConfig) -> None:
@@ -198,13 +203,7 @@ def read_layout_file(path: str | Path) -> tuple[Layout, ModelConfig]:
     """
     from fourfold.layouts.inputs.huggingface import model_from_config
 
-    path = Path(path)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): write it with `layout-advisor plan`") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a TOML file ({error}): write it with `layout-advisor plan`") from None
+    document = read_toml(path, "write it with `layout-advisor plan`")
     for table in ("layout", "model"):
         if not isinstance(document.get(table), dict):
             raise ValueError(f"{path}: has no [{table}] table: write it with `layout-advisor plan`")
@@ -223,6 +222,18 @@ def read_layout_file(path: str | Path) -> tuple[Layout, ModelConfig]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return layout, model
+
+
+def read_prediction(path: str | Path) -> dict[str, Any]:
+    """What the plan that wrote layout.toml said of it, [prediction]; empty where it says nothing.
+
+    Raises:
+        ValueError: the file is missing or broken, or [prediction] is no table.
+    """
+    said = read_toml(path, "write it with `layout-advisor plan`").get("prediction", {})
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: 'prediction' is not a table: write it as [prediction]")
+    return said
 
 
 def _without_null(value: Any) -> Any:

@@ -20,9 +20,9 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
     """
     fields: dict[str, Any] = {}
     for word in words.split():
-        number = re.fullmatch(r"([a-z]+)(\d+)", word)
-        checkpointing = re.fullmatch(r"(none|selective|full|stream)(?:/(\d+))?(?:x(\d+))?", word)
-        cut = re.fullmatch(r"less(\d+)\+(\d+)", word)
+        number = re.fullmatch(r"([a-z]+)(\d{1,12})", word)
+        checkpointing = re.fullmatch(r"(none|selective|full|stream)(?:/(\d{1,12}))?(?:x(\d{1,12}))?", word)
+        cut = re.fullmatch(r"less(\d{1,12})\+(\d{1,12})", word)
         if word in _FLAGS:
             fields[_FLAGS[word]] = True
         elif word.split("/")[0] in SCHEDULES:

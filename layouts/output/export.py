@@ -3,6 +3,7 @@
 Each function refuses what its tool has not, naming the option, rather than leave it out in silence.
 """
 
+from shlex import quote
 from typing import Any
 
 from fourfold.layouts.inputs.layout import Layout
@@ -215,39 +216,46 @@ def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
 
 
 def torchrun_script(layout: Layout, *, devices_per_node: int, file: str = "layout.toml") -> str:
-    """A shell script for one node of the job; MASTER_ADDR and NODE_RANK come from the environment."""
+    """A shell script for one node of the job; MASTER_ADDR, MASTER_PORT and NODE_RANK come from the environment."""
     nodes, local = _nodes(layout, devices_per_node)
     return (
         "#!/usr/bin/env bash\nset -euo pipefail\n"
         f"# {layout}: {layout.world_size} ranks on {nodes} node(s). On each node set NODE_RANK and MASTER_ADDR.\n"
         f'torchrun --nnodes {nodes} --nproc-per-node {local} --node-rank "${{NODE_RANK:-0}}" \\\n'
         '  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \\\n'
-        f'  -m fourfold.launch.train --layout {file} "$@"\n'
+        f'  -m fourfold.launch.train --layout {quote(file)} "$@"\n'
     )
 
 
 def slurm_script(layout: Layout, *, devices_per_node: int, file: str = "layout.toml") -> str:
-    """An sbatch script: one torchrun a node."""
+    """An sbatch script: one torchrun a node; MASTER_PORT may be set."""
     nodes, local = _nodes(layout, devices_per_node)
+    on_each_node = (
+        f'torchrun --nnodes {nodes} --nproc-per-node {local} --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" '
+        f'--master-port "$MASTER_PORT" -m fourfold.launch.train --layout {quote(file)} "$@"'
+    )
     return (
         "#!/usr/bin/env bash\n"
         f"#SBATCH --job-name=fourfold\n#SBATCH --nodes={nodes}\n#SBATCH --ntasks-per-node=1\n"
         f"#SBATCH --gpus-per-node={local}\n#SBATCH --exclusive\nset -euo pipefail\n"
         f"# {layout}\n"
-        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"\nexport MASTER_ADDR\n'
-        "srun bash -c 'torchrun --nnodes "
-        f'{nodes} --nproc-per-node {local} --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" '
-        f'--master-port 29500 -m fourfold.launch.train --layout {file} "$@"\' train "$@"\n'
+        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"\n'
+        'export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}"\n'
+        f'srun bash -c {quote(on_each_node)} train "$@"\n'
     )
 
 
 def mpi_script(layout: Layout, *, devices_per_node: int, file: str = "layout.toml") -> str:
-    """A shell script around mpiexec, one process a rank."""
+    """A shell script around mpiexec, one process a rank, in the words of the MPI that is found."""
     _, local = _nodes(layout, devices_per_node)
     return (
         "#!/usr/bin/env bash\nset -euo pipefail\n"
         f"# {layout}\n"
-        f'mpiexec -n {layout.world_size} -ppn {local} python -m fourfold.launch.train --layout {file} "$@"\n'
+        "# Open MPI places ranks by its own option; MPICH, Intel MPI and their kin know -ppn.\n"
+        f'if [[ "$(mpiexec --version 2>&1)" == *"Open MPI"* ]]; then PER_NODE=(--map-by ppr:{local}:node)\n'
+        f"else PER_NODE=(-ppn {local}); fi\n"
+        f'mpiexec -n {layout.world_size} "${{PER_NODE[@]}}" \\\n'
+        f'  python -m fourfold.launch.train --layout {quote(file)} "$@"\n'
     )
 
 

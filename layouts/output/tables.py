@@ -1,6 +1,7 @@
 """Ranked layouts as a table on the terminal, as plan.csv, and as JSON."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,35 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
         cells.append(mark(result, priced))
         table.add_row(*cells, style="bold" if rank == 1 else None)
     return table
+
+
+_WORDS = (
+    (r"(dp|pp|cp|tp)\d+", "dp, pp, cp, tp: ranks along the axes of data, pipeline, context and tensor"),
+    (r"mb\d+", "mbN: N sequences a micro-batch"),
+    (r"less\d+\+\d+", "lessA+B: when stages are cut, the embedding counts for A layers and the head for B"),
+    (r"vp\d+", "vpN: each pipeline rank holds N chunks of layers (interleaving)"),
+    (r"ep\d+", "epN: N ranks share a set of experts"),
+    (r"heads\d+", "headsN: N of the cp ranks exchange heads instead of passing keys round the ring"),
+    (r"sp", "sp: sequence parallelism in tp"),
+    (r"z\d", "zN: ZeRO stage N (1 optimizer states sharded, 2 gradients too, 3 weights too)"),
+    (r"selective", "selective: the attention core is recomputed in backward"),
+    (r"full(/\d+)?", "full/N: every N-th layer (every one without /N) is recomputed in backward"),
+    (r"stream(x\d+)?", "streamxN: StreamBP in N chunks of the sequence"),
+    (r"offload", "offload: inputs of checkpointed layers wait in host memory"),
+    (r"(lockstep|1f1b-async|2bw)(/.*)?", "lockstep, 1f1b-async, 2bw: the pipeline never drains, gradients come late"),
+)
+COLUMNS = (
+    "MFU: model FLOPs (6 a parameter and token, embeddings too, and attention's, causal counted whole, windows by "
+    "their width) over the peak; P(fits): probability of not running out of memory; fast+safe: the fastest, whose "
+    "P(fits) is at least 0.95; sync: the fastest whose gradients come in time"
+)
+
+
+def legend(layouts: Sequence[PricedLayout] | None = None) -> str:
+    """What the words of layouts' names and the columns mean; of all words, or of those that some layouts use."""
+    used = None if layouts is None else {word for priced in layouts for word in str(priced.layout).split()}
+    words = [text for pattern, text in _WORDS if used is None or any(re.fullmatch(pattern, word) for word in used)]
+    return "; ".join([*words, COLUMNS]) + "."
 
 
 def why_not(result: Plan) -> str:

@@ -74,6 +74,8 @@ def rank_layouts(
         ValueError: a fixed value that no layout has, or no layout that can cut the model.
     Cost: some 3 microseconds a candidate.
     """
+    cluster.check_links(request.num_devices)
+    model.check_length(request.seq_len)
     _check_fixed_axes(request.fix, request.num_devices)
     candidates, reasons = enumerate_space(model, request)
     if not len(candidates):

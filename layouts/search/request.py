@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fourfold.layouts.inputs.reading import MOST, MOST_DEVICES, shown
+
 SPACES = ("runtime", "full")
 
 
@@ -28,10 +30,13 @@ class SearchRequest:
     """Price pipelines that never drain as well; `fix` of their schedule asks for one of them."""
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("gpus", self.num_devices), ("global_batch", self.global_batch), ("seq_len", self.seq_len),
+        for name, value, most in (
+            ("gpus", self.num_devices, MOST_DEVICES), ("global_batch", self.global_batch, MOST),
+            ("seq_len", self.seq_len, MOST),
         ):  # fmt: skip
             if value < 1:
-                raise ValueError(f"{name}={value}: give a whole number of at least 1")
+                raise ValueError(f"{name}={shown(value)}: give a whole number of at least 1")
+            if value > most:
+                raise ValueError(f"{name}={shown(value)}: give at most {most}")
         if self.space not in SPACES:
             raise ValueError(f"space={self.space!r}: choose one of {', '.join(SPACES)}")

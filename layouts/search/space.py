@@ -3,6 +3,7 @@
 A combination that a limit refuses is counted under its reason, so that a plan can say what became of it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -37,7 +38,9 @@ _Columns = dict[str, Any]  # of Column; dataclasses take them as keywords
 
 
 def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """In ascending order; in as many steps as the square root, since they come in pairs."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def _option(fields: tuple[str, ...], allows: Callable[[DecoderFacts, Choice], Any], reason: str) -> Limit:
