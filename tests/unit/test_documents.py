@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fourfold.parallel.stream.patching import PATCHES
+
 ROOT = Path(__file__).resolve().parents[2]
 READMES = sorted((ROOT / "benchmarks").glob("*/README.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +37,13 @@ def test_names_that_python_code_imports_exist(document):
         imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
         code = "\n".join(ast.unparse(node) for node in imports)
         exec(compile(code, str(document), "exec"), {})
+
+
+def test_the_architecture_shows_every_patch():
+    rows = [f"| {patch.what} | {patch.lasts} | {patch.why} |" for patch in PATCHES]
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert [row for row in rows if row not in text] == []
+    assert len(re.findall(r"^\| .* \| (?:enabled|call|read) \| ", text, re.MULTILINE)) == len(rows)
 
 
 def numbers(text: str) -> list[float]:
