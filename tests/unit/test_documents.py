@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fourfold.parallel.pipeline.mitigation import _WORDS
+from fourfold.parallel.pipeline.schedule import NAMES
 from fourfold.parallel.stream.patching import PATCHES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +46,11 @@ def test_the_architecture_shows_every_patch():
     text = (ROOT / "docs" / "architecture.md").read_text()
     assert [row for row in rows if row not in text] == []
     assert len(re.findall(r"^\| .* \| (?:enabled|call|read) \| ", text, re.MULTILINE)) == len(rows)
+
+
+def test_the_pipeline_guide_names_every_schedule_and_mitigation():
+    text = (ROOT / "docs" / "pipeline.md").read_text()
+    assert [name for name in (*NAMES, *_WORDS) if name != "none" and f"`{name}`" not in text] == []
 
 
 def numbers(text: str) -> list[float]:
