@@ -21,16 +21,23 @@ transformers' modules reach this file through `stream_attention_forward`, which 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.attention.backends import attend_block, attend_block_backward, merge, select_backend
-from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
-from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
+from fourfold.parallel.attention.backends import attend_block_backward, select_backend
+from fourfold.parallel.attention.blocks import Block, Span
+from fourfold.parallel.attention.kernels import (
+    AttentionBackend,
+    CpuFlash,
+    Gradients,
+    MathAttention,
+    SavedAttention,
+    accumulation_dtype,
+)
 from fourfold.parallel.attention.soft_cap import SoftCapAttention
+from fourfold.parallel.stream.block_attention import attend_blocks, chunk_blocks
 from fourfold.parallel.stream.memory import KEYS_A_CALL
 
 
@@ -78,29 +85,6 @@ def row_masks(attention_mask: Tensor | None, position_ids: Tensor | None, shape:
     return masks
 
 
-@lru_cache(maxsize=8192)
-def chunk_blocks(
-    keys: tuple[Span, ...], documents: tuple[Span, ...], start: int, stop: int, window: int | None, leaf: int
-) -> tuple[Block, ...]:
-    """The unmasked work of queries start:stop. A block's q counts from `start`, its k from the sequence's first token.
-
-    Args:
-        keys, documents: RowMask's.
-        window: keys a query sees, itself included; None is all before it.
-        leaf: the backend's: triangles down to this size are cut.
-    """
-    reach = (None if window is None else window - 1, 0)
-    oldest = 0 if window is None else max(0, start - window + 1)
-    ranges = [range(max(begin, oldest), min(end, stop)) for begin, end in documents if end > oldest and begin < stop]
-    blocks: list[Block] = []
-    for begin, end in keys:
-        begin, end = max(begin, oldest), min(end, stop)
-        if begin < end:
-            pairs = pair_blocks((range(start, stop),), (range(begin, end),), ranges, reach)
-            blocks += [Block(block.q, (block.k[0] + begin, block.k[1] + begin), block.shape) for block in pairs]
-    return tuple(piece for block in tidy(blocks, leaf) for piece in _cut(block))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreOptions:
     """What an attention module says about its scores.
@@ -139,8 +123,7 @@ class LayerKeys:
         """Keep a chunk's keys and values, [B, H_kv, chunk, D]. The first chunk's choose the backend."""
         if self._k is None:
             self._k, self._v = (x.new_empty((x.shape[0], x.shape[1], self._shape[1], x.shape[3])) for x in (k, v))
-            chosen = self._chosen if soft_cap is None else SoftCapAttention(soft_cap)
-            self._backend = select_backend(chosen, k, k) if chosen is None or isinstance(chosen, str) else chosen
+            self._backend = backend_for(self._chosen, k, soft_cap)
         self._k[:, :, start : start + k.shape[2]] = k
         self._v[:, :, start : start + k.shape[2]] = v
 
@@ -176,27 +159,15 @@ class LayerKeys:
         return dq.to(q.dtype), dk.to(self._k.dtype), dv.to(self._v.dtype)
 
     def _blocks(self, mask: RowMask, start: int, length: int, window: int | None) -> tuple[Block, ...]:
-        return chunk_blocks(mask.keys, mask.documents, start, start + length, window, self._backend.leaf)
+        backend, span = self._backend, (start, start + length)
+        return chunk_blocks(mask.keys, mask.documents, span, window, backend.leaf, keys_a_call(backend))
 
     def _attend_rows(self, q: Tensor, mask: RowMask, start: int, options: ScoreOptions) -> tuple[Tensor, Tensor]:
         assert self._k is not None
         rows = slice(*mask.rows)
-        q, k, v = q[rows], self._k[rows], self._v[rows]
         blocks = self._blocks(mask, start, q.shape[2], options.window)
-        # A block of all queries starts the sum by itself; else rows that see nothing stay zero.
-        whole = next((block for block in blocks if block.q == (0, q.shape[2])), None)
-        if whole:
-            block_out, block_lse = attend_block(self._backend, q, k, v, whole, options.scale)
-            out, lse = block_out.to(accumulation_dtype(q.dtype)), block_lse.contiguous()
-        else:
-            out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=accumulation_dtype(q.dtype), device=q.device)
-            lse = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
-        for block in blocks:
-            if block is not whole:
-                span = slice(*block.q)
-                parts = attend_block(self._backend, q, k, v, block, options.scale)
-                merge(out[:, :, span], lse[:, :, span], *parts)
-        return out.to(q.dtype), lse
+        out, lse = attend_blocks(self._backend, q[rows], self._k[rows], self._v[rows], blocks, options.scale)
+        return out, lse.contiguous()
 
     def _add_block(
         self, totals: Gradients, grad_out: Tensor, saved: SavedAttention, block: Block, scale: float
@@ -205,6 +176,26 @@ class LayerKeys:
         parts = attend_block_backward(self._backend, grad_out, saved, block, scale)
         for total, span, part in zip(totals, (queries, keys, keys), parts, strict=True):
             total[:, :, span].add_(part)
+
+
+def backend_for(chosen: AttentionBackend | str | None, k: Tensor, soft_cap: float | None) -> AttentionBackend:
+    """The backend that attends to keys like k [B, H_kv, S, D].
+
+    Args:
+        chosen: an attention backend or its name, or None to choose.
+    """
+    if soft_cap is not None:
+        return SoftCapAttention(soft_cap)
+    return select_backend(chosen, k, k) if chosen is None or isinstance(chosen, str) else chosen
+
+
+def keys_a_call(backend: AttentionBackend) -> int | None:
+    """Keys that an unmasked call of this backend takes at most; None is no limit.
+
+    A CPU's cache holds the gradients of so many keys while they are read again, and MathAttention holds a score for
+    each pair. A GPU's fused kernel does neither, and wants large calls.
+    """
+    return KEYS_A_CALL if isinstance(backend, CpuFlash | MathAttention) else None
 
 
 class ChunkCall(Protocol):
@@ -260,6 +251,20 @@ class Attend:
         self.keys.write(k.detach(), v.detach(), self.start, options.soft_cap)
         self.attended = self.keys.attend(q, self.start, options)
         return self.attended[0]
+
+
+@dataclass(slots=True)
+class Project:
+    """Takes a chunk's q, k and v, [B, heads, chunk, D], and goes no further."""
+
+    start: int
+    taken: tuple[Tensor, Tensor, Tensor] | None = None
+    options: ScoreOptions | None = None
+    unread: Sequence[str] = ()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+        self.taken, self.options = (q, k, v), options
+        raise Stop
 
 
 @dataclass(slots=True)
@@ -340,11 +345,3 @@ def _runs(row: Sequence[bool]) -> tuple[Span, ...]:
         else:
             runs.append((token, token + 1))
     return tuple(runs)
-
-
-def _cut(block: Block) -> list[Block]:
-    """A full block as blocks of at most KEYS_A_CALL keys."""
-    first, last = block.k
-    if block.shape != "full" or last - first <= KEYS_A_CALL:
-        return [block]
-    return [Block(block.q, (key, min(key + KEYS_A_CALL, last))) for key in range(first, last, KEYS_A_CALL)]

@@ -5,7 +5,7 @@ autograd makes a new gradient of each weight for each chunk and adds it: for sma
 (a later micro-batch), in that one: Megatron-LM's fused gradient accumulation does the same in a buffer of its own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.attention.kernels import accumulation_dtype
+from fourfold.parallel.attention.kernels import accumulation_dtype, widen
 from fourfold.parallel.stream.patching import Patches, accumulates_now
 
 
@@ -34,7 +34,10 @@ def gradient_in_place(parameter: Tensor) -> Tensor | None:
 
 
 class ParameterSums:
-    """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64).
+    """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64) from the second summand on.
+
+    What has one summand, as where all tokens are one chunk, stays in its own dtype: it is rounded once, and no wider
+    copy of it is made.
 
     Args:
         parameters: what autograd differentiates in a chunk.
@@ -51,6 +54,9 @@ class ParameterSums:
             self._sums[index] = gradient_in_place(leaf)
             if self._sums[index] is not None:
                 self._in_place.add(index)
+
+        # Sums of some rows of a parameter, by the parameter's place: (first row, the one after the last) to sum.
+        self._rows: dict[int, dict[tuple[int, int], Tensor]] = {}
 
         # Linears whose output nothing reads: see find_unread.
         self.unread: set[nn.Linear] = set()
@@ -70,22 +76,25 @@ class ParameterSums:
             for x, part in zip(inputs, gradients[: len(inputs)], strict=True)
         ]
 
-    def add(self, index: int, part: Tensor) -> None:
-        total = self._sums[index]
-        if total is None:
-            self._sums[index] = part.to(accumulation_dtype(part.dtype))
+    def add(self, index: int, part: Tensor, rows: slice | None = None) -> None:
+        """Add `part` to the parameter's sum, or to the sum of these rows of it."""
+        if rows is None:
+            self._sums[index] = _added(self._sums[index], part)
+        elif index in self._in_place:
+            self._whole(index)[rows].add_(part)
         else:
-            total.add_(part)
+            sums, key = self._rows.setdefault(index, {}), (rows.start, rows.stop)
+            sums[key] = _added(sums.get(key), part)
 
-    def add_product(self, index: int, a: Tensor, b: Tensor) -> None:
-        """Add a @ b, in place where the dtypes allow."""
-        total = self._sums[index]
-        if total is None:
-            self.add(index, a @ b)
-        elif total.dtype == a.dtype:
-            total.addmm_(a, b)
+    def add_product(self, index: int, a: Tensor, b: Tensor, rows: slice | None = None) -> None:
+        """Add a @ b, in place where the dtypes allow, to the parameter's sum or to that of these rows of it."""
+        if rows is None:
+            self._sums[index] = _added_product(self._sums[index], a, b)
+        elif index in self._in_place:
+            _added_product(self._whole(index)[rows], a, b)
         else:
-            total.add_(a @ b)
+            sums, key = self._rows.setdefault(index, {}), (rows.start, rows.stop)
+            sums[key] = _added_product(sums.get(key), a, b)
 
     def total(self, index: int, like: Tensor) -> Tensor:
         """The sum so far, to be added to; zeros of like's shape at first."""
@@ -96,14 +105,38 @@ class ParameterSums:
 
     def values(self, like: Sequence[Tensor]) -> list[Tensor | None]:
         """What autograd is to accumulate, in the dtype of `like`; zeros without memory where it is done."""
-        return [
-            None
-            if total is None
-            else total.new_zeros(()).expand_as(total)
-            if index in self._in_place
-            else total.to(parameter.dtype)
-            for index, (total, parameter) in enumerate(zip(self._sums, like, strict=True))
-        ]
+        assert len(like) == len(self._sums)
+        return [self._value(index, parameter) for index, parameter in enumerate(like)]
+
+    def _value(self, index: int, parameter: Tensor) -> Tensor | None:
+        total, rows = self._sums[index], self._rows.pop(index, None)
+        if rows is not None:
+            # Rows that no sum is of had no gradient.
+            whole = torch.zeros_like(parameter)
+            for (first, last), part in rows.items():
+                whole[first:last] = part
+            return whole if total is None else whole.add_(total)
+        if total is None:
+            return None
+        return total.new_zeros(()).expand_as(total) if index in self._in_place else total.to(parameter.dtype)
+
+    def _whole(self, index: int) -> Tensor:
+        total = self._sums[index]
+        assert total is not None
+        return total
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """total + part: `part` itself where it is the first, else in place in the dtype that is summed in."""
+    return part if total is None else widen(total).add_(part)
+
+
+def _added_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, likewise."""
+    if total is None:
+        return a @ b
+    total = widen(total)
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 class SummedLinears:
@@ -117,9 +150,12 @@ class SummedLinears:
     def __init__(self, module: nn.Module, patches: Patches) -> None:
         self._sums: ParameterSums | None = None
         self._skipped: Sequence[nn.Module | None] = ()
+        self._rows: Mapping[nn.Module, slice] = {}
+        self.linears: set[nn.Module] = set()
         for part in module.modules():
             if type(part) is nn.Linear and "forward" not in part.__dict__:
                 patches.add(part, partial(self._forward, part))
+                self.linears.add(part)
 
     @contextmanager
     def into(self, sums: ParameterSums) -> Iterator[None]:
@@ -139,36 +175,50 @@ class SummedLinears:
         finally:
             self._skipped = before
 
+    @contextmanager
+    def rows(self, rows: Mapping[nn.Module, slice]) -> Iterator[None]:
+        """Meanwhile these linears compute, or leave out, these rows of their output alone."""
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
+
     def _forward(self, linear: nn.Linear, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        rows = self._rows.get(linear)
         if any(linear is skipped for skipped in self._skipped):
-            return _no_output(linear, x)
-        sums, weight = self._sums, linear.weight
+            return _no_output(linear, x, rows)
+        sums, weight, bias = self._sums, linear.weight, linear.bias
         # Under autocast the dtypes of forward and backward are autograd's business.
-        if sums is None or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return plain(x)
-        if not torch.is_grad_enabled() or sums.index(weight) is None:
-            return plain(x)
-        out: Tensor = _SummedLinear.apply(x, weight, linear.bias, sums, linear)  # type: ignore[no-untyped-call]
+        autograds = sums is None or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if autograds or not torch.is_grad_enabled() or sums is None or sums.index(weight) is None:
+            if rows is None:
+                return plain(x)
+            return F.linear(x, weight[rows], None if bias is None else bias[rows])
+        out: Tensor = _SummedLinear.apply(x, weight, bias, sums, linear, rows)  # type: ignore[no-untyped-call]
         return out
 
 
-def _no_output(linear: nn.Linear, x: Tensor) -> Tensor:
+def _no_output(linear: nn.Linear, x: Tensor, rows: slice | None = None) -> Tensor:
     """Something of the output's shape, without memory."""
-    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features)
+    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features if rows is None else rows.stop - rows.start)
 
 
 class _SummedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: ParameterSums, linear: nn.Linear
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sums: ParameterSums, linear: nn.Linear,
+        rows: slice | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight)
-        ctx.linear = linear
+        ctx.linear, ctx.rows = linear, rows
         ctx.sums, ctx.bias_index = sums, sums.index(bias)
         # An alias's id is gone once autograd hands the saved one back.
         ctx.weight_index = sums.index(weight)
         if linear in sums.unread:
-            return _no_output(linear, x)
+            return _no_output(linear, x, rows)
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -176,10 +226,12 @@ class _SummedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        ctx.sums.add_product(ctx.weight_index, flat.T, x.reshape(-1, x.shape[-1]))
+        ctx.sums.add_product(ctx.weight_index, flat.T, x.reshape(-1, x.shape[-1]), ctx.rows)
         if ctx.bias_index is not None:
-            ctx.sums.add(ctx.bias_index, flat.sum(0))
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+            ctx.sums.add(ctx.bias_index, flat.sum(0), ctx.rows)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        return grad @ (weight if ctx.rows is None else weight[ctx.rows]), None, None, None, None, None
 
 
 def find_unread(out: Tensor) -> set[nn.Linear]:
@@ -192,22 +244,34 @@ def find_unread(out: Tensor) -> set[nn.Linear]:
     added, ends, frontier = set(), set(), [out.grad_fn]
     while frontier:
         node = frontier.pop()
+        if node in added:
+            continue
         if node.name() == "AddBackward0":
             added.add(node)
             frontier += [after for after, _ in node.next_functions if after is not None]
         elif node.name() == f"{_SummedLinear.__name__}Backward":
             ends.add(node)
+    # What any other node reads is read, and where that is a sum, so is all that is added in it.
+    read: set[Any] = set()
     seen, frontier = set(added), list(added)
     while frontier:
         node = frontier.pop()
         for after, _ in node.next_functions:
             if after is None:
                 continue
-            if after in ends and node not in added:
-                ends.discard(after)
+            if node not in added:
+                read.add(after)
             if after not in seen:
                 seen.add(after)
                 frontier.append(after)
+    frontier = list(read & added)
+    while frontier:
+        for after, _ in frontier.pop().next_functions:
+            if after is not None and after not in read:
+                read.add(after)
+                if after in added:
+                    frontier.append(after)
+    ends -= read
     return {node.linear for node in ends}  # type: ignore[attr-defined]
 
 

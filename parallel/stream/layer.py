@@ -6,14 +6,15 @@ leave the layer (Stop), an Attended makes it return at once what it gave before,
 The second call is made for smaller chunks, because what follows attention is wider than the layer's input.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from fourfold.parallel.stream.attention import ChunkCall, Stop
+from fourfold.parallel.stream.attention import ChunkCall, Project, ScoreOptions, Stop
 from fourfold.parallel.stream.gradients import SummedLinears
 from fourfold.parallel.stream.patching import Patches, without_checkpointing
 from fourfold.parallel.stream.router import Routing
@@ -50,6 +51,56 @@ class Attended:
     """Stands for the attention module's work when the rest of the layer runs: the output it gave for these tokens."""
 
     output: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsOutput:
+    """Stands for the attention's work when the rest of the layer runs: each head's output for these tokens.
+
+    The attention module's own code makes its output of it, as it does of a kernel's.
+
+    Attributes:
+        out: [B, H, chunk, D].
+        unread: names of the module's projections, whose output is not read.
+    """
+
+    out: Tensor
+    start: int
+    unread: Sequence[str] = ("q_proj", "k_proj", "v_proj")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
+        return self.out
+
+
+@dataclass(slots=True)
+class TakeInput:
+    """Takes what a layer hands its attention module for a chunk, and goes no further.
+
+    Attributes:
+        hidden: [B, chunk, d]; None until it is taken.
+        others: the other tensors among the arguments.
+    """
+
+    hidden: Tensor | None = None
+    others: list[Tensor] = field(default_factory=list)
+    _forward: Callable[..., Any] | None = None
+
+    def take(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the module's forward with all its arguments but the hidden states."""
+        if "hidden_states" in kwargs:
+            self.hidden = kwargs.pop("hidden_states")
+            self._forward = lambda hidden, call: forward(*args, hidden_states=hidden, stream_call=call, **kwargs)
+        else:
+            self.hidden, *rest = args
+            self._forward = lambda hidden, call: forward(hidden, *rest, stream_call=call, **kwargs)
+            args = tuple(rest)
+        self.others = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+    def project(self, hidden: Tensor, call: Project) -> None:
+        """Let the attention module make q, k and v of `hidden` [B, chunk, d], of the same tokens."""
+        assert self._forward is not None
+        with suppress(Stop):
+            self._forward(hidden, call)
 
 
 class LayerStream:
@@ -113,9 +164,8 @@ class LayerStream:
         """The attention module's output for the chunk x [B, chunk, d] that starts at call.start."""
         assert self.linears is not None
         narrowed = _narrowed(arguments, call.start, x.shape[1])
-        unread = [getattr(self.attention, name, None) for name in call.unread]
         try:
-            with self.linears.without(unread):
+            with self.linears.without(self._projections(call.unread)):
                 self._plain(x, **narrowed, stream_call=call)
         except Stop as stop:
             return stop.output
@@ -128,11 +178,42 @@ class LayerStream:
 
         With `routing`, the chunk's router statistics follow it.
         """
+        return self._to_the_end(x, Attended(attended), arguments, start, routing)
+
+    def attention_input(self, x: Tensor, arguments: Mapping[str, Any], start: int) -> TakeInput:
+        """What the layer hands its attention module for the chunk x [B, chunk, d] at token `start`."""
+        taken = TakeInput()
+        with suppress(Stop):
+            self._plain(x, **_narrowed(arguments, start, x.shape[1]), stream_call=taken)
+        if taken.hidden is None:
+            raise ValueError(f"{type(self.layer).__name__} does not call its self_attn: streaming cannot use it")
+        return taken
+
+    def finish_heads(
+        self, x: Tensor, heads: HeadsOutput, arguments: Mapping[str, Any], rows: Mapping[nn.Module, slice],
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """As finish, given what each head attended.
+
+        Args:
+            rows: of the projections' output, which is not read: the fewer, the less is done for nothing.
+        """
+        assert self.linears is not None
+        with self.linears.rows(rows), self.linears.without(self._projections(heads.unread)):
+            return self._to_the_end(x, heads, arguments, heads.start, routing)
+
+    def _projections(self, names: Sequence[str]) -> list[nn.Module | None]:
+        return [getattr(self.attention, name, None) for name in names]
+
+    def _to_the_end(
+        self, x: Tensor, call: Attended | HeadsOutput, arguments: Mapping[str, Any], start: int,
+        routing: Routing | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         logits: list[Tensor] = []
         if routing is not None:
             self._router_logits, self._router_index = logits, routing.index
         try:
-            out = self._plain(x, **_narrowed(arguments, start, x.shape[1]), stream_call=Attended(attended))
+            out = self._plain(x, **_narrowed(arguments, start, x.shape[1]), stream_call=call)
         finally:
             self._router_logits = None
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -150,12 +231,21 @@ class LayerStream:
             return run.layer(self, hidden_states, kwargs)
 
     def _attention_forward(
-        self, plain: Callable[..., Any], *args: Any, stream_call: ChunkCall | Attended | None = None, **kwargs: Any
+        self,
+        plain: Callable[..., Any],
+        *args: Any,
+        stream_call: ChunkCall | Attended | TakeInput | None = None,
+        **kwargs: Any,
     ) -> Any:
         if stream_call is None:
             return plain(*args, **kwargs)
         if isinstance(stream_call, Attended):
             return stream_call.output, None
+        if isinstance(stream_call, TakeInput):
+            stream_call.take(plain, args, kwargs)
+            raise Stop
+        if isinstance(stream_call, HeadsOutput):
+            return plain(*args, stream_call=stream_call, **kwargs)
         raise Stop(plain(*args, stream_call=stream_call, **kwargs)[0])
 
     def _router_forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourfold.parallel.attention.kernels import AttentionBackend
 from fourfold.parallel.stream.attention import Attend, AttendAgain, ChunkCall, LayerKeys, RowMask, WriteKeys
@@ -64,9 +64,8 @@ class StreamRun:
     host: HostMemory | None = None
     routing: Routing | None = None
 
-    @property
-    def function(self) -> type[torch.autograd.Function]:
-        """What computes a layer."""
+    def function(self, here: "LayerRun", x: Tensor) -> type[torch.autograd.Function]:
+        """What computes this layer of x [B, T, d]."""
         return _Layer
 
     def layer(self, stream: LayerStream, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -79,7 +78,7 @@ class StreamRun:
             routing=self.routing if routes else None, switches=Switches(stream.layer),
         )  # fmt: skip
         out: Tensor
-        out, *statistics = self.function.apply(x, here, *parameters)  # type: ignore[no-untyped-call]
+        out, *statistics = self.function(here, x).apply(x, here, *parameters)  # type: ignore[no-untyped-call]
         if self.routing is not None and statistics:
             self.routing.layers.append((statistics[0], statistics[1]))
         return out
@@ -98,6 +97,8 @@ class LayerRun:
         looked_up: whether its input is looked up again in the embedding table.
         place: of what it keeps, in host memory; None is on the device.
         unread_known: whether backward has found the linears whose output nobody reads.
+        groups: where attention is done by groups of heads: the rows of each projection that make a group.
+        idle_rows: there, the rows that are made of a projection which nobody reads.
     """
 
     stream: LayerStream
@@ -110,6 +111,8 @@ class LayerRun:
     looked_up: bool = False
     place: int | None = None
     unread_known: bool = False
+    groups: Sequence[Mapping[nn.Module, slice]] = ()
+    idle_rows: Mapping[nn.Module, slice] = field(default_factory=dict)
 
     def chunks(self, x: Tensor) -> list[tuple[int, int]]:
         """(first token, token after the last) of each chunk of x [B, T, d]."""

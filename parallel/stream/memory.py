@@ -65,6 +65,11 @@ class StreamMemory:
         return self.checkpoints_bytes + max(self.head_bytes, self.layer_bytes)
 
 
+def head_groups(device_type: str) -> int:
+    """Groups of key heads whose attention is done after one another; 0 is chunks of queries instead."""
+    return 0 if device_type == "cpu" else 4
+
+
 def kept_layers(keep_attention: bool | int, layers: int) -> int:
     """How many of so many layers, the last ones, keep attention's output: True is all of them."""
     return layers if keep_attention is True else min(int(keep_attention), layers)

@@ -33,6 +33,7 @@ def stream_backprop(
     mlp_chunk: Auto = "auto",
     keep_attention: bool | int = False,
     backend: str | None = None,
+    head_groups: Auto = "auto",
     verify: bool = False,
 ) -> nn.Module:
     """Make `model(input_ids, labels=labels).loss.backward()` stream; call it before DDP, FSDP2, DeepSpeed or Trainer.
@@ -59,6 +60,9 @@ def stream_backprop(
         keep_attention: True keeps every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a
             layer, and never computes attention's forward twice; a number keeps those of the last so many layers.
         backend: an attention backend's name, see attention.py; None chooses.
+        head_groups: groups of key heads whose attention is done after one another, each over the whole sequence
+            (heads_layer.py); chunk_size is then the tokens that are projected at a time. 0: attention by chunks of
+            queries. "auto": 0 on a CPU, 4 elsewhere.
         verify: compare loss and gradients of one tiny batch with plain backpropagation now; costs two steps on it.
     Returns:
         The same model.
@@ -71,7 +75,7 @@ def stream_backprop(
     """
     settings = StreamSettings(
         chunk_size=chunk_size, logits_chunk=logits_chunk, mlp_chunk=mlp_chunk, offload=offload,
-        keep_attention=keep_attention, backend=backend,
+        keep_attention=keep_attention, backend=backend, head_groups=head_groups,
     )  # fmt: skip
     causal_lm = find_causal_lm(model)
     stream_backprop_disable(model)

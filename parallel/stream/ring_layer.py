@@ -24,7 +24,7 @@ from fourfold.parallel.ring.attention import plan_ring
 from fourfold.parallel.ring.hops import Ring
 from fourfold.parallel.ring.options import RingOptions, RingSettings
 from fourfold.parallel.sequence.tensors import Documents, document_ends
-from fourfold.parallel.stream.attention import ScoreOptions, Stop
+from fourfold.parallel.stream.attention import Project, ScoreOptions
 from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, finish_backward
 
@@ -36,9 +36,8 @@ class RingRun(StreamRun):
     group: dist.ProcessGroup | None
     options: RingOptions
 
-    @property
-    def function(self) -> type[torch.autograd.Function]:
-        """What computes a layer. Every rank of the group must call."""
+    def function(self, here: LayerRun, x: Tensor) -> type[torch.autograd.Function]:
+        """What computes this layer of x [B, S_local, d]. Every rank of the group must call."""
         return _RingLayer
 
 
@@ -63,22 +62,6 @@ def around_ring(run: StreamRun, ring: RingSettings, seq_len: int | None, cu_seql
             )
     same = {name: getattr(run, name) for name in StreamRun.__slots__}
     return RingRun(**same, group=ring.group, options=options)
-
-
-@dataclass(slots=True)
-class Project:
-    """Takes a chunk's q, k and v, [B, heads, chunk, D], and goes no further."""
-
-    start: int
-    taken: tuple[Tensor, Tensor, Tensor] | None = None
-    options: ScoreOptions | None = None
-    unread: Sequence[str] = ()
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
-        if options.soft_cap is not None:
-            raise ValueError(f"a soft cap of {options.soft_cap} on the scores: the ring has none; stream without cp")
-        self.taken, self.options = (q, k, v), options
-        raise Stop
 
 
 @dataclass(slots=True)
@@ -143,6 +126,11 @@ def _project(here: LayerRun, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor
         call = Project(start)
         here.attend(x[:, start:stop], call, replay=replay, piece="project")
         assert call.taken is not None
+        assert call.options is not None
+        if call.options.soft_cap is not None:
+            raise ValueError(
+                f"a soft cap of {call.options.soft_cap} on the scores: the ring has none; stream without cp"
+            )
         if not whole:  # tokens before heads in memory, as messages have them
             shapes = [(part.shape[0], x.shape[1], part.shape[1], part.shape[3]) for part in call.taken]
             whole = [part.new_empty(shape).transpose(1, 2) for part, shape in zip(call.taken, shapes, strict=True)]

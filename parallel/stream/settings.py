@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fourfold.parallel.stream.attention import RowMask
 from fourfold.parallel.stream.head import Head
+from fourfold.parallel.stream.heads_layer import by_heads
 from fourfold.parallel.stream.kept_inputs import HostMemory
 from fourfold.parallel.stream.layer_run import StreamRun
-from fourfold.parallel.stream.memory import Auto, auto_chunks, kept_layers, logits_chunk_size, logits_tile
+from fourfold.parallel.stream.memory import Auto, auto_chunks, head_groups, kept_layers, logits_chunk_size, logits_tile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,7 @@ class StreamSettings:
     offload: Literal["host"] | None = None
     keep_attention: bool | int = False
     backend: str | None = None
+    head_groups: Auto = "auto"
 
     def __post_init__(self) -> None:
         if self.offload not in (None, "host"):
@@ -32,6 +34,9 @@ class StreamSettings:
             value = getattr(self, name)
             if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r}: give a number of tokens, at least 1, or 'auto'")
+        groups = self.head_groups
+        if groups != "auto" and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 0):
+            raise ValueError(f"head_groups={groups!r}: give a number of groups, 0 for chunks of queries, or 'auto'")
         if not isinstance(self.keep_attention, int) or self.keep_attention < 0:
             raise ValueError(f"keep_attention={self.keep_attention!r}: give True, or a number of layers")
 
@@ -60,7 +65,7 @@ def new_run(
             itemsize=dtype.itemsize,
         )  # fmt: skip
         chunk, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
-    return StreamRun(
+    run = StreamRun(
         masks=masks,
         chunk=chunk,
         mlp_chunk=mlp_chunk,
@@ -68,6 +73,8 @@ def new_run(
         autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,
     )
+    groups = head_groups(kind) if settings.head_groups == "auto" else settings.head_groups
+    return by_heads(run, groups) if groups else run
 
 
 def new_head(

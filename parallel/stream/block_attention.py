@@ -1,0 +1,115 @@
+"""Attention of queries to keys that are all there, as blocks that a kernel does unmasked: forward and backward.
+
+A causal layer without windows, packed documents or padding is one causal block, and a kernel's own output and gradients
+are the result. Documents are one block each, which write side by side. Only where two blocks share queries are outputs
+merged by their lse, and only where they share queries or keys are gradients added, both in fp32.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fourfold.parallel.attention.backends import attend_block, attend_block_backward, merge
+from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
+from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
+
+
+@lru_cache(maxsize=8192)
+def chunk_blocks(
+    keys: tuple[Span, ...],
+    documents: tuple[Span, ...],
+    queries: Span,
+    window: int | None,
+    leaf: int,
+    keys_a_call: int | None,
+) -> tuple[Block, ...]:
+    """The unmasked work of some queries. A block's q counts from queries[0], its k from the sequence's first token.
+
+    Args:
+        keys, documents: RowMask's.
+        queries: first token and the one after the last.
+        window: keys a query sees, itself included; None is all before it.
+        leaf: the backend's: triangles down to this size are cut.
+        keys_a_call: keys of an unmasked block at most; None is no limit.
+    """
+    start, stop = queries
+    reach = (None if window is None else window - 1, 0)
+    oldest = 0 if window is None else max(0, start - window + 1)
+    ranges = [range(max(begin, oldest), min(end, stop)) for begin, end in documents if end > oldest and begin < stop]
+    blocks: list[Block] = []
+    for begin, end in keys:
+        begin, end = max(begin, oldest), min(end, stop)
+        if begin < end:
+            pairs = pair_blocks((range(start, stop),), (range(begin, end),), ranges, reach)
+            blocks += [Block(block.q, (block.k[0] + begin, block.k[1] + begin), block.shape) for block in pairs]
+    return tuple(piece for block in tidy(blocks, leaf) for piece in _cut(block, keys_a_call))
+
+
+def attend_blocks(
+    backend: AttentionBackend, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block], scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, S_q, D] in q.dtype, lse [B, H, S_q]); queries that no block holds get zeros and -inf.
+
+    Args:
+        q: [B, H, S_q, D]. k, v: [B, H_kv, S_k, D].
+        blocks: of these queries and keys.
+    """
+    everything = (0, q.shape[2])
+    if [block.q for block in blocks] == [everything]:
+        return attend_block(backend, q, k, v, blocks[0], scale)
+    merged = not _side_by_side([block.q for block in blocks])
+    dtype = accumulation_dtype(q.dtype)
+    # A block of all queries starts the sum by itself; else queries that see nothing stay zero.
+    whole = next((block for block in blocks if block.q == everything), None)
+    if whole:
+        block_out, block_lse = attend_block(backend, q, k, v, whole, scale)
+        out, lse = block_out.to(dtype), block_lse.contiguous()
+    else:
+        out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=dtype if merged else q.dtype, device=q.device)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    for block in blocks:
+        if block is whole:
+            continue
+        span, parts = slice(*block.q), attend_block(backend, q, k, v, block, scale)
+        if merged:
+            merge(out[:, :, span], lse[:, :, span], *parts)
+        else:
+            out[:, :, span], lse[:, :, span] = parts
+    return out.to(q.dtype), lse
+
+
+def attend_blocks_backward(
+    backend: AttentionBackend, grad_out: Tensor, saved: SavedAttention, blocks: Sequence[Block], scale: float
+) -> Gradients:
+    """(dq, dk, dv) in the inputs' dtype, of all these blocks; `saved` as attend_blocks had and gave it."""
+    q, k, v = saved.q, saved.k, saved.v
+    if len(blocks) == 1 and (blocks[0].q, blocks[0].k) == ((0, q.shape[2]), (0, k.shape[2])):
+        return attend_block_backward(backend, grad_out, saved, blocks[0], scale)
+    alone = [_side_by_side([block.q for block in blocks]), _side_by_side([block.k for block in blocks])]
+    totals = [
+        torch.zeros_like(x, dtype=x.dtype if one else accumulation_dtype(x.dtype))
+        for x, one in zip((q, k, v), (alone[0], alone[1], alone[1]), strict=True)
+    ]
+    for block in blocks:
+        queries, keys = slice(*block.q), slice(*block.k)
+        parts = attend_block_backward(backend, grad_out, saved, block, scale)
+        for total, span, part in zip(totals, (queries, keys, keys), parts, strict=True):
+            total[:, :, span].add_(part)
+    return totals[0].to(q.dtype), totals[1].to(k.dtype), totals[2].to(v.dtype)
+
+
+def _side_by_side(spans: Sequence[Span]) -> bool:
+    """Whether no two of the spans share a token."""
+    ordered = sorted(spans)
+    return all(first[1] <= second[0] for first, second in pairwise(ordered))
+
+
+def _cut(block: Block, most: int | None) -> list[Block]:
+    """A full block as blocks of at most so many keys."""
+    first, last = block.k
+    if most is None or block.shape != "full" or last - first <= most:
+        return [block]
+    return [Block(block.q, (key, min(key + most, last))) for key in range(first, last, most)]
