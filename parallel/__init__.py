@@ -1,4 +1,5 @@
-"""How a training step runs on many ranks. Pure torch: knows nothing of layouts, files or the command line.
+"""How a training step runs on many ranks. Knows torch, and transformers where a whole decoder is meant; knows nothing
+of layouts, files or the command line.
 
 These are the names most users need; each package offers the rest of its own (`fourfold.parallel.stream.dpo_loss`).
 """

@@ -20,7 +20,10 @@ _BUCKET_BYTES = 32 * 2**20
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Average every gradient over `group`, in place, as DDP does: what had been averaged before stays as it was.
+    """Average every gradient over `group`, in place, as DDP does.
+
+    A gradient that several calls add to may be averaged after each of them: the earlier part, the same on every rank by
+    then, is its own average.
 
     Args:
         parameters: plain or DTensor parameters, in the same order on every rank; a DTensor's local part is averaged

@@ -23,9 +23,11 @@ from fourfold.profiling.fitting import spread
 
 from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 
-BATCH_S, LONG_S = 4e-3, 5e-2
+BATCH_S = 4e-3  # a short case is called as often as fills this, once a round
+LONG_S = 5e-2  # a case whose first call takes this long is not called a second time to warm up
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
-LATE_ROUNDS, LATE = 3, 1.5  # past this much of the budget, fewer rounds have to do
+LATE, LATE_ROUNDS = 1.5, 3  # once LATE times the budget is spent, LATE_ROUNDS have to do in place of MIN_ROUNDS
+AGREEING_S = 5e-4  # of the two small collectives beside a case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +106,7 @@ def measure(
     timings = timings or Timings()
     start = time.perf_counter() - timings.elapsed_s
     past = _from_rank_0([float(len(timings.rounds.get(case.key, ()))) for case in cases])
+    # What a call of each case takes, by the slowest rank.
     estimates = []
     for index, case in enumerate(cases):
         # The first call loads kernels and opens connections: it tells the cost of long cases only.
@@ -113,18 +116,20 @@ def measure(
         estimates.append(max(estimate, 1e-7))
         progress(0.0, f"warming up {index + 1} of {len(cases)}")
     estimates = _agree(estimates)
+    # How often a case is called in a round, which cases fit the budget, and for how many rounds it lasts.
     iterations = [min(500, max(1, ceil(BATCH_S / estimate))) for estimate in estimates]
-    costs = [count * estimate + 5e-4 for count, estimate in zip(iterations, estimates, strict=True)]
+    costs = [count * estimate + AGREEING_S for count, estimate in zip(iterations, estimates, strict=True)]
     remaining = seconds - _from_rank_0([time.perf_counter() - start])[0]
     chosen, left_out = _within(remaining / MIN_ROUNDS, cases, costs)
     least = MIN_ROUNDS - int(min((past[index] for index in chosen), default=0.0))
     affordable = int(remaining / max(1e-9, sum(costs[index] for index in chosen)))
     planned = max(least, min(MAX_ROUNDS, affordable))
+    # The rounds. After each, rank 0 has something that an interrupted profile can go on from.
     for turn in range(planned):
         order = list(chosen)
         random.Random(turn).shuffle(order)  # the same order on every rank
         for index in order:
-            _agree([0.0])
+            _agree([0.0])  # all ranks start the case together
             ranks = _gather(cases[index].run(clock, iterations[index]))
             if ranks:
                 timings.add(cases[index], ranks)
