@@ -5,24 +5,55 @@ a stage is one rank with all of its weights, and the pipeline never drains. Cut,
 by grid.layer_ranges, weights drawn by name, the mean over the targets of what an update sees.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Required, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fourfold.parallel.decoder.async_stage import AsyncDecoderStage
 from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
-from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
+from fourfold.parallel.decoder.stage import check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline.mitigation import Mitigation
 from fourfold.parallel.pipeline.optimizer import OptimizerFactory
 from fourfold.parallel.pipeline.runtime import PipelinedBackprop
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
-from fourfold.parallel.pipeline.settings import SchedulerFactory
+from fourfold.parallel.pipeline.settings import ClipNorm, SchedulerFactory
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
+
+
+class CutOptions(TypedDict, total=False):
+    """How a decoder is cut, for decoder_stages and pipeline_decoder.
+
+    checkpointing: "none", or "full" to keep each layer's input and recompute the layer.
+    dtype: what matrix products run in (torch.bfloat16, by autocast); None for the weights' own.
+    seed: of the weights of a model on the meta device.
+    embedding_counts_as, head_counts_as: in layers, see layer_ranges.
+    """
+
+    checkpointing: str
+    dtype: torch.dtype | None
+    seed: int
+    embedding_counts_as: int
+    head_counts_as: int
+
+
+class DecoderPipelineOptions(CutOptions, total=False):
+    """CutOptions, and those of PipelineSettings that a decoder does not set itself."""
+
+    optimizer: Required[OptimizerFactory]
+    schedule: str | PipelineSchedule
+    mitigation: str | Mitigation
+    scheduler: SchedulerFactory | None
+    clip: ClipNorm | float | None
+    skip_nonfinite: bool
+    on_gradients: Callable[[dict[str, Tensor]], None] | None
+    observe: bool
 
 
 def decoder_stages(
@@ -31,27 +62,25 @@ def decoder_stages(
     *,
     seq_len: int,
     only: int | None = None,
-    checkpointing: str = "none",
-    dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    seed: int = 0,
-    embedding_counts_as: int = 0,
-    head_counts_as: int = 0,
+    **cut: Unpack[CutOptions],
 ) -> list[nn.Module | None]:
-    """Cut a decoder into `num_stages` stages from token ids [B, seq_len] to logits [B, seq_len, vocab].
+    """Cut a decoder into `num_stages` stages from token ids [B, S] to logits [B, S, vocab].
+
+    Padded and packed rows: AsyncDecoderStage.forward.
 
     Args:
         model: a causal language model of the families in decoder.stage; its modules are shared. On the meta device
             each stage draws its own weights, as parallelize does.
+        seq_len: of the usual micro-batch; others may have another S.
         only: make this stage alone, the others are None.
-        checkpointing: "none", or "full" to keep each layer's input and recompute the layer.
-        dtype: what matrix products run in (torch.bfloat16, by autocast); None for the weights' own.
-        seed: of the weights of a model on the meta device.
-        embedding_counts_as, head_counts_as: in layers, see layer_ranges.
+        cut: checkpointing, dtype, seed, embedding_counts_as, head_counts_as; see CutOptions.
     Raises:
         ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
             window without ring attention (pipeline_decoder sets it).
     """
+    checkpointing = cut.get("checkpointing", "none")
+    ends = cut.get("embedding_counts_as", 0), cut.get("head_counts_as", 0)
     chosen = as_number("checkpointing", checkpointing)
     check_decoder(model, Choice(pp=num_stages, checkpointing=chosen))
     whole = cast(Any, model)
@@ -61,56 +90,47 @@ def decoder_stages(
     if not windows:
         whole.set_attn_implementation("sdpa")
     stages: list[nn.Module | None] = []
-    for index, layers in enumerate(
-        layer_ranges(whole.config.num_hidden_layers, num_stages, embedding_counts_as, head_counts_as)
-    ):
+    for index, layers in enumerate(layer_ranges(whole.config.num_hidden_layers, num_stages, *ends)):
         if only not in (None, index):
             stages.append(None)
             continue
-        stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=dtype)
+        stage = AsyncDecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=cut.get("dtype"))
         for name, part in stage.named_parts():
-            materialise(part, name, model, seed=seed, device=device)
+            materialise(part, name, model, seed=cut.get("seed", 0), device=device)
         stage.position_ids = torch.arange(seq_len, device=device)[None]
-        if windows:
-            stage.attention_arguments["ring_seq_len"] = seq_len
+        stage.windowed = windows
         stages.append(stage)
     return stages
 
 
 def pipeline_decoder(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    *,
-    seq_len: int,
-    optimizer: OptimizerFactory,
-    schedule: str | PipelineSchedule = "lockstep",
-    mitigation: str | Mitigation = "lwpv+sc",
-    scheduler: SchedulerFactory | None = None,
-    checkpointing: str = "none",
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    embedding_counts_as: int = 0,
-    head_counts_as: int = 0,
+    model: nn.Module, mesh: DeviceMesh, *, seq_len: int, **options: Unpack[DecoderPipelineOptions]
 ) -> PipelinedBackprop:
     """Put a decoder on a (dp, pp) mesh as an asynchronous pipeline; every rank calls.
 
-    Its `run` takes (token ids [B, seq_len] int64, shifted targets [B, seq_len], -100 where there is none), this
-    replica's micro-batches.
+    Its `run` takes (token ids [B, S] int64, shifted targets [B, S], -100 where there is none), this replica's
+    micro-batches; or (a dict for padded or packed rows, targets), see AsyncDecoderStage.forward. An update takes the
+    mean over the targets of all micro-batches and replicas that it sees, however they are spread.
 
     Args:
         mesh: from init_mesh, with cp and tp of 1. Replicas average gradients at every update.
-        optimizer, schedule, mitigation, scheduler: as for PipelinedBackprop.
-        seq_len, checkpointing, dtype, seed, embedding_counts_as, head_counts_as: as for decoder_stages.
+        seq_len: as for decoder_stages.
+        options: optimizer, schedule, mitigation, scheduler, clip, skip_nonfinite, on_gradients and observe as
+            PipelineSettings has them; checkpointing, dtype, seed, embedding_counts_as, head_counts_as: CutOptions.
     Raises:
         ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
             with a dtype; as decoder_stages.
     """
+    cut = {key: options.pop(key) for key in CutOptions.__annotations__ if key in options}  # type: ignore[misc]
+    schedule, dtype = options.get("schedule", "lockstep"), cut.get("dtype")
+    mitigation = options.get("mitigation", "lwpv+sc")
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
     sizes = {axis: mesh[axis].size() for axis in AXES}
     name = schedule if isinstance(schedule, str) else schedule.name
     late = as_number("schedule", name) if name in SCHEDULES[1:] else LOCKSTEP
-    check_decoder(model, Choice(**sizes, checkpointing=as_number("checkpointing", checkpointing), schedule=late))
+    checkpointing = as_number("checkpointing", cut.get("checkpointing", "none"))
+    check_decoder(model, Choice(**sizes, checkpointing=checkpointing, schedule=late))
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
     if dtype is not None and (chosen.spectrain or chosen.correction > 0):
         raise ValueError(
@@ -125,27 +145,31 @@ def pipeline_decoder(
         sizes["pp"],
         seq_len=seq_len,
         only=mesh.get_local_rank("pp"),
-        checkpointing=checkpointing,
-        dtype=dtype,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type),
-        seed=seed,
-        embedding_counts_as=embedding_counts_as,
-        head_counts_as=head_counts_as,
+        **cut,  # type: ignore[typeddict-item]
     )
     return PipelinedBackprop(
         stages,
         group=mesh.get_group("pp"),
-        optimizer=optimizer,
-        loss_fn=next_token_loss,
-        schedule=schedule,
-        mitigation=mitigation,
-        scheduler=scheduler,
         dp_group=mesh.get_group("dp") if sizes["dp"] > 1 else None,
+        loss_fn=next_token_loss,
+        loss_weight=num_targets,
+        **options,  # type: ignore[misc]
     )
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in fp32 (fp64 for fp64 logits); logits [B, S, vocab], targets [B, S] int64, -100 ignored."""
+    """Mean cross-entropy in fp32 (fp64 for fp64 logits); logits [B, S, vocab], targets [B, S] int64, -100 ignored.
+
+    A micro-batch without any target has a loss of 0, and no gradient.
+    """
     if logits.dtype != torch.float64:
         logits = logits.float()
+    if not (targets != IGNORED_LABEL).any():
+        return logits.sum() * 0
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
+
+
+def num_targets(targets: Tensor) -> Tensor:
+    """How much a micro-batch counts in the mean over targets: [B, S] int64 -> how many are not -100."""
+    return (targets != IGNORED_LABEL).sum()

@@ -303,7 +303,7 @@ RUNTIME: tuple[Limit, ...] = (
         allows=lambda model, layout: (not model.tied_embeddings) | (layout.pp == 1),
         reason="tied embeddings need pp=1 in this runtime",
         message="tie_word_embeddings=true with pp={layout.pp}: the first and the last stage would each hold a copy; "
-        "use pp=1 or untie them",
+        "use pp=1 or untie them (set tie_word_embeddings=False)",
     ),
     _absent("vp", 1, "interleaved stages"),
     _absent("ep", 1, "expert parallelism"),

@@ -10,7 +10,8 @@ Weights that the user sets between two runs, in the module or in the optimizer, 
 parameters, another dtype or device, a change in mid-stream) is noticed and refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,27 @@ class MasterWeights:
         """After a run: remember the weights, to see later which side was changed."""
         if self.separate:
             self._fingerprints = [_fingerprint(_local(p)) for p in self.live]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While it lasts, the module's parameters are the masters; afterwards it has the weights that these have."""
+        masters = dict(zip(map(id, self.live), self.masters, strict=True))
+        places = [
+            (module, name, p)
+            for module in self._module.modules()
+            for name, p in module._parameters.items()
+            if id(p) in masters
+        ]
+        for module, name, p in places:
+            module._parameters[name] = masters[id(p)]  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module, name, p in places:
+                module._parameters[name] = p
+            with torch.no_grad():
+                self.restore()
+            self.note()
 
     def check_untouched(self) -> None:
         """In mid-stream: refuse weights that were changed in place since the run began (through `.data` is not seen).

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
 from fourfold.parallel.pipeline.checks import check_batch_norms
 from fourfold.parallel.pipeline.masters import MasterWeights, attach
@@ -253,46 +254,15 @@ class PipelineStage:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next run depends on; the pipeline is drained between runs, so nothing is in flight."""
-        self.weights.take_changes()
-        schedulers = [scheduler.state_dict() for scheduler in self.schedulers]
-        state = {
-            "stage": self.index,
-            "module": self.module.state_dict(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "scheduler": (schedulers[0] if len(schedulers) == 1 else schedulers) if schedulers else None,
-            "num_forwards": self.num_forwards,
-            "num_updates": self.num_updates,
-            "norms": dict(self.norms),
-        }
-        if self.weights.narrower:
-            state["masters"] = self.weights.present()
-        return state
+        return saving.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another stage."""
-        if state["stage"] != self.index:
-            raise ValueError(f"this is the state of stage {state['stage']}, not of stage {self.index}")
-        self.module.load_state_dict(state["module"])
-        self.num_forwards, self.num_updates = state["num_forwards"], state["num_updates"]
-        self.norms = dict(state["norms"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for master, saved in zip(self.weights.masters, state.get("masters", self.weights.live), strict=True):
-                    master.data.copy_(saved.data)
-            self.weights.note()
-        states = state["scheduler"] if len(self.schedulers) > 1 else [state["scheduler"]] * len(self.schedulers)
-        for scheduler, own in zip(self.schedulers, states, strict=True):
-            scheduler.load_state_dict(own)
+        saving.load(self, state)
 
     def remembered(self, *, blank: bool = False) -> dict[str, Tensor]:
         """DelayedOptimizer.remembered, by the names of the parameters: "before.NAME"."""
-        kinds = {} if self.optimizer is None else self.optimizer.remembered(blank=blank)
-        return {
-            f"{kind}.{name}": tensor
-            for kind, tensors in kinds.items()
-            for name, tensor in zip(self.weights.names, tensors, strict=True)
-        }
+        return saving.remembered(self, blank=blank)
 
     def go_on(self, *, num_updates: int, num_forwards: int, remembered: dict[str, Tensor]) -> None:
         """Set what weights and optimizer states do not tell, for state that came by name instead of load_state_dict.
@@ -302,15 +272,8 @@ class PipelineStage:
                 model into stages (the last keeps none), is left out: its prediction starts afresh.
         """
         self.num_forwards, self.num_updates = num_forwards, num_updates
-        if self.optimizer is None:
-            return
-        names = self.weights.names
-        kinds = {
-            kind: [remembered[f"{kind}.{name}"] for name in names]
-            for kind in {name.split(".", 1)[0] for name in remembered}
-            if all(f"{kind}.{name}" in remembered for name in names)
-        }
-        self.optimizer.go_on(num_updates, kinds)
+        if self.optimizer is not None:
+            self.optimizer.go_on(num_updates, saving.by_kind(remembered, self.weights.names))
 
     @contextmanager
     def optimizer_parameters(self) -> Iterator[torch.optim.Optimizer | None]:
@@ -318,23 +281,8 @@ class PipelineStage:
 
         For torch.distributed.checkpoint, which finds an optimizer's state by the names of a module's parameters.
         """
-        masters = dict(zip(map(id, self.weights.live), self.weights.masters, strict=True))
-        places = [
-            (module, name, p)
-            for module in self.module.modules()
-            for name, p in module._parameters.items()
-            if id(p) in masters
-        ]
-        for module, name, p in places:
-            module._parameters[name] = masters[id(p)]  # type: ignore[assignment]
-        try:
+        with self.weights.in_place():
             yield self.optimizer.optimizer if self.optimizer is not None else None
-        finally:
-            for module, name, p in places:
-                module._parameters[name] = p
-            with torch.no_grad():
-                self.weights.restore()
-            self.weights.note()
 
     def _loss(self, output: Any, target: Any) -> tuple[Tensor, float]:
         """The loss, and how much its micro-batch counts."""

@@ -1,0 +1,102 @@
+"""A decoder's stage in a pipeline that never drains: micro-batches of any length, padded or packed.
+
+decoder.stage.DecoderStage has one length and no mask, which its callers know beforehand. An asynchronous stream may
+bring another length with every micro-batch, and what a later stage must know (positions, padding, documents) has to
+travel with the activation. So the first stage also takes a dict, and stages hand a dict on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.parallel.decoder.stage import DecoderStage
+
+_KEYS = ("position_ids", "attention_mask", "document_ids")
+
+
+class AsyncDecoderStage(DecoderStage):
+    """Layers of a decoder, from what the stage before returned; the arguments are DecoderStage's.
+
+    windowed: whether attention goes through the ring's implementation, which knows windows by its length.
+    """
+
+    windowed = False
+
+    def forward(self, x: Any, targets: Tensor | None = None) -> Any:
+        """Run the stage.
+
+        Args:
+            x: [B, S] int64 token ids on the first stage, else [B, S, hidden]; S may differ from call to call. Or a dict
+                with "input_ids" on the first stage, "hidden" on the others, and any of
+                    "attention_mask"  [B, S], 0 for padding, as a tokenizer gives it
+                    "document_ids"    [B, S] int64; a token sees those of its own document only
+                    "position_ids"    [B, S] int64; by default 0..S-1, in packed rows from each document's start
+        Returns:
+            [B, S, vocab] logits on the last stage; else [B, S, hidden], in a dict with the rest where x is one.
+        Raises:
+            ValueError: ids that are no [B, S] integers, another key or shape, masks for layers that take none.
+        Cost: a mask is built anew by each stage: B S^2 bytes.
+        """
+        batch = dict(x) if isinstance(x, dict) else {}
+        name = "input_ids" if self.is_first else "hidden"
+        value = batch.pop(name, None) if isinstance(x, dict) else x
+        self._check(value, batch, name)
+        shape, device = value.shape[:2], value.device
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = _positions(batch.get("document_ids"), int(shape[1]), device)
+        self.position_ids = positions
+        arguments = {key: each for key, each in self.attention_arguments.items() if key != "attention_mask"}
+        if self.windowed:
+            arguments["ring_seq_len"] = int(shape[1])
+        mask = _mask(batch.get("attention_mask"), batch.get("document_ids"), int(shape[1]))
+        self.attention_arguments = arguments if mask is None else {**arguments, "attention_mask": mask}
+        output = super().forward(value, targets)
+        return output if self.is_last or not isinstance(x, dict) else {"hidden": output, **batch}
+
+    def _check(self, value: Any, batch: dict[str, Any], name: str) -> None:
+        if not isinstance(value, Tensor) or value.ndim != (2 if self.is_first else 3):
+            what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} is {what}: give a tensor {'[B, S]' if self.is_first else '[B, S, hidden]'}")
+        if self.is_first and (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"input_ids are {value.dtype}: give integers")
+        for key, each in batch.items():
+            if key not in _KEYS:
+                raise ValueError(f"a decoder stage knows no {key!r}: choose among {name}, {', '.join(_KEYS)}")
+            if not isinstance(each, Tensor) or each.shape != value.shape[:2]:
+                what = f"shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+                raise ValueError(f"{key} is {what}: give a tensor [B, S] = {list(value.shape[:2])}")
+        if (self.windowed or self.checkpointing == "stream") and ("attention_mask" in batch or "document_ids" in batch):
+            raise ValueError(
+                "attention_mask and document_ids need layers without sliding windows and without "
+                "checkpointing='stream': there attention takes no mask; use rows without padding, one document each"
+            )
+
+
+def _positions(documents: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """[1, S] counted from 0, or [B, S] counted from the start of each document."""
+    places = torch.arange(length, device=device)[None]
+    if documents is None:
+        return places
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - torch.cummax(torch.where(starts, places, 0), dim=1).values
+
+
+def _mask(attention_mask: Tensor | None, documents: Tensor | None, length: int) -> Tensor | None:
+    """[B, 1, S, S], true where a query (row) sees a key: before it or itself, no padding, of its own document.
+
+    A query always sees itself, else padding would give the softmax nothing to sum over.
+    """
+    given = documents if documents is not None else attention_mask
+    if given is None:
+        return None
+    causal = torch.ones(length, length, dtype=torch.bool, device=given.device).tril()[None]
+    seen = causal
+    if attention_mask is not None:
+        seen = seen & (attention_mask != 0)[:, None, :]
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None, :])
+    itself = torch.eye(length, dtype=torch.bool, device=given.device)[None]
+    return (seen | itself)[:, None]

@@ -1,0 +1,65 @@
+"""What a stage saves between two runs, whole or by the names of its parameters."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fourfold.parallel.pipeline.stage import PipelineStage
+
+
+def state_of(stage: "PipelineStage") -> dict[str, Any]:
+    """All that the next run of `stage` depends on."""
+    stage.weights.take_changes()
+    schedulers = [scheduler.state_dict() for scheduler in stage.schedulers]
+    state = {
+        "stage": stage.index,
+        "module": stage.module.state_dict(),
+        "optimizer": None if stage.optimizer is None else stage.optimizer.state_dict(),
+        "scheduler": (schedulers[0] if len(schedulers) == 1 else schedulers) if schedulers else None,
+        "num_forwards": stage.num_forwards,
+        "num_updates": stage.num_updates,
+        "norms": dict(stage.norms),
+    }
+    if stage.weights.narrower:
+        state["masters"] = stage.weights.present()
+    return state
+
+
+def load(stage: "PipelineStage", state: dict[str, Any]) -> None:
+    """Raises ValueError for the state of another stage."""
+    if state["stage"] != stage.index:
+        raise ValueError(f"this is the state of stage {state['stage']}, not of stage {stage.index}")
+    stage.module.load_state_dict(state["module"])
+    stage.num_forwards, stage.num_updates = state["num_forwards"], state["num_updates"]
+    stage.norms = dict(state["norms"])
+    if stage.optimizer is not None:
+        stage.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for master, saved in zip(stage.weights.masters, state.get("masters", stage.weights.live), strict=True):
+                master.data.copy_(saved.data)
+        stage.weights.note()
+    states = state["scheduler"] if len(stage.schedulers) > 1 else [state["scheduler"]] * len(stage.schedulers)
+    for scheduler, own in zip(stage.schedulers, states, strict=True):
+        scheduler.load_state_dict(own)
+
+
+def remembered(stage: "PipelineStage", *, blank: bool) -> dict[str, Tensor]:
+    """What the answers to delay keep, as "kind.NAME of the parameter"; zeros for all that there may be if `blank`."""
+    kinds = {} if stage.optimizer is None else stage.optimizer.remembered(blank=blank)
+    return {
+        f"{kind}.{name}": tensor
+        for kind, tensors in kinds.items()
+        for name, tensor in zip(stage.weights.names, tensors, strict=True)
+    }
+
+
+def by_kind(named: dict[str, Tensor], names: Sequence[str]) -> dict[str, list[Tensor]]:
+    """The inverse of `remembered`, for the parameters `names`, without the kinds that lack some of them."""
+    return {
+        kind: [named[f"{kind}.{name}"] for name in names]
+        for kind in {name.split(".", 1)[0] for name in named}
+        if all(f"{kind}.{name}" in named for name in names)
+    }
