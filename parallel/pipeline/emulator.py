@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.pipeline.checks import check_model_norm, check_recomputation, check_untied, evaluating
-from fourfold.parallel.pipeline.norms import joined
+from fourfold.parallel.pipeline.norms import forget, joined
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
@@ -160,8 +160,7 @@ class PipelinedBackpropEmulator:
         known = self.stages[0].norms
         norm = known.get(update - lag, known[update])
         for stage in self.stages:
-            for old in sorted(stage.norms)[: len(stage.norms) - lag]:
-                del stage.norms[old]
+            forget(stage.norms, lag)
         return norm
 
 

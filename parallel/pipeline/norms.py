@@ -46,13 +46,7 @@ class ModelNorms:
         for update in sorted(self._asked):
             self._wait(update)
         if self._clipping is not None:
-            self.forget()
-
-    def forget(self) -> None:
-        """Keep the newest norms that a later update may ask for."""
-        assert self._clipping is not None
-        for update in sorted(self.known)[: len(self.known) - self._clipping.lag_updates]:
-            del self.known[update]
+            forget(self.known, self._clipping.lag_updates)
 
     def _wait(self, update: int) -> float:
         if update not in self.known:
@@ -66,3 +60,9 @@ class ModelNorms:
 def joined(parts: Any) -> float:
     """The 2-norm of a vector whose parts, in order of the stages, have these norms."""
     return float(torch.tensor(list(parts), dtype=torch.float64).square().sum().sqrt())
+
+
+def forget(norms: dict[int, float], lag_updates: int) -> None:
+    """Keep the newest norms that a later update may ask for."""
+    for update in sorted(norms)[: max(0, len(norms) - lag_updates)]:
+        del norms[update]
