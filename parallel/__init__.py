@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.pipeline.mitigation import spike_compensation as spike_compensation
     from fourfold.parallel.pipeline.runtime import PipelinedBackprop as PipelinedBackprop
     from fourfold.parallel.ring.attention import ring_attention as ring_attention
-    from fourfold.parallel.ring.transformers import shard_batch as shard_batch
+    from fourfold.parallel.ring.batch import shard_batch as shard_batch
     from fourfold.parallel.ring.transformers import use_ring_attention as use_ring_attention
     from fourfold.parallel.sequence.tensors import shard_sequence as shard_sequence
     from fourfold.parallel.sequence.tensors import unshard_sequence as unshard_sequence
@@ -35,7 +35,7 @@ __getattr__, __dir__, __all__ = exported(
         "init_mesh": "mesh",
         "parallelize": "decoder.parallelize",
         "ring_attention": "ring.attention",
-        "shard_batch": "ring.transformers",
+        "shard_batch": "ring.batch",
         "shard_sequence": "sequence.tensors",
         "spike_compensation": "pipeline.mitigation",
         "stream_backprop": "stream.model",

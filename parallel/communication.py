@@ -5,7 +5,8 @@ and wait later, keep the tensors alive in between, and skip what is empty on bot
 ranks match in the order they are listed. With NCCL nothing here waits on the host: `wait` orders the current stream.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Message = tuple[Tensor, int]
+_READABLE = 1 << 40  # larger numbers are digests, which tell a reader nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,55 @@ def exchange(place: Place, sends: Sequence[Message], receives: Sequence[Message]
     return Exchange(works, [operation.tensor for operation in operations])
 
 
-def gather_lengths(place: Place, length: int, like: Tensor) -> list[int]:
-    """Every rank's length, in rank order. Cost: 8 bytes a rank, and on CUDA one wait of the host for the device."""
+def gather_numbers(place: Place, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Every rank's whole numbers, as many on each, in rank order.
+
+    Args:
+        device: where the group's messages may lie. A group that also takes the CPU's gets them there, and on CUDA
+            nothing then waits for the device.
+    Cost: 8 bytes a number and rank; with NCCL alone, one wait of the host for the device.
+    """
     if place.size == 1:
-        return [length]
-    mine = like.new_tensor([length], dtype=torch.int64)
-    lengths = [mine.new_empty(1) for _ in range(place.size)]
-    dist.all_gather(lengths, mine, group=place.group)
-    return [int(other) for other in lengths]
+        return [list(numbers)]
+    if "cpu:" in dist.get_backend_config(place.group):
+        device = torch.device("cpu")
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(place.size)]
+    dist.all_gather(everyone, mine, group=place.group)
+    return [theirs.tolist() for theirs in everyone]
+
+
+def agree(place: Place, numbers: Mapping[str, int], device: torch.device, problem: str | None = None) -> None:
+    """Make sure that all ranks of a group are about to do the same; every rank calls, also one that has a problem.
+
+    Args:
+        numbers: what must be equal, by the name to call it in the error; the same names in the same order everywhere.
+        problem: what this rank found wrong, None for nothing.
+    Raises:
+        ValueError: on every rank, where one has a problem or the numbers differ.
+    Cost: see gather_numbers.
+    """
+    everyone = gather_numbers(place, [problem is not None, *numbers.values()], device)
+    if problem is not None:
+        raise ValueError(problem)
+    failed = [rank for rank, theirs in enumerate(everyone) if theirs[0]]
+    if failed:
+        raise ValueError(f"ranks {failed} of the group refuse their arguments: see their own messages")
+    for index, name in enumerate(numbers, start=1):
+        values = [theirs[index] for theirs in everyone]
+        if len(set(values)) > 1:
+            seen = f": {values} in rank order" if max(values) < _READABLE else ""
+            raise ValueError(
+                f"the ranks of one group differ in {name}{seen}. All of them take the same batch and the same options, "
+                "and each its own shard of it"
+            )
+
+
+def gather_lengths(place: Place, length: int, like: Tensor) -> list[int]:
+    """Every rank's length, in rank order. Cost: see gather_numbers."""
+    return [lengths[0] for lengths in gather_numbers(place, [length], like.device)]
+
+
+def digest(value: object) -> int:
+    """A number that differs where `repr(value)` does, the same on every rank and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])

@@ -56,8 +56,9 @@ def ring_attention(
         heads_degree: h, a divisor of N. Groups of h consecutive ranks swap sequence for heads (Ulysses), and only
             N/h groups form the ring. h must divide H, and divide H_kv or be a multiple of it.
         backend: a name of attention.BACKENDS; None chooses by device, dtype and head size.
-        seq_len: tokens of the whole sequence. None asks the ranks (8 bytes a rank, and on CUDA one host wait a call),
-            and makes a shard of the wrong length an error on every rank. A given one is checked by each rank alone.
+        seq_len: tokens of the whole sequence. None asks the ranks (48 bytes a rank, with NCCL one host wait a call),
+            and makes a shard of the wrong length, and options or shapes that differ between ranks, an error on every
+            rank. A given one is checked by each rank alone.
     Returns:
         [B, H, S_local, D] in q.dtype. Gradients are the exact ones of the sum of all ranks' losses: parameters that
         q, k and v came from get their part on each rank, to be summed over the group.
@@ -102,7 +103,7 @@ def plan_ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, 
     mask_reach(options.causal, options.window)
     check_heads(q.shape[1], k.shape[1], options.heads_degree, place.size)
     backend = select_backend(options.backend, q, k)
-    sequence = shared_sequence(q, place, options)
+    sequence = shared_sequence(q, k, place, options)
     return Ring(
         place=place,
         hops=plan_hops(place.rank // options.heads_degree, sequence, backend.leaf),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from fourfold.parallel.communication import Place, gather_lengths
+from fourfold.parallel.communication import Place, digest, gather_numbers
 from fourfold.parallel.sequence.sharding import ShardedSequence, shard_length
 
 
@@ -41,11 +41,11 @@ class RingSettings:
     options: RingOptions = RingOptions()
 
 
-def shared_sequence(q: Tensor, place: Place, options: RingOptions) -> ShardedSequence:
+def shared_sequence(q: Tensor, k: Tensor, place: Place, options: RingOptions) -> ShardedSequence:
     """The whole sequence, with every rank's shard checked against it as far as this rank can know."""
     hint = "shard with shard_sequence, with the same sharding and cu_seqlens"
     if options.seq_len is None:
-        lengths = gather_lengths(place, q.shape[2], q)
+        lengths = _lengths(q, k, place, options)
         sequence = options.shared_by(place.size, sum(lengths))
         if lengths != sequence.lengths:
             raise ValueError(
@@ -61,6 +61,25 @@ def shared_sequence(q: Tensor, place: Place, options: RingOptions) -> ShardedSeq
             f"seq_len={options.seq_len} has {expected}: {hint}"
         )
     return sequence
+
+
+def _lengths(q: Tensor, k: Tensor, place: Place, options: RingOptions) -> list[int]:
+    """Every rank's tokens, once all ranks were found to call alike but for them."""
+    # Messages of other sizes than a rank expects would end its process, without a word of Python's.
+    alike = {
+        "the batch size": q.shape[0],
+        "query heads": q.shape[1],
+        "key heads": k.shape[1],
+        "head size": q.shape[3],
+        "dtype or options": digest((q.dtype, options)),
+    }
+    everyone = gather_numbers(place, [q.shape[2], *alike.values()], q.device)
+    for index, name in enumerate(alike, start=1):
+        values = [theirs[index] for theirs in everyone]
+        if len(set(values)) > 1:
+            seen = "" if name.endswith("options") else f": {values} in rank order"
+            raise ValueError(f"the ranks of one group differ in {name}{seen}; all of them call alike")
+    return [theirs[0] for theirs in everyone]
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -5,11 +5,12 @@ module itself, where `use_ring_attention` puts it, so two models in one process 
 what the model's forward takes from a whole batch: the shard, its positions, its shifted labels.
 
 What the model then computes is what it would compute on one process, for the whole sequence; anything the ring does not
-do (dropout, padding masks, soft caps, sinks, caches) is refused, never dropped.
+do (dropout, padding masks, soft caps, sinks, caches, layers that mix tokens otherwise) is refused, never dropped.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,17 +21,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.attention import ring_attend
 from fourfold.parallel.ring.heads import check_heads
+from fourfold.parallel.ring.model_call import ModelCalls
 from fourfold.parallel.ring.options import RingOptions, RingSettings
-from fourfold.parallel.sequence.tensors import (
-    IGNORED_LABEL,
-    Documents,
-    document_ends,
-    shard_labels,
-    shard_positions,
-    shard_sequence,
-)
+from fourfold.parallel.ring.trial import attention_modules
+from fourfold.parallel.ring.whole_length import depends_on_length
+from fourfold.parallel.sequence.tensors import Documents, document_ends
 
 NAME = "fourfold_ring"
+TRIAL = "fourfold_ring_trial"
+ATTRIBUTE = "fourfold_ring"
 # Keyword arguments by which models ask for what the ring does not do.
 UNSUPPORTED = {
     "softcap": "a soft cap on the scores: no backend has one",
@@ -38,6 +37,20 @@ UNSUPPORTED = {
     "head_mask": "a head mask",
     "position_bias": "an attention bias",
 }
+# Without weights nothing can be tried; these are tested against one process.
+KNOWN = frozenset({
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen3",
+    "qwen3_moe",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What use_ring_attention changed in a model, for its undoing."""
+
+    implementation: str
+    modules: list[nn.Module]
+    calls: ModelCalls
 
 
 def use_ring_attention(
@@ -50,69 +63,91 @@ def use_ring_attention(
 ) -> None:
     """Make a transformers model attend around the ring of `group`; call it before FSDP, DDP or compile.
 
+    From then on it is called with what `shard_batch` makes of a batch, for evaluation too, until
+    `stop_ring_attention(model)`. Called again, it takes the new arguments.
+
     Args:
-        model: of the Llama family or alike (Llama, Qwen, Mistral and Gemma 3 are tested), on any device.
+        model: a decoder whose layers mix tokens in attention alone (Llama, Qwen, Mistral, Gemma 3, Mixtral and their
+            like), on any device. It is tried on some tokens; one on the meta device must be of a known type.
         group, sharding, heads_degree, backend: see ring_attention.
     Raises:
-        ValueError: the model has no attention modules, cannot take attention functions, or its heads do not fit.
+        ValueError: the model has no attention modules, cannot take attention functions, mixes tokens elsewhere too (a
+            convolution, a state space), has positions that are not rotary, or its heads do not fit.
+    Cost: see ring.trial. Then at each call of the model two messages of at most 48 bytes a rank, and on CUDA the host
+        waits to read position ids and the label count.
     """
+    stop_ring_attention(model)
     size = place_in(group).size
-    options = RingOptions(sharding=sharding, heads_degree=heads_degree, backend=backend)
-    settings = RingSettings(group=group, options=options)
-    modules = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
-    if not modules or not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "set_attn_implementation"):
         raise ValueError(
             f"{type(model).__name__} does not call transformers' attention interface: use ring_attention in its code"
         )
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    if getattr(config, "attention_chunk_size", None):
-        raise ValueError(f"attention_chunk_size={config.attention_chunk_size}: the ring has windows, but no chunks")
-    check_heads(config.num_attention_heads, config.num_key_value_heads, heads_degree, size)
+    _check_config(model, config)
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    check_heads(config.num_attention_heads, key_heads, heads_degree, size)
+    modules = _attention_modules(model, config)
+    rotary = [module for module in model.modules() if "Rotary" in type(module).__name__]
+    if not rotary:
+        raise ValueError(
+            f"{type(model).__name__} has no rotary embedding: learned positions end with their table, and biases by "
+            "distance need a mask; the ring takes models with rotary embeddings"
+        )
+    options = RingOptions(sharding=sharding, heads_degree=heads_degree, backend=backend)
+    settings = RingSettings(group=group, options=options)
+    calls = ModelCalls(settings, [module for module in rotary if depends_on_length(module)])
     AttentionInterface.register(NAME, ring_attention_forward)
     AttentionMaskInterface.register(NAME, _refuse_masks)
+    before = _Before(config._attn_implementation, modules, calls)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     for module in modules:
         module.ring_settings = settings  # type: ignore[assignment]
+    calls.watch(model)
+    model.__dict__[ATTRIBUTE] = before
 
 
-def shard_batch(
-    batch: Mapping[str, Tensor],
-    group: dist.ProcessGroup | None,
-    *,
-    sharding: str = "zigzag",
-    cu_seqlens: Documents = None,
-) -> dict[str, Any]:
-    """What this rank passes to the model, from a batch that every rank of the group holds whole.
+def stop_ring_attention(model: nn.Module) -> None:
+    """Undo use_ring_attention: the model attends as before, and takes whole batches; without a ring, nothing."""
+    before: _Before | None = model.__dict__.pop(ATTRIBUTE, None)
+    if before is None:
+        return
+    before.calls.stop()
+    model.set_attn_implementation(before.implementation)  # type: ignore[operator]
+    for module in before.modules:
+        del module.ring_settings
 
-    Args:
-        batch: "input_ids" [B, S], and "labels" [B, S] (not shifted, -100 ignored) where a loss is wanted.
-        group, sharding: as given to use_ring_attention.
-        cu_seqlens: documents packed in the one row of the batch; see ring_attention.
-    Returns:
-        Keyword arguments for the model. The loss it returns is this rank's part of the mean over the global label
-        count: sum losses, and gradients, over the group.
-    """
-    unknown = set(batch) - {"input_ids", "labels"}
-    if unknown:
-        raise ValueError(f"{sorted(unknown)} in the batch: give input_ids and labels; pack instead of padding")
-    ids = batch["input_ids"]
-    ends = document_ends(cu_seqlens)
-    seq_len = ids.shape[1]
-    positions = shard_positions(seq_len, group, sharding, ends, device=ids.device)
-    arguments: dict[str, Any] = {
-        "input_ids": shard_sequence(ids, group, dim=1, sharding=sharding, cu_seqlens=ends),
-        "position_ids": positions.expand(ids.shape[0], -1),
-        "ring_seq_len": seq_len,
-    }
-    if ends is not None:
-        arguments["ring_cu_seqlens"] = ends
-    if "labels" in batch:
-        everything = shard_labels(batch["labels"], (0, 1), cu_seqlens=ends)
-        labels = shard_sequence(everything, group, dim=1, sharding=sharding, cu_seqlens=ends)
-        count = (everything != IGNORED_LABEL).sum()
-        # A rank may hold no label: the sum of nothing over the count is a zero with a gradient, as it should be.
-        arguments |= {"labels": labels, "shift_labels": labels, "num_items_in_batch": count}
-    return arguments
+
+def _check_config(model: nn.Module, config: Any) -> None:
+    """Refuse what no trial of a few tokens shows."""
+    if getattr(config, "attention_chunk_size", None):
+        raise ValueError(f"attention_chunk_size={config.attention_chunk_size}: the ring has windows, but no chunks")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder: the ring has no cross-attention")
+
+
+def _attention_modules(model: nn.Module, config: Any) -> list[nn.Module]:
+    """The modules that call the attention function."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        if config.model_type not in KNOWN:
+            raise ValueError(
+                f"{type(model).__name__} has no weights yet (meta device), and model type {config.model_type!r} is not "
+                f"among the known {', '.join(sorted(KNOWN))}: make its weights first, so that it can be tried"
+            )
+        return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
+
+    @contextmanager
+    def replaced(function: Callable[..., Any]) -> Iterator[None]:
+        before = config._attn_implementation
+        AttentionInterface.register(TRIAL, function)
+        AttentionMaskInterface.register(TRIAL, _no_mask)
+        model.set_attn_implementation(TRIAL)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)  # type: ignore[operator]
+            AttentionInterface.register(TRIAL, ring_attention_forward)  # else it would keep the trial's modules alive
+
+    return attention_modules(model, replaced)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -146,8 +181,12 @@ def ring_attention_forward(
     for name, what in UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: {what}; choose another attn_implementation for {type(module).__name__}")
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise ValueError("cu_seq_lens_q counts one rank's tokens: give the whole sequence's as ring_cu_seqlens")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} counts one rank's tokens: give the whole sequence's as ring_cu_seqlens, or the whole batch to "
+                "shard_batch"
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if sliding_window is not None and not causal:
         raise ValueError(
@@ -173,6 +212,10 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """transformers' mask function of a trial."""
 
 
 def _refuse_masks(*args: Any, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs: Any) -> None:

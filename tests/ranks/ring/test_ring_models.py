@@ -164,7 +164,7 @@ def refusals() -> list[str]:
     answers.append(complaint(lambda: softcapped(ids)))
     answers.append(complaint(lambda: dropping.train()(ids)))
     answers.append(complaint(lambda: plain(ids, attention_mask=padded)))
-    answers.append(complaint(lambda: shard_batch(batch | {"attention_mask": padded}, None)))
+    answers.append(complaint(lambda: shard_batch(batch | {"pixel_values": padded}, None)))
     stranger = make_model("Llama")
     stranger.set_attn_implementation("fourfold_ring")
     answers.append(complaint(lambda: stranger(ids)))
@@ -178,7 +178,7 @@ def test_what_the_ring_does_not_do_is_refused(ranks):
         "softcap: a soft cap on the scores",
         "attention dropout of 0.1: set attention_dropout=0",
         "an attention_mask with padding: pack the documents",
-        "['attention_mask'] in the batch",
+        "['pixel_values'] in the batch",
         "call use_ring_attention(model, group)",
     ]
     for answer, message in zip(ranks(1)(refusals)[0], messages, strict=True):

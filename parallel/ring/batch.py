@@ -1,0 +1,150 @@
+"""What a rank passes to a model around the ring, from a batch that every rank of the group holds whole."""
+
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fourfold.parallel.communication import agree, digest, place_in
+from fourfold.parallel.sequence.documents import KEYS, ends_of_documents, real_tokens
+from fourfold.parallel.sequence.sharding import Shard
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents, Group, shard_labels, shard_sequence, take
+
+TAKEN = {"input_ids", "labels", "attention_mask", *KEYS}
+
+
+def shard_batch(
+    batch: Mapping[str, Any],
+    group: Group,
+    *,
+    sharding: str = "zigzag",
+    cu_seqlens: Documents = None,
+) -> dict[str, Any]:
+    """What this rank passes to the model, from a batch that every rank of the group holds whole; every rank calls.
+
+    Documents may be told by any of what transformers' collators and TRL send: `position_ids` that restart,
+    `cu_seq_lens_q` and `cu_seq_lens_k`, `seq_idx`, or here by cu_seqlens. Zigzag shards then balance the work of each
+    document over the ranks. Rows that hold documents or padding are laid one after the other in one row, padding last:
+
+        row 0   a a a b b .          a a a b b c c c . . .
+        row 1   . . c c c     ->     documents a, b and c; padding sees nothing and no token sees it
+
+    Args:
+        batch: "input_ids" [B, S]; "labels" [B, S] (not shifted, -100 ignored) where a loss is wanted; "attention_mask"
+            [B, S] of ones, and zeros at padding on either side; and what tells documents.
+        group: as given to use_ring_attention, or (rank, size) where nobody communicates.
+        sharding: as given to use_ring_attention.
+        cu_seqlens: documents packed in the one row of the batch; see ring_attention.
+    Returns:
+        Keyword arguments for the model. The loss it returns is this rank's part of the mean over the global label
+        count: sum losses, and gradients, over the group.
+    Raises:
+        ValueError: other keys in the batch, documents that are told in two ways which differ, labels at padding, or
+            ranks of the group that hold different batches.
+    Cost: 32 bytes a rank; the batch is read by the host where it tells documents or padding.
+    """
+    unknown = set(batch) - TAKEN
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} in the batch: it takes {', '.join(sorted(TAKEN))}")
+    if not isinstance(group, tuple):
+        _check_alike(batch, group, cu_seqlens)
+    ids: Tensor = batch["input_ids"]
+    rows, seq_len = ids.shape
+    ends = ends_of_documents(batch, (rows, seq_len), cu_seqlens)
+    mask = batch.get("attention_mask")
+    held = [range(seq_len)] * rows if mask is None or bool((mask == 1).all()) else real_tokens(mask)
+    positions = _positions(batch, ends, ids)
+    whole = {"input_ids": ids, "position_ids": positions}
+    if "labels" in batch:
+        whole["shift_labels"] = _shifted(batch["labels"], held, None if cu_seqlens is None else ends[0])
+    documents = None if cu_seqlens is None else ends[0]
+    if any(row != (0, seq_len) for row in ends) or any(len(tokens) < seq_len for tokens in held):
+        order, documents = _laid_out(ends, held, seq_len)
+        whole = {name: take(value.reshape(1, -1), order, 1) for name, value in whole.items()}
+    arguments: dict[str, Any] = {
+        name: shard_sequence(value, group, dim=1, sharding=sharding, cu_seqlens=documents)
+        for name, value in whole.items()
+    }
+    arguments["ring_seq_len"] = whole["input_ids"].shape[1]
+    if documents is not None:
+        arguments["ring_cu_seqlens"] = documents
+    if "shift_labels" in whole:
+        # A rank may hold no label: the sum of nothing over the count is a zero with a gradient, as it should be.
+        count = (whole["shift_labels"] != IGNORED_LABEL).sum()
+        arguments |= {"labels": arguments["shift_labels"], "num_items_in_batch": count}
+    return arguments
+
+
+def _check_alike(batch: Mapping[str, Any], group: dist.ProcessGroup | None, cu_seqlens: Documents) -> None:
+    """Refuse different batches on the ranks of a group: shards of them would be no sequence at all."""
+    ids: Tensor = batch["input_ids"]
+    told = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
+    tensors = [(name, tuple(value.shape)) for name, value in batch.items() if isinstance(value, Tensor)]
+    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    numbers = {
+        "the shapes of their batches": digest((sorted(tensors), sorted(told.items()), given)),
+        "input_ids": digest(_checksum(ids)),
+        "the other tensors of their batches": digest(
+            [_checksum(x) for _, x in sorted(batch.items()) if isinstance(x, Tensor) and x is not ids]
+        ),
+    }
+    agree(place_in(group), numbers, ids.device)
+
+
+def _checksum(x: Tensor) -> int:
+    """Of whole numbers; it depends on their order."""
+    values = x.flatten().to(torch.int64)
+    weights = torch.arange(1, values.numel() + 1, device=x.device) * 2654435761 % 1000003
+    return int(((values + 1) * weights).sum()) % (1 << 62)
+
+
+def _positions(batch: Mapping[str, Any], ends: list[tuple[int, ...]], ids: Tensor) -> Tensor:
+    """[B, S], as given, else counted from each document's start (and from the last end, for the padding there)."""
+    given: Tensor | None = batch.get("position_ids")
+    if given is not None:
+        return given.expand(ids.shape)
+    tokens = torch.arange(ids.shape[1], device=ids.device)
+    starts = [torch.tensor(cuts, device=ids.device) for cuts in ends]
+    return torch.stack([tokens - cuts[torch.searchsorted(cuts, tokens, right=True) - 1] for cuts in starts])
+
+
+def _shifted(labels: Tensor, held: list[range], cu_seqlens: tuple[int, ...] | None) -> Tensor:
+    """[B, S]: entry t is the label of token t+1.
+
+    Collators that tell documents have set the label of each one's first token to -100 themselves; cu_seqlens, which
+    is ours, does it here.
+
+    Raises:
+        ValueError: right padding is to predict something. It sees the tokens before it on one process; here it sees
+            nothing.
+    """
+    shifted = shard_labels(labels, (0, 1), sharding="contiguous", cu_seqlens=cu_seqlens)
+    for number, (row, tokens) in enumerate(zip(shifted, held, strict=True)):
+        if bool((row[tokens.stop :] != IGNORED_LABEL).any()):
+            raise ValueError(f"row {number} has labels at its padding: set them to {IGNORED_LABEL} there")
+    return shifted
+
+
+def _laid_out(ends: list[tuple[int, ...]], held: list[range], seq_len: int) -> tuple[Shard, tuple[int, ...]]:
+    """(order, cu_seqlens) of one row: the documents of all rows one after the other, then what belongs to none.
+
+    Args:
+        ends: each row's documents. held: each row's tokens that are no padding.
+    Returns:
+        order as ranges of tokens, counted through all rows.
+    """
+    inside: list[range] = []
+    outside: list[range] = []
+    documents = [0]
+    for number, (cuts, tokens) in enumerate(zip(ends, held, strict=True)):
+        first = number * seq_len
+        start = min(tokens.start, cuts[-1])
+        stop = max(start, min(tokens.stop, cuts[-1]))
+        inside.append(range(first + start, first + stop))
+        outside += [range(first, first + start), range(first + stop, first + seq_len)]
+        lengths = (min(end, stop) - max(begin, start) for begin, end in pairwise(cuts))
+        documents += [length for length in lengths if length > 0]
+    return tuple(tokens for tokens in inside + outside if tokens), tuple(accumulate(documents))

@@ -1,0 +1,155 @@
+"""What is checked, and filled in, at every call of a model around a ring, on every rank of the group alike.
+
+A call with a whole batch, or with half of what a shard needs, computes something: a loss of this rank's tokens at
+wrong places. So a hook before the model's forward refuses it; and one after it makes a mixture of experts'
+load-balancing loss, which is no sum over tokens, the ring's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fourfold.parallel.communication import agree, digest, gather_numbers, place_in
+from fourfold.parallel.ring.options import RingSettings
+from fourfold.parallel.ring.router_loss import ring_router_loss
+from fourfold.parallel.ring.whole_length import give_whole_length
+from fourfold.parallel.sequence.tensors import document_ends, shard_positions
+
+MADE_BY = "make the arguments with shard_batch"
+
+
+@dataclass(slots=True)
+class ModelCalls:
+    """The calls of one model.
+
+    Args:
+        rotary: its rotary embeddings that depend on the sequence's length.
+    """
+
+    settings: RingSettings
+    rotary: list[nn.Module] = field(default_factory=list)
+    _hooks: list[RemovableHandle] = field(default_factory=list)
+    _largest_position: int | None = None
+    _wants_router_loss: bool = False
+    _arguments: dict[str, Any] = field(default_factory=dict)
+
+    def watch(self, model: nn.Module) -> None:
+        """From now on."""
+        disable: Any = torch.compiler.disable
+        before, after = disable(self._before), disable(self._after)
+        self._hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(after),
+        ]
+        if place_in(self.settings.group).size > 1:
+            for rotary in self.rotary:
+                self._hooks += give_whole_length(rotary, self._largest)
+
+    def stop(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        place = place_in(self.settings.group)
+        kwargs = {"use_cache": False, **kwargs}
+        if kwargs["use_cache"] or kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "a cache of keys (use_cache, past_key_values, generate) around a ring: each rank would cache its own "
+                "shard's; call stop_ring_attention(model) before generating, and use_ring_attention again after it"
+            )
+        tokens = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+        if not isinstance(tokens, Tensor):
+            return args, kwargs  # the model says what it misses
+        if place.size == 1:
+            _tell_documents(kwargs, tokens)
+            return args, kwargs
+        positions = kwargs.get("position_ids")
+        # One message says what differs between ranks; else messages of other sizes would end the process.
+        problem = _missing(kwargs)
+        largest = -1 if positions is None or not positions.numel() else int(positions.max())
+        everyone = gather_numbers(place, [tokens.shape[1], largest], tokens.device)
+        seq_len = kwargs.get("ring_seq_len")
+        kwargs["ring_seq_len"] = seq_len = sum(there[0] for there in everyone) if seq_len is None else seq_len
+        self._largest_position = max(there[1] for there in everyone)
+        if problem is None and positions is not None and kwargs.get("ring_cu_seqlens") is None:
+            problem = self._misplaced(positions, seq_len, place.rank, place.size)
+        alike = {
+            "rows": tokens.shape[0],
+            "ring_seq_len": seq_len,
+            "ring_cu_seqlens": digest(document_ends(kwargs.get("ring_cu_seqlens"))),
+            "num_items_in_batch": int(kwargs.get("num_items_in_batch") or 0),
+            "the names of their arguments": digest(sorted(name for name in kwargs if kwargs[name] is not None)),
+        }
+        agree(place, alike, tokens.device, problem)
+        wanted = kwargs.get("output_router_logits")
+        config = getattr(model, "config", None)
+        self._wants_router_loss = bool(getattr(config, "output_router_logits", False) if wanted is None else wanted)
+        self._arguments = kwargs
+        return args, kwargs
+
+    def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        wants, self._wants_router_loss = self._wants_router_loss, False
+        arguments, self._arguments = self._arguments, {}
+        return ring_router_loss(model, output, arguments, self.settings) if wants else output
+
+    def _largest(self) -> int:
+        if self._largest_position is None:
+            raise ValueError(
+                "this model's rotary embedding depends on the length of the whole sequence: call the model itself, "
+                "not its layers"
+            )
+        return self._largest_position
+
+    def _misplaced(self, positions: Tensor, seq_len: int, rank: int, size: int) -> str | None:
+        """What is wrong with position ids [B or 1, S_local] of a sequence that is one document, or None."""
+        sharding = self.settings.options.sharding
+        expected = shard_positions(seq_len, (rank, size), sharding, device=positions.device)
+        if positions.shape[-1] != len(expected):
+            return (
+                f"rank {rank} holds {positions.shape[-1]} tokens, but its {sharding} shard of ring_seq_len={seq_len} "
+                f"has {len(expected)}: {MADE_BY}"
+            )
+        distance = positions - expected
+        if positions.dim() == 2 and len(expected) and not bool((distance == distance[:, :1]).all()):
+            return (
+                f"the position_ids of rank {rank} are not those of its {sharding} shard of one document: where they "
+                f"restart, tokens would attend across documents. Give position_ids or cu_seqlens to shard_batch, with "
+                f"sharding={sharding!r}"
+            )
+        return None
+
+
+def _missing(kwargs: Mapping[str, Any]) -> str | None:
+    """What a call on several ranks has to say and does not, or None."""
+    missing = [name for name in ("position_ids",) if kwargs.get(name) is None]
+    if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
+        missing += [name for name in ("shift_labels", "num_items_in_batch") if kwargs.get(name) is None]
+    if missing:
+        return (
+            f"a call without {', '.join(missing)} around a ring: each rank would take its tokens for a sequence of "
+            f"their own; {MADE_BY}, for evaluation too, or call stop_ring_attention(model)"
+        )
+    kept = kwargs.get("logits_to_keep", 0)
+    if isinstance(kept, Tensor) or kept:
+        return "logits_to_keep around a ring: the last tokens of a shard are not those of the sequence; leave it out"
+    return None
+
+
+def _tell_documents(kwargs: dict[str, Any], tokens: Tensor) -> None:
+    """On one rank, which has the whole sequence: restarting position ids become documents, as in transformers."""
+    positions = kwargs.get("position_ids")
+    told = kwargs.get("ring_cu_seqlens") is not None or kwargs.get("attention_mask") is not None
+    if told or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return
+    steps = positions.diff(dim=1) != 1
+    if not bool(steps.any()):
+        return
+    if tokens.shape[0] != 1:
+        raise ValueError(f"position_ids that restart, in {tokens.shape[0]} rows: shard_batch lays them in one row")
+    cuts = (torch.nonzero(steps[0]).flatten() + 1).tolist()
+    kwargs["ring_cu_seqlens"] = (0, *cuts, tokens.shape[1])
