@@ -41,6 +41,20 @@ def test_names_that_python_code_imports_exist(document):
         exec(compile(code, str(document), "exec"), {})
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_names_in_the_text_are_in_the_code(document):
+    """`like_this`, `LikeThis`, `LIKE_THIS` and `like_this(...)`: renamed in the code, they are to be renamed here."""
+    if document.name == "CHANGELOG.md":  # which tells of names that are gone
+        return
+    told = re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\))?`", document.read_text())
+    names = {
+        name.rpartition(".")[2] for name in told if re.search(r"[_A-Z]", name) and not name.endswith((".md", ".py"))
+    }
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".csv")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in [*files, ROOT / "pyproject.toml"])))
+    assert names - words - {"MFU", "P"} == set()
+
+
 def test_the_architecture_shows_every_patch():
     rows = [f"| {patch.what} | {patch.lasts} | {patch.why} |" for patch in PATCHES]
     text = (ROOT / "docs" / "architecture.md").read_text()
