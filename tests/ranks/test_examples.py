@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
+@cache
 def run(command: str) -> str:
     """What the command prints, run from the root as a user would, with the interpreter of the tests."""
     words = shlex.split(command)

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def test_names_that_python_code_imports_exist(document):
         exec(compile(code, str(document), "exec"), {})
 
 
+@cache
+def words_of_the_code() -> set[str]:
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".csv")]
+    return set(re.findall(r"\w+", "\n".join(path.read_text() for path in [*files, ROOT / "pyproject.toml"])))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_names_in_the_text_are_in_the_code(document):
     """`like_this`, `LikeThis`, `LIKE_THIS` and `like_this(...)`: renamed in the code, they are to be renamed here."""
@@ -50,9 +57,7 @@ def test_names_in_the_text_are_in_the_code(document):
     names = {
         name.rpartition(".")[2] for name in told if re.search(r"[_A-Z]", name) and not name.endswith((".md", ".py"))
     }
-    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".csv")]
-    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in [*files, ROOT / "pyproject.toml"])))
-    assert names - words - {"MFU", "P"} == set()
+    assert names - words_of_the_code() - {"MFU", "P"} == set()
 
 
 def test_the_architecture_shows_every_patch():
