@@ -9,11 +9,12 @@ from fourfold.launch.commands.calibrate import calibrate
 from fourfold.launch.commands.demo import demo
 from fourfold.launch.commands.explain import compare, explain
 from fourfold.launch.commands.export import export
-from fourfold.launch.commands.launch import launch
+from fourfold.launch.commands.launch import ResumingCommand, launch
 from fourfold.launch.commands.plan import plan
 from fourfold.launch.commands.profile import profile
 from fourfold.launch.commands.validate import validate
 from fourfold.launch.processes import RankFailure
+from fourfold.launch.refusal import EXIT_REFUSED, EXIT_TOLD
 
 app = typer.Typer(
     help="Measure a cluster, rank the ways to lay a model's training out on it, launch the best, and compare.",
@@ -21,8 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, profile, plan, explain, compare, export, launch, validate, calibrate):
+for command in (demo, profile, plan, explain, compare, export, validate, calibrate):
     app.command()(command)
+app.command(cls=ResumingCommand)(launch)
 
 
 def main() -> None:
@@ -38,9 +40,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _stopped(signal.SIGINT)
     except RankFailure as failure:
-        if failure.exit_code != 2:  # with 2 the rank has said why itself
+        if failure.exit_code not in (EXIT_REFUSED, EXIT_TOLD):  # with these the rank has said why itself
             print(failure, file=sys.stderr)
-        sys.exit(2 if failure.exit_code == 2 else 1)
+        sys.exit(EXIT_REFUSED if failure.exit_code == EXIT_REFUSED else 1)
     except Exception as error:
         # torch's elastic agent turns a signal into an exception of its own, once it has ended the ranks.
         if type(error).__name__ != "SignalException":

@@ -48,6 +48,8 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
     # results are warned of at exit below this one.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A rank that was stopped (SIGSTOP) does not see the signal that ends the others: it is killed this much later.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     # The agent's own account of a failure; RankFailure tells it once, with the traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(

@@ -1,20 +1,54 @@
-"""How a rank says that its user's input is no good: one line in all, exit code 2.
+"""How a rank ends: in one line and with an exit code that says what the line is about.
 
 All ranks read the same input and find the same fault, at slightly different moments; whichever ends first makes the
-launcher end the rest. So the others give rank 0 time to say it, and say it themselves only if nobody did.
+launcher end the rest. So the others give rank 0 time to say it, and say it themselves only if nobody did. Likewise a
+rank that merely lost its neighbour waits: the neighbour's own account is the one that helps.
 """
 
 import os
+import re
 import sys
 import time
 from typing import NoReturn
 
+EXIT_REFUSED = 2
+"""Something that the user can mend, said in one line."""
+EXIT_TOLD = 3
+"""A failure that the rank has said in one line itself."""
 _PATIENCE_S = 10.0
+_NEIGHBOUR_LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset)|Broken pipe|NCCL (communicator|error)|remote process exited"
+    r"|is gone|stops at",
+)
 
 
 def refuse(error: ValueError) -> NoReturn:
     """Print `error` in one line from one rank and end this process with exit code 2."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_PATIENCE_S)  # ended here, if rank 0 has found the fault too
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_REFUSED)
+
+
+def lost_neighbour(error: BaseException) -> bool:
+    """Whether `error` only says that another rank is gone, as a collective or a pipeline's link does."""
+    return isinstance(error, RuntimeError | ConnectionError) and bool(_NEIGHBOUR_LOST.search(str(error)))
+
+
+def tell_lost_neighbour(error: BaseException, activity: str) -> NoReturn:
+    """Say in one line that this rank stopped because another did; that one, or the launcher, may speak first."""
+    time.sleep(_PATIENCE_S)  # ended here, where a launcher ends the ranks that are left
+    first = str(error).strip().splitlines()[0]
+    rank = os.environ.get("RANK", "0")
+    print(f"error: rank {rank} lost another rank in {activity}: {first}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_TOLD)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now: nothing of torch's is destroyed in whatever order the interpreter's end brings.
+
+    Threads of process groups that are still there then end the process with SIGABRT, after a good training.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -6,15 +6,25 @@ world in words a user can act on.
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from fourfold.parallel.grid import AXES, Grid
 
 
-def init_mesh(*, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, device_type: str | None = None) -> DeviceMesh:
+def init_mesh(
+    *,
+    dp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    tp: int = 1,
+    device_type: str | None = None,
+    timeout: timedelta | None = None,
+) -> DeviceMesh:
     """Arrange all ranks in a grid with axes dp, pp, cp and tp; every rank must call.
 
     torch.distributed is started if it is not yet: from torchrun's environment variables, or as a world of one
@@ -26,6 +36,7 @@ def init_mesh(*, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, device_type
         cp: ranks that share one sequence.
         tp: ranks that share one layer's matrices.
         device_type: "cuda" or "cpu"; None takes CUDA where this host has a device.
+        timeout: the longest that a rank waits for the others in one operation; None for torch's (10 to 30 minutes).
     Returns:
         DeviceMesh of shape (dp, pp, cp, tp), tp fastest.
     Raises:
@@ -44,18 +55,22 @@ def init_mesh(*, dp: int = 1, pp: int = 1, cp: int = 1, tp: int = 1, device_type
             f"start {grid.world_size} processes or choose axes whose product is {world_size}"
         )
     if not dist.is_initialized():
-        _start(device_type)
-    return init_device_mesh(device_type, grid.shape, mesh_dim_names=AXES)
+        _start(device_type, timeout)
+    mesh = init_device_mesh(device_type, grid.shape, mesh_dim_names=AXES)
+    if timeout is not None:
+        for axis in AXES:
+            _set_pg_timeout(timeout, mesh.get_group(axis))  # torch gives a new group its own default
+    return mesh
 
 
-def _start(device_type: str) -> None:
+def _start(device_type: str, timeout: timedelta | None) -> None:
     device = None
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device)
+        dist.init_process_group(backend, device_id=device, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device, timeout=timeout)

@@ -7,10 +7,27 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fourfold.launch.processes import start_ranks
+from fourfold.launch.train_options import RESUME_VALUE, as_arguments, checked
 from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
+
+WRITTEN = {"metrics.csv", "result.json", "checkpoints", ".lock"}
+"""What a training leaves in its folder."""
+
+
+class ResumingCommand(TyperCommand):
+    """`--resume` alone means the newest checkpoint; a value may follow."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = []
+        for word, following in zip(args, [*args[1:], ""], strict=True):
+            words.append(word)
+            if word == "--resume" and not RESUME_VALUE.fullmatch(following):
+                words.append("yes")
+        return super().parse_args(ctx, words)
 
 
 def launch(
@@ -20,7 +37,19 @@ def launch(
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="[auto|STEP]",
+            help="Go on from the newest checkpoint in --out; auto: if there is one; or from that of a step.",
+        ),
+    ] = "no",
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="Also where the checkpoint's run had other settings.")
+    ] = False,
+    timeout_minutes: Annotated[
+        float, typer.Option(help="Without progress, before a hang is told and the ranks are ended.")
+    ] = 10.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train a decoder on Python's own sources under LAYOUT: starts one rank a device (or core) of this machine.
@@ -30,7 +59,8 @@ def launch(
     plan, model = read_layout_file(layout)
     run_layout(
         plan, model, steps=steps, out=out, learning_rate=learning_rate, seed=seed,
-        checkpoint_every=checkpoint_every, resume=resume, quiet=quiet,
+        checkpoint_every=checkpoint_every, resume=resume, resume_anyway=resume_anyway,
+        timeout_minutes=timeout_minutes, quiet=quiet,
     )  # fmt: skip
 
 
@@ -38,7 +68,7 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
     """Train under `layout` with one rank a device of this machine; results land in `out`.
 
     Args:
-        options: those of fourfold.launch.train, with underscores: True is a flag, False and None are left out.
+        options: the keys of TrainOptions.
     Raises:
         ValueError: what this runtime cannot run, more ranks than this machine has GPUs for (or eight a core).
         RankFailure: a rank failed; the others have been ended.
@@ -60,20 +90,15 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layout.toml"
         write_layout_file(file, layout, model)
-        arguments = ["--layout", str(file), "--out", str(out)]
-        for name, value in options.items():
-            if value is None or value is False:
-                continue
-            arguments.append("--" + name.replace("_", "-"))
-            if value is not True:
-                arguments.append(str(value))
+        values = {name: checked(name, value, f"--{name.replace('_', '-')}") for name, value in options.items()}
+        arguments = as_arguments({"layout": str(file), "out": str(out), **values})
         start_ranks("fourfold.launch.train", arguments, num_ranks=layout.world_size, device_type=device_type)
 
 
 def fresh_folder(folder: Path) -> Path:
     """`folder`, empty. Raises ValueError where it holds anything but an earlier run's results."""
     if folder.exists():
-        strange = sorted({path.name for path in folder.iterdir()} - {"metrics.csv", "result.json", "checkpoints"})
+        strange = sorted({path.name for path in folder.iterdir()} - WRITTEN)
         if strange:
             raise ValueError(f"{folder} holds {strange[0]}, which no run has written: give another --out")
         shutil.rmtree(folder)

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fourfold.launch.training.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
+from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult
-from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import BETAS, TrainSettings, decay_groups, learning_rate_at
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
@@ -113,33 +111,44 @@ class AsynchronousModel:
         Raises:
             PipelineError: a replica is gone.
         """
+        self._reduce_over_replicas(values, dist.ReduceOp.SUM)
+        return values.div_(self.layout.dp)
+
+    def largest_over_replicas(self, values: Tensor) -> Tensor:
+        """The largest of a tensor over dp, on this stage's device; every replica calls. Raises PipelineError, too."""
+        values = values.to(self.device)
+        self._reduce_over_replicas(values, dist.ReduceOp.MAX)
+        return values
+
+    def _reduce_over_replicas(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.layout.dp > 1:
             group = self.mesh.get_group("dp")
             try:
-                dist.all_reduce(values, group=group)
+                dist.all_reduce(values, operation, group=group)
             except RuntimeError as error:
                 raise replica_lost(self.pipeline.stage.index, group, error) from error
-            values /= self.layout.dp
-        return values
 
-    def save(self, folder: Path, *, step: int) -> None:
+    def save(self, checkpoints: Checkpoints, *, step: int) -> None:
         """Between two runs of the pipeline: nothing is in flight."""
         stage = self.pipeline.stage
         with stage.optimizer_parameters() as optimizer:
             assert optimizer is not None  # every stage of a decoder has weights
-            save_checkpoint(
-                folder, self, optimizer, step=step, updates_per_step=self.layout.updates_per_step,
+            checkpoints.save(
+                self,
+                optimizer,
+                step=step,
+                updates_per_step=self.layout.updates_per_step,
                 extra=stage.remembered(),
-            )  # fmt: skip
+            )
 
-    def load(self, folder: Path) -> int:
-        """The newest checkpoint of `folder`; returns its step. Raises ValueError as load_checkpoint does."""
+    def load(self, checkpoints: Checkpoints, resume: Resume) -> int:
+        """The checkpoint that `resume` means; returns its step. Raises CheckpointError as Checkpoints.load does."""
         stage, extra = self.pipeline.stage, self.pipeline.stage.remembered(blank=True)
         with stage.optimizer_parameters() as optimizer:
             assert optimizer is not None
-            step = load_checkpoint(
-                folder, self, optimizer, updates_per_step=self.layout.updates_per_step, extra=extra
-            )  # fmt: skip
+            step = checkpoints.load(self, optimizer, resume, updates_per_step=self.layout.updates_per_step, extra=extra)
+        if not step:
+            return 0
         updates = step * self.layout.updates_per_step
         stage.go_on(num_updates=updates, num_forwards=step * self.layout.num_micro_batches, remembered=extra)
         assert stage.scheduler is not None
@@ -161,19 +170,20 @@ class _StepClock:
         self._losses.append(loss)
         if len(self._losses) < self._model.layout.num_micro_batches:
             return
+        took_s = time.perf_counter() - self._since
         mean = self._model.average_over_replicas(torch.stack(self._losses).double().mean()).item()
         settings = self._model.settings
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"loss {mean} at step {self._step}: lower the learning rate {settings.learning_rate:.2g}"
             )
-        now = time.perf_counter()
+        slowest_s = self._model.largest_over_replicas(torch.tensor(took_s, dtype=torch.float64)).item()
         rate = learning_rate_at(self._step, settings)
         # No rank sees all gradients of an update, so there is no norm over the model.
-        record = StepRecord(self._step, mean, math.nan, rate, now - self._since)
+        record = StepRecord(self._step, mean, math.nan, rate, slowest_s)
         self.records.append(record)
         self._on_step(record)
-        self._losses, self._since, self._step = [], now, self._step + 1
+        self._losses, self._since, self._step = [], self._since + took_s, self._step + 1
 
 
 def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], run: TrainingRun) -> TrainResult:
@@ -192,11 +202,12 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     first = 0
     if run.resume:
-        first = model.load(run.checkpoint_folder())
+        run.activity.now("reading a checkpoint")
+        first = model.load(run.kept_checkpoints(), run.resume)
         if first >= settings.steps:
             raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
     elif settings.checkpoint_every:
-        refuse_overwriting(run.checkpoint_folder())
+        run.kept_checkpoints().refuse_overwriting()
     # Memory is counted until the optimizer's states are there and the pipeline has filled.
     counted = first + max(COUNTED_STEPS, -(-4 * layout.pp // layout.num_micro_batches))
     every = settings.checkpoint_every or settings.steps
@@ -205,12 +216,14 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
     while first < settings.steps:
         last = min(settings.steps, (first // every + 1) * every)
         clock = _StepClock(model, first, run.on_step)
-        model.pipeline.run(_training_stream(model, text[0], range(first, last), run.gauge, counted), on_loss=clock)
+        model.pipeline.run(_training_stream(model, text[0], range(first, last), run, counted), on_loss=clock)
         result.records += _shared(model, clock.records, range(first, last))
         if settings.checkpoint_every:
-            model.save(run.checkpoint_folder(), step=last)
+            run.activity.now(f"writing the checkpoint of step {last}")
+            model.save(run.kept_checkpoints(), step=last)
         first = last
     if settings.held_out_batches:
+        run.activity.now("held-out evaluation")
         losses = model.pipeline.evaluate(_held_out_stream(model, text[1], settings.held_out_batches))
         mean = torch.tensor(losses, dtype=torch.float64, device=model.device).mean()
         result.held_out_loss = model.average_over_replicas(mean).item()
@@ -220,12 +233,13 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
 
 
 def _training_stream(
-    model: AsynchronousModel, text: Tensor, steps: range, gauge: MemoryGauge, counted: int
+    model: AsynchronousModel, text: Tensor, steps: range, run: TrainingRun, counted: int
 ) -> Iterator[tuple[Tensor, Any]]:
     layout = model.layout
     for step in steps:
+        run.activity.now(f"step {step}")
         if step == counted:
-            gauge.stop()
+            run.gauge.stop()
         draw = partial(
             training_rows, text, seq_len=layout.seq_len, global_batch=layout.global_batch, step=step,
             seed=model.settings.seed, rows=model.rows,

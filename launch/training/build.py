@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -20,17 +21,8 @@ from fourfold.parallel import ParallelModel, init_mesh, parallelize
 from fourfold.parallel.stream import StreamSettings
 
 
-def build(
-    layout: Layout, model: ModelConfig, settings: TrainSettings
-) -> tuple[ParallelModel | AsynchronousModel, MemoryGauge]:
-    """Join the mesh and build the layout's model with random weights, the same under every layout; every rank calls.
-
-    Returns:
-        The model, and the gauge that counts its memory from before its weights were made.
-
-    Raises:
-        ValueError: the world is not the layout's, or the layout is not one this runtime launches.
-    """
+def check_world(layout: Layout, model: ModelConfig) -> None:
+    """Raises ValueError where the ranks that were started are not the layout's, or this runtime cannot run it."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != layout.world_size:
         raise ValueError(
@@ -42,10 +34,29 @@ def build(
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if local_world_size > torch.cuda.device_count():
             raise ValueError(f"{local_world_size} ranks on this host, but {torch.cuda.device_count()} CUDA devices")
-    else:
+
+
+def meet(layout: Layout, *, timeout_s: float) -> DeviceMesh:
+    """The layout's mesh; every rank calls.
+
+    Args:
+        timeout_s: after which a hang is told by HangWatch; torch's own limit comes later, should that not end the rank.
+    """
+    if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    # The process groups, then one small step, so that what is measured afterwards is the model's own.
-    mesh = init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp)
+    limit = timedelta(seconds=2 * timeout_s + 60)
+    return init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp, timeout=limit)
+
+
+def build(
+    layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: DeviceMesh
+) -> tuple[ParallelModel | AsynchronousModel, MemoryGauge]:
+    """Build the layout's model with random weights, the same under every layout; every rank calls.
+
+    Returns:
+        The model, and the gauge that counts its memory from before its weights were made.
+    """
+    # One small step, so that what is measured afterwards is the model's own.
     _warm_up(layout, model, mesh)
     gauge = MemoryGauge(torch.device(mesh.device_type))
     return _parallel_model(layout, model.config, mesh, settings), gauge

@@ -1,31 +1,42 @@
-"""Training state on disk, readable under any layout.
+"""Training state on disk, readable under any layout, and refused where it is not what was written.
 
 torch.distributed.checkpoint does the work: each rank writes its own part, and a reader of another layout finds its part
-by name. Here is only what makes a stop at any moment safe: a checkpoint is written beside its place and renamed when
-it is whole, and the one before it stays until then.
+by name. Here is what it leaves open. A stop at any moment is safe: a checkpoint is written beside its place, read back,
+and renamed when it is whole; older ones go only after that. What was damaged since is told before it is loaded. What
+fails on one rank is one error on all, in one line that says which checkpoint is whole.
 """
 
 import re
 import shutil
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from fourfold.launch.training.agreement import gathered, on_rank_0
+from fourfold.launch.training.manifest import Checksum, ChecksummingFileSystem, Manifest, damage
 from fourfold.parallel.decoder.stage import DecoderStage
 
 _LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
 _NAME = re.compile(r"step_(\d{8})")
+_LEFTOVERS = ("partial_*", "removed_*")
 _RATIO = "updates_per_step"
 # Names instead of positions, so that stages and shards of another layout find their part.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or not be taken; the same on every rank."""
 
 
 class HasStage(Protocol):
@@ -34,99 +45,282 @@ class HasStage(Protocol):
     stage: DecoderStage
 
 
-def save_checkpoint(
-    folder: Path,
-    model: HasStage,
-    optimizer: Optimizer,
-    *,
-    step: int,
-    updates_per_step: int = 1,
-    extra: Mapping[str, Tensor] | None = None,
-) -> Path:
-    """Write `folder/step_XXXXXXXX`; every rank calls. Older checkpoints but the last before this are removed.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """From which checkpoint a run goes on.
 
-    Args:
-        updates_per_step: more than one where a step's micro-batches update one by one.
-        extra: further tensors, under names that no other stage uses.
-    Returns:
-        The checkpoint's path, complete on return.
-    Cost: each weight and optimizer state is written once over all ranks.
+    Attributes:
+        choice: "no", "yes" (the newest, refused where it is damaged), "auto" (the newest whole one, from scratch where
+            there is none), or the step of one, as "40" or "step_00000040".
+        anyway: also where the run that wrote it had other settings.
     """
-    target = folder / f"step_{step:08d}"
-    partial = folder / f"partial_{step:08d}"
-    if dist.get_rank() == 0:
-        for interrupted in folder.glob("partial_*"):
-            shutil.rmtree(interrupted)
-    dist.barrier()
-    weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
-    state = {"model": weights, "optimizer": states, "step": step, _RATIO: updates_per_step, "extra": dict(extra or {})}
-    save(state, checkpoint_id=partial)
-    if dist.get_rank() == 0:
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        for old in _complete(folder)[:-2]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
+
+    choice: str = "no"
+    anyway: bool = False
+
+    def __post_init__(self) -> None:
+        if self.choice not in ("no", "yes", "auto") and self.step is None:
+            raise ValueError(f"--resume {self.choice}: give auto, the step of a checkpoint, or nothing for the newest")
+
+    @property
+    def step(self) -> int | None:
+        """The step that is asked for by number."""
+        digits = self.choice.removeprefix("step_")
+        return int(digits) if digits.isdecimal() and len(digits) <= 8 else None
+
+    def __bool__(self) -> bool:
+        return self.choice != "no"
 
 
-def load_checkpoint(
-    folder: Path,
-    model: HasStage,
-    optimizer: Optimizer,
-    *,
-    updates_per_step: int = 1,
-    extra: dict[str, Tensor] | None = None,
-) -> int:
-    """Load the newest checkpoint of `folder` into model and optimizer; every rank calls.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoints:
+    """The checkpoints of one run: a folder of `step_XXXXXXXX`.
 
-    Args:
-        extra: tensors to fill; those that the checkpoint has not are taken out.
-    Returns:
-        The step it was written after.
+    Attributes:
+        settings: of this run, flat; written with each checkpoint, and compared where one is taken.
+        keep: how many of the newest stay.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    keep: int = 2
+
+    def refuse_overwriting(self) -> None:
+        """Raises CheckpointError where there are checkpoints of an earlier run: a new one would replace them."""
+        found = self._all()
+        if found:
+            raise CheckpointError(
+                f"{self.folder} holds {found[-1].name} of an earlier run: add --resume, or give another --out"
+            )
+
+    def save(
+        self,
+        model: HasStage,
+        optimizer: Optimizer,
+        *,
+        step: int,
+        updates_per_step: int = 1,
+        extra: Mapping[str, Tensor] | None = None,
+    ) -> Path:
+        """Write `step_XXXXXXXX`; every rank calls. It is whole on return, and of the older ones `keep - 1` are left.
+
+        Args:
+            updates_per_step: more than one where a step's micro-batches update one by one.
+            extra: further tensors, under names that no other stage uses.
+        Raises:
+            CheckpointError: it could not be written (a full disk), or reads back otherwise; the older ones are left.
+        Cost: each weight and optimizer state is written once over all ranks, and read once.
+        """
+        target = self.folder / f"step_{step:08d}"
+        partial = self.folder / f"partial_{step:08d}"
+        try:
+            on_rank_0(lambda: _remove_leftovers(self.folder))
+            files = _write(partial, model, optimizer, {"step": step, _RATIO: updates_per_step, "extra": extra or {}})
+            manifest = Manifest(step=step, settings=self.settings, files=files)
+            on_rank_0(lambda: _put_in_place(manifest, partial, target))
+            on_rank_0(self._remove_old)
+        except ValueError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+            raise CheckpointError(
+                f"{target} could not be written: {error}; {self._advice(self._newest_whole())}"
+            ) from None
+        return target
+
+    def load(
+        self,
+        model: HasStage,
+        optimizer: Optimizer,
+        resume: Resume,
+        *,
+        updates_per_step: int = 1,
+        extra: dict[str, Tensor] | None = None,
+    ) -> int:
+        """Load the checkpoint that `resume` means into model and optimizer; every rank calls.
+
+        Args:
+            extra: tensors to fill; those that the checkpoint has not are taken out.
+        Returns:
+            The step it was written after; 0 where "auto" has found none.
+        Raises:
+            CheckpointError: there is none, it is damaged, or it is of another model, of a run with other settings, or
+            of one with other updates a step (their hyper-parameters and counts differ).
+        Cost: each file is read twice over all ranks, once to compare its checksum.
+        """
+        chosen = self._choose(resume)
+        if chosen is None:
+            return 0
+        path, manifest = chosen
+        # torch reads the names it is asked for and passes over the rest, so a deeper model would load without a word.
+        names = FileSystemReader(path).read_metadata().state_dict_metadata
+        num_layers = len({match[1] for name in names if (match := _LAYER.match(name))})
+        if num_layers != model.stage.num_layers:
+            raise CheckpointError(f"{path} is of a model of {num_layers} layers, but this has {model.stage.num_layers}")
+        self._compare_settings(path, manifest, resume)
+        # The model's own tensors say which part of which shard this rank reads.
+        weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
+        extra = {} if extra is None else extra
+        for name in [name for name in extra if f"extra.{name}" not in names]:
+            del extra[name]
+        state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0, "extra": extra}
+        state |= {_RATIO: 1} if _RATIO in names else {}
+        try:
+            load(state, checkpoint_id=path)
+        except (CheckpointException, Exception) as error:
+            raise CheckpointError(f"{path} does not fit this model: {_reason(error)}") from None
+        if state.get(_RATIO, 1) != updates_per_step:
+            raise CheckpointError(
+                f"{path} was written with {state.get(_RATIO, 1)} updates a step, and this layout makes "
+                f"{updates_per_step}: keep its schedule, dp and micro_batch, or start anew"
+            )
+        set_state_dict(model.stage, optimizer, model_state_dict=weights, optim_state_dict=states, options=_OPTIONS)
+        return int(state["step"])
+
+    def _choose(self, resume: Resume) -> tuple[Path, Manifest] | None:
+        """The checkpoint that `resume` means, verified; None where "auto" has none to choose from."""
+        found: list[Path] = on_rank_0(self._all)
+        if resume.step is not None:
+            found = [path for path in found if _step_of(path) == resume.step]
+            if not found:
+                raise CheckpointError(f"{self.folder} holds no checkpoint of step {resume.step}")
+        if not found:
+            if resume.choice == "auto":
+                return None
+            raise CheckpointError(f"{self.folder} holds no complete checkpoint: train without --resume first")
+        damaged: list[str] = []
+        for path in reversed(found):
+            manifest, problem = _verified(path)
+            if manifest is not None:
+                for told in damaged:
+                    _tell(f"{told}; going on from {path.name}")
+                return path, manifest
+            damaged.append(f"{path}: {problem}")
+            if resume.choice != "auto":
+                break
+        raise CheckpointError(f"{damaged[0]}; {self._advice(self._newest_whole())}")
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint that verifies; every rank calls."""
+        for path in reversed(on_rank_0(self._all)):
+            if _verified(path)[0] is not None:
+                return Path(path)
+        return None
+
+    @staticmethod
+    def _advice(whole: Path | None) -> str:
+        if whole is None:
+            return "no other checkpoint is whole: start anew with another --out"
+        return f"{whole.name} is whole: go on from it with --resume {_step_of(whole)}"
+
+    def _compare_settings(self, path: Path, manifest: Manifest, resume: Resume) -> None:
+        """Refuse, or with `resume.anyway` tell, what this run does otherwise than the one that wrote `path`."""
+        old, new = manifest.settings, self.settings
+        changed = {
+            name: f"{name}={old[name]!r} (now {new[name]!r})" for name in new if name in old and old[name] != new[name]
+        }
+        refused = [told for name, told in changed.items() if name not in MAY_CHANGE]
+        if refused and not resume.anyway:
+            raise CheckpointError(
+                f"{path} was written with {', '.join(refused)}: resume with what it was written with, "
+                "or add --resume-anyway"
+            )
+        if changed:
+            _tell(f"{path.name} was written with {', '.join(changed.values())}")
+
+    def _all(self) -> list[Path]:
+        """Checkpoints by their names, oldest first, whole or not."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+    def _remove_old(self) -> None:
+        for old in self._all()[: -self.keep]:
+            _remove(old)
+
+
+MAY_CHANGE = ("steps",)
+"""Settings that a resumed run may have otherwise without being asked to: a longer run is the same run."""
+
+
+def _write(partial: Path, model: HasStage, optimizer: Optimizer, rest: Mapping[str, Any]) -> dict[str, Checksum]:
+    """Write this rank's shards into `partial` and read them back; returns all ranks' checksums by file.
+
     Raises:
-        ValueError: there is none, or it is of another model, or of a run with other updates a step (their
-        hyper-parameters and counts differ).
+        ValueError: on every rank, where one of them failed.
     """
-    complete = _complete(folder)
-    if not complete:
-        raise ValueError(f"{folder} holds no complete checkpoint: train without --resume first")
-    # torch reads the names it is asked for and passes over the rest, so a deeper model would load without a word.
-    names = FileSystemReader(complete[-1]).read_metadata().state_dict_metadata
-    num_layers = len({match[1] for name in names if (match := _LAYER.match(name))})
-    if num_layers != model.stage.num_layers:
-        raise ValueError(f"{complete[-1]} is of a model of {num_layers} layers, but this has {model.stage.num_layers}")
     weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
-    extra = {} if extra is None else extra
-    for name in [name for name in extra if f"extra.{name}" not in names]:
-        del extra[name]
-    state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0, "extra": extra}
-    state |= {_RATIO: 1} if _RATIO in names else {}
+    writer, files = FileSystemWriter(partial), ChecksummingFileSystem()
+    writer.fs = files
+    problem = None
     try:
-        load(state, checkpoint_id=complete[-1])
-    except Exception as error:
-        # DCP wraps whatever happened on any rank; the first line tells which key or file.
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{complete[-1]} does not fit this model: {reason}") from error
-    if state.get(_RATIO, 1) != updates_per_step:
-        raise ValueError(
-            f"{complete[-1]} was written with {state.get(_RATIO, 1)} updates a step, and this layout makes "
-            f"{updates_per_step}: keep its schedule, dp and micro_batch, or start anew"
-        )
-    set_state_dict(model.stage, optimizer, model_state_dict=weights, optim_state_dict=states, options=_OPTIONS)
-    return int(state["step"])
+        save({"model": weights, "optimizer": states, **rest}, storage_writer=writer)
+    except (CheckpointException, OSError) as error:
+        problem = files.failure or _reason(error)
+    else:
+        found = damage(partial, files.written, list(files.written))
+        files.failure = problem = f"{found[0]}, when it was read back" if found else None
+    outcomes = gathered((files.failure, problem, files.written))
+    for rank, (failure, _, _) in enumerate(outcomes):
+        if failure is not None:  # the rank that has it says it more plainly than what torch tells the others
+            raise ValueError(f"rank {rank}: {failure}")
+    for _, told, _ in outcomes:
+        if told is not None:
+            raise ValueError(told)
+    return {name: checksum for _, _, written in outcomes for name, checksum in written.items()}
 
 
-def refuse_overwriting(folder: Path) -> None:
-    """Raises ValueError where `folder` holds checkpoints of an earlier run: a new one would replace them."""
-    complete = _complete(folder)
-    if complete:
-        raise ValueError(f"{folder} holds {complete[-1].name} of an earlier run: add --resume, or give another --out")
+def _put_in_place(manifest: Manifest, partial: Path, target: Path) -> None:
+    manifest.write(partial)
+    if target.exists():  # of a step that was taken again
+        _remove(target)
+    partial.rename(target)
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / ".metadata").exists())
+def _remove(checkpoint: Path) -> None:
+    """A stop in the middle leaves no half of a checkpoint under its name."""
+    removed = checkpoint.with_name(f"removed_{checkpoint.name}")
+    checkpoint.rename(removed)
+    shutil.rmtree(removed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a run that was stopped in the middle of a save has left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in _LEFTOVERS:
+        for left in folder.glob(pattern):
+            shutil.rmtree(left)
+
+
+def _verified(path: Path) -> tuple[Manifest | None, str]:
+    """The manifest of a checkpoint whose files are all as they were written, or what is wrong; every rank calls."""
+    try:
+        manifest: Manifest = on_rank_0(lambda: Manifest.read(path))
+    except ValueError as error:
+        return None, str(error)
+    mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
+    problems = [problem for rank in gathered(damage(path, manifest.files, mine)) for problem in rank]
+    return (None, ", ".join(problems[:3])) if problems else (manifest, "")
+
+
+def _reason(error: BaseException) -> str:
+    """The cause that torch gathered from the ranks, in one line: of the lowest rank that has one."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        rank = min(failures)
+        cause = failures[rank][0]
+        return f"rank {rank}: {_first_line(cause)}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _tell(words: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"note: {words}", file=sys.stderr, flush=True)

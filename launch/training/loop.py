@@ -4,17 +4,17 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from fourfold.launch.training.checkpoints import load_checkpoint, refuse_overwriting, save_checkpoint
+from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import BETAS, TrainSettings, decay_groups, learning_rate_at
+from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
 
@@ -24,7 +24,7 @@ COUNTED_STEPS = 2
 
 @dataclass(slots=True)
 class StepRecord:
-    """One step as this rank saw it; the loss and the norm are global."""
+    """One step; loss and norm are global, and the time is that of the rank that took longest."""
 
     step: int
     loss: float
@@ -47,18 +47,20 @@ class TrainingRun:
 
     Attributes:
         gauge: made before the model was; it is stopped once the optimizer's states have been seen.
-        checkpoints: folder for checkpoints; needed when they are written or read.
-        resume: start from the newest checkpoint there instead of from scratch.
+        checkpoints: where checkpoints are kept; needed when they are written or read.
+        resume: the checkpoint to start from, if any.
+        activity: told what this rank is doing.
         on_step: called after every step, on every rank that knows its loss.
     """
 
     gauge: MemoryGauge
-    checkpoints: Path | None = None
-    resume: bool = False
+    checkpoints: Checkpoints | None = None
+    resume: Resume = field(default_factory=Resume)
+    activity: Activity = field(default_factory=Activity)
     on_step: Callable[[StepRecord], None] = lambda record: None
 
-    def checkpoint_folder(self) -> Path:
-        """The folder of checkpoints; ValueError where there is none."""
+    def kept_checkpoints(self) -> Checkpoints:
+        """Where checkpoints are kept; ValueError where none are."""
         if self.checkpoints is None:
             raise ValueError("checkpoints need a folder: give --out DIR")
         return self.checkpoints
@@ -85,11 +87,12 @@ def train(
     optimizer = make_optimizer(model, settings)
     first = 0
     if run.resume:
-        first = load_checkpoint(run.checkpoint_folder(), model, optimizer)
+        run.activity.now("reading a checkpoint")
+        first = run.kept_checkpoints().load(model, optimizer, run.resume)
         if first >= settings.steps:
             raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
     elif settings.checkpoint_every:
-        refuse_overwriting(run.checkpoint_folder())
+        run.kept_checkpoints().refuse_overwriting()
     rows = model.batch_rows(layout.global_batch)
     result = TrainResult()
     for step in range(first, settings.steps):
@@ -102,6 +105,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Gradients, refused before they reach the weights where they are no numbers; then the update.
+        run.activity.now(f"step {step}: forward and backward")
         loss = model.forward_backward(ids).item()
         norm = model.clip_grad_norm_(settings.max_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -109,19 +113,23 @@ def train(
                 f"loss {loss} and gradient norm {norm} at step {step}: "
                 f"lower the learning rate {settings.learning_rate:.2g}"
             )
+        run.activity.now(f"step {step}: update")
         optimizer.step()
         optimizer.zero_grad()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         # What is told and kept of the step.
-        record = StepRecord(step, loss, norm, rate, time.perf_counter() - start)
+        step_s = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=model.device)
+        record = StepRecord(step, loss, norm, rate, _largest(step_s).item())
         result.records.append(record)
         run.on_step(record)
         if step == first + COUNTED_STEPS - 1:
             run.gauge.stop()
         if settings.checkpoint_every and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
-            save_checkpoint(run.checkpoint_folder(), model, optimizer, step=step + 1)
+            run.activity.now(f"writing the checkpoint of step {step + 1}")
+            run.kept_checkpoints().save(model, optimizer, step=step + 1)
     if settings.held_out_batches:
+        run.activity.now("held-out evaluation")
         result.held_out_loss = held_out_loss(model, layout, text[1], settings.held_out_batches)
     run.gauge.stop()
     result.peak_bytes = run.gauge.peak_bytes
@@ -146,13 +154,12 @@ def held_out_loss(model: ParallelModel, layout: Layout, text: Tensor, num_batche
     return total / num_batches
 
 
-def slowest_and_largest(result: TrainResult, device: torch.device) -> TrainResult:
-    """The same result with every step's time, and the memory, of the rank that had most; every rank calls."""
-    times = torch.tensor([record.step_s for record in result.records], dtype=torch.float64, device=device)
-    peak = torch.tensor(result.peak_bytes, dtype=torch.int64, device=device)
-    dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    for record, step_s in zip(result.records, times.tolist(), strict=True):
-        record.step_s = step_s
-    result.peak_bytes = int(peak)
+def largest_memory(result: TrainResult, device: torch.device) -> TrainResult:
+    """The same result with the memory of the rank that had most; every rank calls."""
+    result.peak_bytes = int(_largest(torch.tensor(result.peak_bytes, dtype=torch.int64, device=device)))
     return result
+
+
+def _largest(value: Tensor) -> Tensor:
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value

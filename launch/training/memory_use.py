@@ -56,11 +56,11 @@ class MemoryGauge:
         assert self._peak_bytes is not None
         return self._peak_bytes
 
-    def in_use_bytes(self) -> int:
-        """What to show while running: the allocator's peak on CUDA, the process's resident size on a CPU."""
+    def in_use(self) -> str:
+        """What to show while running, and what it is: CUDA's allocator knows its tensors, a CPU only the process."""
         if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
-        return int(psutil.Process().memory_info().rss)
+            return f"tensors {torch.cuda.max_memory_allocated(self._device) / 2**30:.2f} GiB at most"
+        return f"process {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
 
 
 def _allocations(events: Iterable[Any]) -> Iterable[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold.launch.training.loop import StepRecord
+from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import TrainSettings
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
@@ -34,11 +35,11 @@ class Display:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def show(self, step: StepRecord, memory_bytes: int) -> None:
+    def show(self, step: StepRecord, gauge: MemoryGauge) -> None:
         words = f"loss {step.loss:.3f}  {self._tokens / step.step_s:,.0f} tokens/s"
         if self._peak_flops_per_s:
             words += f"  MFU {self._flops / step.step_s / self._peak_flops_per_s:.1%}"
-        words += f"  {memory_bytes / 2**30:.2f} GiB"
+        words += f"  {gauge.in_use()}"
         if self._console.is_terminal:
             self._progress.update(self._task, completed=step.step + 1, description=words)
         elif time.monotonic() - self._last_line_s > 5 or step.step + 1 == self._num_steps:

@@ -1,11 +1,14 @@
 """How long and how fast a training learns, and what follows from that: its learning rates and parameter groups."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from fourfold.layouts.inputs.layout import Layout
 
 BETAS = (0.9, 0.95)
 """AdamW's, at the global batch."""
@@ -41,6 +44,23 @@ class TrainSettings:
         for name in ("warmup_steps", "weight_decay", "checkpoint_every", "held_out_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+
+
+_NOT_THE_MODELS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
+_COMPARED = ("steps", "learning_rate", "warmup_steps", "weight_decay", "max_norm", "seed")
+
+
+def comparable_settings(config: Mapping[str, Any], layout: Layout, settings: TrainSettings) -> dict[str, Any]:
+    """What a resumed run must have like the run that it resumes, whatever its layout: flat, and as JSON keeps it.
+
+    Args:
+        config: the model's, with transformers' defaults filled in.
+    """
+    model = {f"model.{name}": value for name, value in config.items() if name not in _NOT_THE_MODELS}
+    batch = {"global_batch": layout.global_batch, "seq_len": layout.seq_len}
+    flat = {**model, **batch, **{name: getattr(settings, name) for name in _COMPARED}}
+    kept: dict[str, Any] = json.loads(json.dumps(flat, default=str))
+    return kept
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:

@@ -21,6 +21,7 @@ from fourfold.launch.training.async_loop import (
     scaled_optimizer,
     train_asynchronously,
 )
+from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import TrainingRun
 from fourfold.launch.training.memory_use import MemoryGauge
@@ -63,7 +64,9 @@ def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float
     mesh = init_mesh(dp=plan.dp, pp=plan.pp, device_type="cpu")
     model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS, dtype=None)
     gauge = MemoryGauge(torch.device("cpu"))
-    run = TrainingRun(gauge=gauge, checkpoints=Path(folder), resume=resume)
+    run = TrainingRun(
+        gauge=gauge, checkpoints=Checkpoints(folder=Path(folder)), resume=Resume(choice="yes" if resume else "no")
+    )
     result = train_asynchronously(model, (TEXT[0], TEXT[1]), run)
     assert result.peak_bytes > sum(4 * p.numel() for p in model.stage.parameters())
     losses = [record.loss for record in result.records]

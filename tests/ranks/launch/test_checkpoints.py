@@ -9,6 +9,7 @@ import torch.distributed as dist
 from support.one_loss import tiny_model
 from support.rank_pool import RankFailure
 
+from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.loop import TrainingRun, train
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import TrainSettings
@@ -22,13 +23,13 @@ def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 
     layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **axes)
     mesh = init_mesh(**axes, device_type="cpu")
     model = parallelize(tiny_model(num_hidden_layers=num_layers), mesh, micro_batch=1, **options)
-    result = train(
-        model,
-        layout,
-        (TEXT[0], TEXT[1]),
-        TrainSettings(steps=4, warmup_steps=2, held_out_batches=0, checkpoint_every=2),
-        TrainingRun(gauge=MemoryGauge(torch.device("cpu")), checkpoints=Path(folder), resume=resume),
+    kept = TrainingRun(
+        gauge=MemoryGauge(torch.device("cpu")),
+        checkpoints=Checkpoints(folder=Path(folder)),
+        resume=Resume(choice="yes" if resume else "no"),
     )
+    settings = TrainSettings(steps=4, warmup_steps=2, held_out_batches=0, checkpoint_every=2)
+    result = train(model, layout, (TEXT[0], TEXT[1]), settings, kept)
     return [record.loss for record in result.records]
 
 

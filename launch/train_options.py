@@ -1,0 +1,141 @@
+"""What a training is asked to do: in a file (train.toml), on the command line, or both, where the command line counts.
+
+Every key of the file is an option of the same name (`learning_rate`, `--learning-rate`), read by one validating reader:
+an unknown key, a wrong type, a number that is none or out of its range are refused in one line. No torch in here: the
+command line reads it before any rank is started.
+"""
+
+import argparse
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from dataclasses import field as _field
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from fourfold.layouts.inputs.reading import number, read_toml, shown, whole
+
+
+def _key(default: Any, words: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
+    """A key of the file: its default, what it means, and the values it takes; `least` itself is taken, too."""
+    return _field(default=default, metadata={"help": words, "least": least, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """The keys of train.toml, which are the options of `fourfold.launch.train`."""
+
+    layout: str = _key("", "layout.toml, as `layout-advisor plan` writes it")
+    out: str | None = _key(None, "folder for metrics.csv, result.json and checkpoints")
+    steps: int = _key(100, "optimizer steps in all", least=1)
+    learning_rate: float = _key(3e-3, "at its peak", least=0)
+    warmup_steps: int = _key(10, "linear warm-up", least=0)
+    weight_decay: float = _key(0.1, "of matrices; vectors do not decay", least=0)
+    max_norm: float = _key(1.0, "gradients are clipped to this norm", least=0)
+    seed: int = _key(0, "of weights and batches", least=0)
+    checkpoint_every: int = _key(0, "steps between checkpoints; 0: none", least=0)
+    keep_checkpoints: int = _key(2, "how many of the newest checkpoints stay", least=1)
+    resume: str = _key("no", "go on from the newest checkpoint in --out; auto: if there is one; or a checkpoint's step")
+    resume_anyway: bool = _key(False, "also where the checkpoint's run had other settings")
+    held_out_batches: int = _key(4, "batches of held-out text at the end; 0: none", least=0)
+    timeout_minutes: float = _key(10.0, "without progress, before a hang is told and ended", least=0)
+    peak_flops_per_s: float = _key(0.0, "of all devices together, for MFU; 0: not shown", least=0)
+    quiet: bool = _key(False, "show no progress")
+
+
+RESUME_VALUE = re.compile(r"yes|no|auto|(step_)?\d{1,8}")
+"""What may follow `--resume`."""
+
+
+def read_options(arguments: Sequence[str]) -> TrainOptions:
+    """The options of a command line, those of the file that its `--config` names among them.
+
+    Raises:
+        ValueError: an unknown key or option, a value of the wrong type or out of its range; one line.
+        SystemExit: `--help` was asked for.
+    """
+    given = vars(_parser().parse_args(list(arguments)))
+    config = given.pop("config", None)
+    values = read_train_file(Path(config)) if config is not None else {}
+    values |= {name: checked(name, value, f"--{name.replace('_', '-')}") for name, value in given.items()}
+    return TrainOptions(**values)
+
+
+def read_train_file(path: Path) -> dict[str, Any]:
+    """The keys of a train.toml, checked. Raises ValueError, which names the file and the key."""
+    table = read_toml(path, "give a train.toml")
+    return {name: checked(name, value, f"{path}: {name}") for name, value in table.items()}
+
+
+def checked(name: str, value: Any, where: str) -> Any:
+    """`value` as the key `name` takes it.
+
+    Raises:
+        ValueError: no such key; another type; a number that is not finite, too large, or below the key's least.
+    """
+    known = _KEYS.get(name)
+    if known is None:
+        near = difflib.get_close_matches(name, _KEYS, n=1)
+        raise ValueError(f"{where}: no such key" + (f"; did you mean {near[0]}?" if near else ""))
+    kind = _kind(name)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}={shown(value)}: give true or false")
+        return value
+    if kind is str:
+        if not isinstance(value, str) or "\0" in value:
+            raise ValueError(f"{where}={shown(value)}: give a text")
+        choices = known.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"{where}={shown(value)}: choose one of {', '.join(choices)}")
+        return value
+    if kind is int:
+        return whole(value, where, least=known.metadata["least"])
+    return number(value, where, zero=True)
+
+
+def as_arguments(values: Mapping[str, Any]) -> list[str]:
+    """`values` by key as a command line of `fourfold.launch.train`; None and False are left out."""
+    words = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+    return words
+
+
+_KEYS = {key.name: key for key in fields(TrainOptions)}
+
+
+def _kind(name: str) -> type:
+    """str, int, float or bool: what a key takes besides nothing."""
+    hint = get_type_hints(TrainOptions)[name]
+    kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
+    return kind
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, by the way of everything else that a user can get wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="torchrun ... -m fourfold.launch.train",
+        description="Train a decoder under a layout; run it on every rank, with torchrun.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="train.toml: any of the options below, as keys")
+    for name, key in _KEYS.items():
+        option, words = f"--{name.replace('_', '-')}", key.metadata["help"].replace("%", "%%")
+        if name == "resume":
+            parser.add_argument(option, nargs="?", const="yes", metavar="auto|STEP", help=words)
+        elif _kind(name) is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=words)
+        else:
+            parser.add_argument(option, type=_kind(name), metavar=_kind(name).__name__.upper(), help=words)
+    return parser

@@ -1,0 +1,34 @@
+"""One outcome on all ranks: where one of them fails, every rank raises the same error, and none waits for it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Answer = TypeVar("Answer")
+
+
+def gathered(value: Answer) -> list[Answer]:
+    """Every rank's `value`, in rank order, on every rank; every rank calls. It must pickle."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(action: Callable[[], Answer]) -> Answer:
+    """What `action` returned on rank 0, on every rank; every rank calls.
+
+    Raises:
+        ValueError: `action` raised a ValueError or an OSError; the same message on every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    answer: Answer = outcome[0]
+    return answer

@@ -1,0 +1,209 @@
+"""What can happen to a checkpoint is told in one line, the same on every rank, that names a whole one."""
+
+import resource
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.one_loss import tiny_model
+
+from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
+from fourfold.launch.training.checkpoints import CheckpointError, Checkpoints, Resume
+from fourfold.launch.training.loop import TrainingRun, train
+from fourfold.launch.training.manifest import MANIFEST
+from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.settings import TrainSettings
+from fourfold.layouts.inputs.layout import Layout
+from fourfold.parallel import init_mesh, parallelize
+
+TEXT = torch.randint(64, (2, 4000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+SETTINGS = TrainSettings(steps=4, warmup_steps=2, held_out_batches=0, checkpoint_every=2)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "z0": {"dp": 2},
+    "z3": {"dp": 2, "zero_stage": 3},
+    "pp": {"pp": 2},
+    "async": {"pp": 2, "schedule": "lockstep"},
+}
+
+
+def trained(fields: dict[str, Any], checkpoints: Checkpoints, resume: Resume, **sizes: Any) -> list[float]:
+    """The losses of a training to step 4, from scratch or resumed."""
+    layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **fields)
+    mesh = init_mesh(dp=layout.dp, pp=layout.pp, device_type="cpu")
+    kept = TrainingRun(gauge=MemoryGauge(torch.device("cpu")), checkpoints=checkpoints, resume=resume)
+    with kept.gauge:
+        model = tiny_model(num_hidden_layers=2, **sizes)
+        if layout.asynchronous:
+            late = AsynchronousModel(model, layout, mesh, SETTINGS, dtype=None)
+            result = train_asynchronously(late, (TEXT[0], TEXT[1]), kept)
+        else:
+            plain = parallelize(model, mesh, micro_batch=1, zero_stage=layout.zero_stage)
+            result = train(plain, layout, (TEXT[0], TEXT[1]), SETTINGS, kept)
+    return [record.loss for record in result.records]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a flipped bit": ("__1_0.distcp", flip, "__1_0.distcp holds other bytes than were written"),
+    "a truncated shard": ("__0_0.distcp", truncate, "__0_0.distcp has "),
+    "a zeroed shard": ("__1_0.distcp", zero, "__1_0.distcp holds other bytes than were written"),
+    "a missing shard": ("__1_0.distcp", Path.unlink, "__1_0.distcp is missing"),
+    "a flipped bit in torch's table": (".metadata", flip, ".metadata holds other bytes than were written"),
+    "no table": (".metadata", Path.unlink, ".metadata is missing"),
+    "a flipped bit in the manifest": (MANIFEST, flip, "manifest.json is damaged"),
+    "a truncated manifest": (MANIFEST, truncate, "manifest.json is damaged"),
+    "no manifest": (MANIFEST, Path.unlink, "manifest.json is missing"),
+}
+
+
+def on_rank_0(action: Callable[[], object]) -> None:
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def damaged_one_by_one(fields: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What each damage to the newest checkpoint is told as, and what "auto" and a step by number make of it."""
+    root, told = Path(folder), {}
+    whole = Checkpoints(folder=root / "whole")
+    told["losses"] = trained(fields, whole, Resume())
+    for number, (kind, (name, damage, _)) in enumerate(DAMAGES.items()):
+        copy = Checkpoints(folder=root / f"copy{number}")
+        on_rank_0(partial(shutil.copytree, whole.folder, copy.folder))
+        on_rank_0(partial(damage, copy.folder / "step_00000004" / name))
+        with pytest.raises(CheckpointError) as error:
+            trained(fields, copy, Resume(choice="yes"))
+        told[kind] = str(error.value)
+    on_rank_0(lambda: flip(whole.folder / "step_00000004" / "__0_0.distcp"))
+    told["auto"] = trained(fields, whole, Resume(choice="auto"))
+    on_rank_0(lambda: shutil.rmtree(root / "copy0" / "step_00000002"))
+    with pytest.raises(CheckpointError) as error:
+        trained(fields, Checkpoints(folder=root / "copy0"), Resume(choice="auto"))
+    told["none"] = str(error.value)
+    told["by number"] = trained(fields, Checkpoints(folder=root / "copy1"), Resume(choice="2"))
+    return told
+
+
+@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
+def test_damage_is_named_and_an_older_whole_checkpoint_taken(ranks, tmp_path, fields):
+    first, second = ranks(2)(damaged_one_by_one, fields, str(tmp_path))
+    assert first == second
+    for kind, (_, _, words) in DAMAGES.items():
+        assert f"step_00000004: {words}" in first[kind]
+        assert first[kind].endswith("; step_00000002 is whole: go on from it with --resume 2")
+        assert "\n" not in first[kind]
+    assert first["none"].endswith("; no other checkpoint is whole: start anew with another --out")
+    assert first["auto"] == first["by number"] == first["losses"][2:]  # to the bit: the same layout
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def on_a_full_disk(fields: dict[str, Any], folder: str) -> str:
+    """Rank 1 may write files of 4 KiB only, from the second checkpoint on."""
+    checkpoints = Checkpoints(folder=Path(folder))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plain = Checkpoints.save
+
+    def save(self: Checkpoints, *arguments: Any, step: int, **options: Any) -> Path:
+        if step == 4 and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return plain(self, *arguments, step=step, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        with pytest.raises(CheckpointError) as error:
+            trained(fields, checkpoints, Resume())
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_full_disk_leaves_the_last_checkpoint(ranks, tmp_path, fields):
+    first, second = ranks(2)(on_a_full_disk, fields, str(tmp_path))
+    assert first == second
+    assert first.endswith(
+        "step_00000004 could not be written: rank 1: File too large; "
+        "step_00000002 is whole: go on from it with --resume 2"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def resumed_otherwise(fields: dict[str, Any], folder: str) -> list[str]:
+    root = Path(folder)
+    trained(
+        fields, Checkpoints(folder=root, settings={"seed": 0, "model.num_attention_heads": 4, "steps": 3}), Resume()
+    )
+    other = Checkpoints(folder=root, settings={"seed": 1, "model.num_attention_heads": 2, "steps": 4, "new": 1})
+    longer = Checkpoints(folder=root, settings={"seed": 0, "model.num_attention_heads": 4, "steps": 5})
+    told = []
+    for checkpoints, resume, sizes in (
+        (other, Resume(choice="2"), {}),
+        (other, Resume(choice="2", anyway=True), {}),
+        (longer, Resume(choice="2"), {}),
+        (other, Resume(choice="2", anyway=True), {"intermediate_size": 80}),
+    ):
+        try:
+            told.append(str(len(trained(fields, checkpoints, resume, **sizes))))
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("fields", [LAYOUTS["z3"], LAYOUTS["async"]], ids=["z3", "async"])
+def test_other_settings_are_told_and_refused_unless_asked_for(ranks, tmp_path, fields):
+    first, second = ranks(2)(resumed_otherwise, fields, str(tmp_path))
+    assert first == second
+    refused, anyway, longer, other_shapes = first
+    assert "step_00000002 was written with seed=0 (now 1), model.num_attention_heads=4 (now 2)" in refused
+    assert "add --resume-anyway" in refused
+    assert anyway == longer == "2"
+    assert "step_00000002 does not fit this model: rank" in other_shapes
+    assert "\n" not in other_shapes
+
+
+def test_nothing_is_pruned_before_its_successor_was_read_back(ranks, tmp_path):
+    with pytest.raises(
+        AssertionError, match=r"__0_0\.distcp holds other bytes than were written, when it was read back"
+    ):
+        ranks(2)(on_a_disk_that_forgets, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def on_a_disk_that_forgets(folder: str) -> None:
+    from fourfold.launch.training import checkpoints
+
+    plain = checkpoints.damage
+
+    def damage(place: Path, *arguments: Any) -> list[str]:
+        if place.name == "partial_00000004" and dist.get_rank() == 0:
+            flip(place / "__0_0.distcp")
+        return plain(place, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "damage", damage)
+        trained({"dp": 2}, Checkpoints(folder=Path(folder), keep=1), Resume())
+
+
+def test_which_checkpoint_is_meant():
+    assert [bool(Resume(choice=choice)) for choice in ("no", "yes", "auto", "7")] == [False, True, True, True]
+    assert Resume(choice="step_00000040").step == Resume(choice="40").step == 40
+    for senseless in ("maybe", "-3", "step_x", ""):
+        with pytest.raises(ValueError, match="give auto, the step of a checkpoint"):
+            Resume(choice=senseless)
