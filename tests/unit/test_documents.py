@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fourfold.parallel.pipeline.mitigation import _WORDS
-from fourfold.parallel.pipeline.schedule import NAMES
+from fourfold.parallel.pipeline.schedule import NAMES, PipelineSchedule
 from fourfold.parallel.stream.patching import PATCHES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,14 @@ def test_the_architecture_shows_every_patch():
 def test_the_pipeline_guide_names_every_schedule_and_mitigation():
     text = (ROOT / "docs" / "pipeline.md").read_text()
     assert [name for name in (*NAMES, *_WORDS) if name != "none" and f"`{name}`" not in text] == []
+
+
+def test_the_drawn_schedules_are_what_the_code_draws():
+    text = (ROOT / "docs" / "pipeline.md").read_text()
+    shown = re.findall(r'named\("([\w:]+)", (\d)\)\.program\((\d)\)\.drawn\(\)`.*?```\n(.*?)\n```', text, re.DOTALL)
+    assert len(shown) == 2
+    for name, num_stages, count, drawing in shown:
+        assert PipelineSchedule.named(name, int(num_stages)).program(int(count)).drawn() == drawing
 
 
 def numbers(text: str) -> list[float]:
