@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fourfold.launch.cli import app
 from fourfold.parallel.pipeline.mitigation import _WORDS
 from fourfold.parallel.pipeline.schedule import NAMES, PipelineSchedule
 from fourfold.parallel.stream.patching import PATCHES
@@ -78,6 +79,12 @@ def test_the_drawn_schedules_are_what_the_code_draws():
     assert len(shown) == 2
     for name, num_stages, count, drawing in shown:
         assert PipelineSchedule.named(name, int(num_stages)).program(int(count)).drawn() == drawing
+
+
+def test_the_readme_names_every_command():
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    (sentence,) = re.findall(r"`layout-advisor` has (.*?);", (ROOT / "README.md").read_text())
+    assert set(re.findall(r"`([\w-]+)`", sentence)) == names
 
 
 def numbers(text: str) -> list[float]:
