@@ -216,7 +216,8 @@ class ParallelModel:
         # Checks, where the batch still is, and the global number of targets.
         trouble = trouble_with(input_ids, labels, vocab_size=self.stage.vocab_size, micro_batch=self._micro_batch)
         num_targets = self._agreement.num_targets(input_ids, labels, trouble)
-        self._loss_scale = self._num_replicas / max(num_targets, 1)
+        # Divided in fp32, as transformers' mean over the targets is: an fp64 model then takes the very same step.
+        self._loss_scale = (self._num_replicas / torch.tensor(max(num_targets, 1))).item()
         # This rank's tokens.
         seq_len = input_ids.shape[1]
         input_ids, labels = (x.to(self.device, torch.int64) for x in (input_ids, labels))
