@@ -17,7 +17,7 @@ COLUMNS = (
     "global_batch", "micro_batch", "tp", "pp", "vp", "cp", "ep", "dp", "grad_accum", "zero_stage",
     "activation_checkpointing", "kernel", "sequence_parallel", "precision", "step_time_s", "mfu", "hfu",
     "tflops_per_gpu", "tflops_kind", "tokens_per_s_per_gpu", "mem_gib", "oom", "status", "source", "notes",
-    "stream_chunks", "embedding_counts_as", "head_counts_as", "schedule", "mitigation",
+    "stream_chunks", "embedding_counts_as", "head_counts_as", "schedule", "mitigation", "software",
 )  # fmt: skip
 
 _CHECKPOINTING = {"none": "disabled", "full": "full", "stream": "stream"}
@@ -64,6 +64,7 @@ def run_row(
         "source": f"fourfold, torch {result['torch']}", "notes": notes,
         "stream_chunks": layout.stream_chunks, "embedding_counts_as": layout.embedding_counts_as,
         "head_counts_as": layout.head_counts_as,
+        "software": "fourfold-cuda" if result["device"] == "cuda" else "fourfold-cpu",
         "schedule": layout.schedule, "mitigation": layout.mitigation if layout.asynchronous else "",
     }  # fmt: skip
 

@@ -14,6 +14,7 @@ from fourfold.layouts.cost.price import GIB, PricedLayout, price, software_for
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.layout_words import parse_layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
+from fourfold.layouts.inputs.software import Software, load_software
 from fourfold.layouts.output.tables import seconds_text
 from fourfold.layouts.search.explain import TERMS, difference, draw_schedule, neighbours
 from fourfold.layouts.search.rank import advice, rank_layouts
@@ -25,6 +26,7 @@ Gpus = Annotated[int, typer.Option(help="Devices in all.")]
 GlobalBatch = Annotated[int, typer.Option(help="Sequences a step, over all devices.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens a sequence.")]
 GpusPerNode = Annotated[int, typer.Option(help="Devices that share a node's fast links; 0: as the cluster says.")]
+SoftwareName = Annotated[str, typer.Option(help="What runs the layouts, a name or a file; default: as --space means.")]
 Space = Annotated[str, typer.Option(help="runtime: what fourfold launches; full: also what can be exported.")]
 
 
@@ -37,20 +39,24 @@ def explain(
     layout: Annotated[str, typer.Option(help='A layout as plan prints it, "tp2 pp4 mb1 z1"; default: the best.')] = "",
     space: Space = "runtime",
     gpus_per_node: GpusPerNode = 0,
+    software: SoftwareName = "",
 ) -> None:
     """Show where a layout's step time and memory go, its schedule, and what each neighbouring layout would change."""
     model, machine = load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node)
-    software = software_for(machine, space)
+    runner = load_software(software) if software else software_for(machine, space)
     request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
     if layout:
-        priced = _price(layout, model, machine, request)
+        priced = _price(layout, model, machine, request, runner)
     else:
-        result = rank_layouts(model, machine, request, top=1)
+        result = rank_layouts(model, machine, request, top=1, software=runner)
         if not result.layouts:
             raise ValueError(advice(result))
         priced = result.layouts[0]
     console = Console()
-    console.print(f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)}, MFU {priced.mfu:.1%}")
+    console.print(
+        f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)} ({seconds_text(priced.step_low_s)} to "
+        f"{seconds_text(priced.step_high_s)} in 8 cases of 10), MFU {priced.mfu:.1%}"
+    )
     console.print(_bars("Time of a step", {TERMS[n]: s for n, s in priced.time_parts_s.items()}, seconds_text))
     held = {**priced.memory_parts_bytes, "reserve": priced.reserve_bytes}
     room = f"of {priced.capacity_bytes / GIB:.3g} GiB: P(fits) {priced.fit_probability:.2f}"
@@ -71,7 +77,7 @@ def explain(
     table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("change", "step", "GiB", "why"):
         table.add_column(name)
-    for near in neighbours(priced, model, machine, software=software):
+    for near in neighbours(priced, model, machine, software=runner):
         step = f"{near.priced.step_s / priced.step_s - 1:+.1%}" if near.priced else "-"
         memory = f"{near.priced.peak_bytes / GIB:.3g}" if near.priced else "-"
         table.add_row(near.change, step, memory, near.reason)
@@ -88,11 +94,13 @@ def compare(
     seq_len: SeqLen,
     space: Space = "runtime",
     gpus_per_node: GpusPerNode = 0,
+    software: SoftwareName = "",
 ) -> None:
     """Set two layouts side by side: every term of the step, every part of the memory."""
     model, machine = load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node)
     request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
-    a, b = (_price(words, model, machine, request) for words in (first, second))
+    runner = load_software(software) if software else software_for(machine, space)
+    a, b = (_price(words, model, machine, request, runner) for words in (first, second))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for priced in (a, b):
@@ -111,11 +119,13 @@ def compare(
     console.print(f"{b.layout} against {a.layout}: {b.step_s / a.step_s - 1:+.1%} step; {difference(a, b)}.")
 
 
-def _price(words: str, model: ModelConfig, cluster: Cluster, request: SearchRequest) -> PricedLayout:
+def _price(
+    words: str, model: ModelConfig, cluster: Cluster, request: SearchRequest, software: Software
+) -> PricedLayout:
     layout = parse_layout(
         words, num_devices=request.num_devices, global_batch=request.global_batch, seq_len=request.seq_len
     )
-    return price(model, cluster, [layout], software=software_for(cluster, request.space))[0]
+    return price(model, cluster, [layout], software=software)[0]
 
 
 def _bars(title: str, parts: dict[str, float], text: Callable[[float], str]) -> Table:

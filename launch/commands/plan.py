@@ -12,8 +12,9 @@ from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
+from fourfold.layouts.inputs.software import load_software
 from fourfold.layouts.output.report import write_report
-from fourfold.layouts.output.tables import describe, legend, plan_table, why_not, write_csv
+from fourfold.layouts.output.tables import describe, doubt_text, legend, plan_table, why_not, write_csv
 from fourfold.layouts.search.rank import Plan, advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import Mitigation
@@ -37,6 +38,9 @@ def plan(
     ] = "runtime",
     fix: Annotated[list[str] | None, typer.Option(help="Hold a field, as tp=8 or checkpointing=none; repeat.")] = None,
     asynchronous: Annotated[bool, typer.Option("--async", help="Price pipelines that never drain, too.")] = False,
+    software: Annotated[
+        str, typer.Option(help="What runs the layouts, a name or a file of it; default: as --space means.")
+    ] = "",
     tokens: Annotated[float, typer.Option(help="Tokens of the whole training, to tell the days it takes.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
     out: Annotated[
@@ -53,7 +57,9 @@ def plan(
         num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space, fix=parse_fix(fix or []),
         asynchronous=asynchronous,
     )  # fmt: skip
-    result = rank_layouts(load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node), request, top=top)
+    machine = cluster_in_nodes(cluster, gpus, gpus_per_node)
+    chosen = load_software(software) if software else None
+    result = rank_layouts(load_model(config), machine, request, top=top, software=chosen)
     if not result.layouts and not as_json:  # before any file: a folder never holds half a plan
         raise ValueError(advice(result))
     if out is not None:
@@ -73,6 +79,7 @@ def plan(
         return
     console = Console()
     console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
+    console.print(doubt_text(result), style="dim", soft_wrap=True, highlight=False)
     for layout in late_layouts(result):
         console.print(convergence_text(layout), soft_wrap=True, highlight=False)
     if why_not(result):

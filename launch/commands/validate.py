@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,19 +14,31 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.layouts.cost.price import GIB, PricedLayout
+from fourfold.layouts.evidence.inference import settle
 from fourfold.layouts.evidence.runs import Run, read_runs
 from fourfold.layouts.evidence.validation import LEAST_RUNS, Scores, price_runs, score
 
-PREDICTED = ("step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred")
+PREDICTED = (
+    "step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred", "step_time_low_s", "step_time_high_s",
+    "memory_low_gib", "memory_high_gib", "software",
+)  # fmt: skip
 
 
 def validate(
     runs: Annotated[Path, typer.Argument(help="A CSV of runs (the schema of runs.csv).")],
     predictions: Annotated[Path | None, typer.Option(help="Write the rows with their predictions to this CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    software: Annotated[
+        str, typer.Option(help="What ran them, a name or a file; default: the `software` column, else the likeliest.")
+    ] = "",
 ) -> None:
-    """Price every row of RUNS and compare with what was measured: time, order, what fits, and the pick."""
+    """Price every row of RUNS and compare with what was measured: time, order, what fits, and the pick.
+
+    Where neither --software nor a column says what ran a row, the known software is chosen whose predictions come
+    nearest, and how surely it is that one is told.
+    """
     rows, usable, refused = read_runs(runs)
+    usable, told = settle(usable, software or None)
     prices = price_runs(usable)
     if predictions is not None:
         write_predictions(predictions, rows, usable, prices)
@@ -34,11 +46,16 @@ def validate(
     if as_json:
         document = {name: asdict(scores) for name, scores in table.items()}
         unpriced = [{"line": line, "reason": reason} for line, reason in refused.items()]
-        typer.echo(json.dumps({"scores": document, "not_priced": unpriced}, indent=1))
+        chosen = [{**asdict(inference), "fits": inference.fits} for inference in told]
+        typer.echo(json.dumps({"scores": document, "not_priced": unpriced, "software": chosen}, indent=1))
         return
     console = Console()
     if usable:
         console.print(score_table(table))
+    for inference in told:
+        console.print(str(inference), soft_wrap=True, highlight=False)
+    for note, count in Counter(run.note for run in usable if run.note).items():
+        console.print(f"{count} rows {note}", soft_wrap=True, highlight=False)
     for line, reason in refused.items():
         console.print(f"line {line} not priced: {reason}")
     if predictions is not None:
@@ -78,16 +95,20 @@ def score_table(table: Mapping[str, Scores]) -> Table:
 
 def write_predictions(path: Path, rows: list[dict[str, str]], runs: list[Run], prices: list[PricedLayout]) -> None:
     """The input's columns plus the predictions; blank where a row cannot be priced."""
-    by_line = {run.number: priced for run, priced in zip(runs, prices, strict=True)}
+    by_line = {run.number: (run, priced) for run, priced in zip(runs, prices, strict=True)}
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *PREDICTED], lineterminator="\n", restval="", extrasaction="ignore")
+        names = list(dict.fromkeys([*rows[0], *PREDICTED]))
+        writer = csv.DictWriter(file, names, lineterminator="\n", restval="", extrasaction="ignore")
         writer.writeheader()
         for line, row in enumerate(rows, start=2):
             extra: dict[str, object] = {}
             if line in by_line:
-                priced = by_line[line]
+                run, priced = by_line[line]
                 extra = {
                     "step_time_pred_s": f"{priced.step_s:.6g}", "memory_pred_gib": f"{priced.peak_bytes / GIB:.6g}",
                     "fit_probability": f"{priced.fit_probability:.6g}", "fits_pred": priced.fits,
+                    "step_time_low_s": f"{priced.step_low_s:.6g}", "step_time_high_s": f"{priced.step_high_s:.6g}",
+                    "memory_low_gib": f"{priced.peak_low_bytes / GIB:.6g}",
+                    "memory_high_gib": f"{priced.peak_high_bytes / GIB:.6g}", "software": run.software.name,
                 }  # fmt: skip
             writer.writerow({**row, **extra})

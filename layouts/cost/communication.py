@@ -33,7 +33,7 @@ def tensor_parallel_seconds(pricing: Pricing, hidden_by: Times | None = None) ->
     again = layouts.recomputed_share
     wait = (0.0 if pricing.cluster.measured else pricing.constants.sync_s) * np.log2(tp)
     each = np.where(layouts.sequence_parallel, gather_s + scatter_s, reduce_s) + wait
-    whole = (4 + 2 * again) * each
+    whole = (4 + 2 * again) * each + _beside_pipeline_seconds(pricing, 4 * each)
     if not software.tp_overlap or hidden_by is None:
         return whole
     # Split into pieces, a collective hides behind the matmul that makes or takes its tensor.
@@ -41,6 +41,16 @@ def tensor_parallel_seconds(pricing: Pricing, hidden_by: Times | None = None) ->
     return np.maximum(
         whole - overlap * (hidden_by.forward * (1 + again) + hidden_by.backward), (1 - 0.9 * overlap) * whole
     )
+
+
+def _beside_pipeline_seconds(pricing: Pricing, collectives: Column) -> Column:
+    """What collectives over several nodes take longer in the stages of a pipeline, on some networks."""
+    layouts, cluster = pricing.layouts, pricing.cluster
+    outer = cluster.links[-1] if cluster.links else None
+    if outer is None or outer.pipelined_share == 1.0:
+        return np.zeros(len(layouts))
+    crossing = (layouts.pp > 1) & (layouts.tp > cluster.devices_per_node)
+    return np.where(crossing, (1.0 / outer.pipelined_share - 1.0) * collectives, 0.0)
 
 
 def ring_seconds(pricing: Pricing, hidden_by: Times | None = None) -> Column:

@@ -265,4 +265,4 @@ def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:
         copies = 8.0 if software.attention == "eager" else 2.0
         scores = np.where(layouts.checkpointing == SELECTIVE, 0.0, _stored_scores(pricing) * copies)
         kept = kept + scores
-    return kept, layouts.tokens * hidden * itemsize / split
+    return software.kept_share * kept, layouts.tokens * hidden * itemsize / split

@@ -83,21 +83,25 @@ def memory_of(pricing: Pricing) -> Memory:
     gradients, buckets = _gradients(pricing, changing.total)
     # Work space besides one layer's: weights gathered, casts, copies in buckets and buffers, and allocator waste.
     workspace = changing.workspace + (_gathered(pricing) + buckets + _pipeline_buffers(pricing)) + _casts(pricing)
+    workspace = workspace + (_held(pricing) * software.bucket_bytes + software.extra_peak_bytes)
     workspace = workspace + software.allocator_waste * constants.fragmentation * changing.total
     weights = _weights(pricing)
-    unchanging = constants.memory_spread_bytes if software.launched else 0.02 * weights
     reserve = constants.reserve_bytes if software.launched else 0.0
+    parts = {
+        "weights": weights, "gradients": gradients, "optimizer": _sharded(pricing, 1) * software.state_bytes,
+        "activations": changing.activations, "logits": changing.logits, "workspace": workspace,
+    }  # fmt: skip
+    # Where the scatter of its own peaks is known, it counts whole; else what comes and goes has the constants' scatter.
+    unchanging = constants.memory_spread_bytes if software.launched else 0.02 * weights
+    scatter: Column = constants.memory_spread * changing.total
+    if software.memory_spread:
+        scatter = software.memory_spread * sum(parts.values())
     return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=_sharded(pricing, 1) * software.state_bytes,
-        activations=changing.activations,
-        logits=changing.logits,
-        workspace=workspace,
+        **parts,
         reserve=reserve + software.extra_reserve_bytes,
         capacity=pricing.cluster.device.memory_bytes,
         stages=pricing.stages,
-        spread=np.hypot(constants.memory_spread * changing.total, unchanging),
+        spread=np.hypot(scatter, unchanging),
     )
 
 

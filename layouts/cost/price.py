@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates
+from fourfold.layouts.cost.doubt import TENTH, time_deviation
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
@@ -40,6 +41,13 @@ class PricedLayout:
     """Device memory outside the allocator."""
     capacity_bytes: float
     fit_probability: float
+    step_low_s: float
+    """The step is quicker than this in one case of ten."""
+    step_high_s: float
+    """And slower than this in one of ten."""
+    peak_low_bytes: float
+    peak_high_bytes: float
+    """The same of the peak."""
     mfu: float
     """Model FLOPs (6 N + 12 L q S a token) over peak x devices x step."""
     tokens_per_s: float
@@ -113,6 +121,8 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
     memory, time = memory_of(pricing), time_of(pricing)
     step, peak, worst = time.total, memory.peak, memory.worst_stage
     by_stage, probability = memory.by_stage, memory.fit_probability
+    factor = np.exp(TENTH * time_deviation(pricing, time))
+    doubt = TENTH * np.take_along_axis(np.broadcast_to(memory.spread, by_stage.shape), worst[None], 0)[0]
     result = []
     for row in range(len(pricing.layouts)):
         layout = pricing.layouts.layout(row)
@@ -132,6 +142,10 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
                 reserve_bytes=memory.reserve,
                 capacity_bytes=memory.capacity,
                 fit_probability=float(probability[row]),
+                step_low_s=seconds / float(factor[row]),
+                step_high_s=seconds * float(factor[row]),
+                peak_low_bytes=max(0.0, float(peak[row] - doubt[row])),
+                peak_high_bytes=float(peak[row] + doubt[row]),
                 mfu=mfu_of(pricing.model, layout, seconds, pricing.cluster.device.peak_flops_per_s),
                 tokens_per_s=layout.global_batch * layout.seq_len / seconds,
             )

@@ -50,7 +50,7 @@ class Pricing:
 
     @cached_property
     def stages(self) -> Stages:
-        return stages_of(self.model, self.layouts)
+        return stages_of(self.model, self.layouts, overshoot=self.software.stages_overshoot)
 
     @cached_property
     def held_params(self) -> tuple[Column, Column]:

@@ -35,6 +35,23 @@ def layers_of(
     return first, np.where(pp > 2, base + (extra > 0), first), np.where(pp > 1, base - head_counts_as, first)
 
 
+def overshooting(model: ModelConfig, pp: Column) -> tuple[Column, Column, Column]:
+    """`layers_of` where stages take layers until their share of all compute is passed, the head's share included."""
+    head = model.head_params / (model.layers_params / model.num_layers)
+    share = (model.num_layers + head) / pp
+    first = np.minimum(np.floor(share + 1e-6) + 1, model.num_layers).astype(int)
+    # The others share what is left; the last gives up what its head computes.
+    second = np.ceil((model.num_layers + head - first) / np.maximum(pp - 1, 1) - 1e-6).astype(int)
+    last = np.clip(model.num_layers - first - second * (pp - 2), 0, second)
+    last = np.where(pp == 2, model.num_layers - first, last)
+    whole = pp == 1
+    return (
+        np.where(whole, model.num_layers, first),
+        np.where(pp > 2, second, np.where(whole, model.num_layers, first)),
+        (np.where(whole, model.num_layers, last)),
+    )
+
+
 def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
     """(embedding_counts_as, head_counts_as) of a cut that leaves what is over to the first stages.
 
@@ -43,7 +60,7 @@ def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
     return int((num_layers + 2) % pp == 0), 1
 
 
-def stages_of(model: ModelConfig, layouts: Candidates) -> Stages:
+def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = False) -> Stages:
     """The three kinds of stage of each candidate, under 1F1B, interleaved 1F1B, or the asynchronous pipeline."""
     pp, vp = layouts.pp, layouts.vp
     index = np.stack([np.zeros_like(pp), np.where(pp > 2, 1, 0), np.where(pp > 1, pp - 1, 0)])
@@ -51,9 +68,10 @@ def stages_of(model: ModelConfig, layouts: Candidates) -> Stages:
     # Megatron's interleaved warm-up, plus the one in work, in chunks of 1/vp of the stage.
     chunks = (pp - index - 1) * 2 + (vp - 1) * pp + 1
     in_flight = np.where(vp > 1, np.minimum(chunks / vp, layouts.num_micro_batches), one_f_one_b)
+    sizes = layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)
     return Stages(
         index=index,
-        layers=np.stack(layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)),
+        layers=np.stack(overshooting(model, pp) if overshoot else sizes),
         has_embedding=index == 0,
         has_head=index == pp - 1,
         in_flight=asynchronous_in_flight(layouts, index, in_flight) if layouts.any_asynchronous else in_flight,

@@ -131,7 +131,9 @@ def time_of(pricing: Pricing) -> StepTime:
         dp_communication=on_slowest(update.reduction),
         bubble=bubble,
         optimizer=on_slowest(update.optimizer),
-        overhead=times * on_slowest(one.overhead) + _straggling(pricing) * (times * bottleneck + bubble),
+        overhead=times * on_slowest(one.overhead)
+        + _straggling(pricing) * (times * bottleneck + bubble)
+        + pricing.software.step_s,
     )
 
 
@@ -142,19 +144,43 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
     layer, embedding, head = (piece_times(pricing, piece) for piece in (LAYER, EMBEDDING, HEAD))
     attention = attention_times(pricing)
     again = recomputed(pricing, layer.forward, attention.forward) + stream_overhead_s(pricing)
+    if software.compute_share != 1.0:
+        slower = 1.0 / software.compute_share
+        layer, embedding, head = (times.scaled(slower) for times in (layer, embedding, head))
+        attention, again = attention.scaled(slower), slower * again
     compute = stages.layers * (layer.forward + layer.backward)
     compute = compute + stages.has_embedding * (embedding.forward + embedding.backward)
     compute = compute + stages.has_head * (head.forward + head.backward)
     sends = np.broadcast_to(pipeline_seconds(pricing), compute.shape)
+    overhead = _overhead(pricing, layer) + software.micro_batch_s
+    tp_communication = _tp_of_stage(pricing, layer)
+    if software.layer_host_s:
+        # The device waits where it has done a layer before the host has issued the next.
+        host_s = stages.layers * _layer_host_s(pricing)
+        device_s = stages.layers * (layer.forward + layer.backward + again) + tp_communication
+        overhead = overhead + np.maximum(host_s - device_s, 0.0)
     return MicroBatch(
         compute=compute,
         recompute=stages.layers * again,
-        tp_communication=_tp_of_stage(pricing, layer),
+        tp_communication=tp_communication,
         cp_communication=stages.layers * _cp_of_layer(pricing, attention if software.launched else None),
         ep_communication=stages.layers * expert_seconds(pricing),
         pp_communication=sends,
-        overhead=_overhead(pricing, layer),
+        overhead=overhead,
     )
+
+
+def _layer_host_s(pricing: Pricing) -> Column:
+    """Seconds until the host has issued a layer's forward and backward, and what is recomputed."""
+    layouts, software, cluster = pricing.layouts, pricing.software, pricing.cluster
+    seconds = software.layer_host_s + software.layer_host_tp_s * (layouts.tp > 1)
+    pipelined_s = cluster.links[-1].pipelined_layer_s if cluster.links else 0.0
+    if pipelined_s:
+        world = layouts.dp * layouts.pp * layouts.cp * layouts.tp
+        piped = (layouts.pp > 1) & (world > cluster.devices_per_node)
+        seconds = seconds + np.where(piped, pipelined_s * np.log2(layouts.tp), 0.0)
+    # What is recomputed is issued again, and checkpointing keeps and restores the random state besides.
+    return seconds * (1 + layouts.recomputed_share)
 
 
 def _tp_of_stage(pricing: Pricing, layer: Times) -> Column:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fourfold.layouts.cost.stages import ends_in_cut
+from fourfold.layouts.evidence.environments import Environment, attention_of
 from fourfold.layouts.evidence.study import KERNELS, STUDY, StudyConstants, shipped_study
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster, preset_for_gpu
 from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, Layout, check
@@ -23,6 +24,8 @@ _CHECKPOINTING = {
 }  # fmt: skip
 
 
+AGREES = 0.01
+"""Relative difference up to which counts of parameters agree: some leave norms or biases out."""
 _FORMER = {"first_less": "embedding_counts_as", "last_less": "head_counts_as"}
 """Columns by the name that published files have."""
 
@@ -45,11 +48,22 @@ class Run:
     step_s: float | None
     oom: bool | None
     memory_gib: float | None
+    note: str = ""
+    """How the row was read where it contradicts itself."""
 
     def under(self, study: StudyConstants) -> "Run":
         """The same run with other constants of the study's cluster and software, where it is one of its runs."""
         cluster = study.cluster(self.cluster) if self.software.name == STUDY.name else self.cluster
         return replace(self, software=study.applied_to(self.software), cluster=cluster)
+
+    def in_environment(self, environment: Environment) -> "Run":
+        """The same row as run by other software. Raises ValueError where that has no such layout."""
+        return _run(self.number, self.row, environment)
+
+    @property
+    def names_its_software(self) -> bool:
+        """Whether the row's kernel is one that only this software's sheets name so."""
+        return self.row.get("kernel", "").lower() in KERNELS and "+" in self.row["kernel"]
 
     @property
     def vague(self) -> bool:
@@ -82,12 +96,13 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[i
     return rows, runs, refused
 
 
-def _run(number: int, row: Mapping[str, str]) -> Run:
+def _run(number: int, row: Mapping[str, str], environment: Environment | None = None) -> Run:
     if "fp8" in row.get("precision", "").lower():
         raise ValueError(f"precision={row['precision']}: only 16-bit and 32-bit training is priced")
-    model = _model(row)
+    model, note = _model(row)
     device = row["gpu_type"]
     cluster = load_cluster(preset_for_gpu(device))
+    cluster = environment.cluster(cluster) if environment else cluster
     checkpointing = row.get("activation_checkpointing", "").lower()
     if checkpointing not in _CHECKPOINTING:
         raise ValueError(
@@ -104,7 +119,7 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         raise ValueError(f"num_gpus={gpus} is no multiple of tp={tp} x pp={pp} x cp={cp}")
     dp = gpus // (tp * pp * cp)
     zero = _whole(row, "zero_stage", default=1, least=0)
-    software = _software(row, zero)
+    software = environment.software_for(row.get("kernel", "").lower()) if environment else _software(row, zero)
     sequence = row.get("sequence_parallel", "").lower()
     if sequence not in ("", "true", "false"):
         raise ValueError(f"sequence_parallel={sequence!r}: neither true nor false")
@@ -137,7 +152,7 @@ def _run(number: int, row: Mapping[str, str]) -> Run:
         raise ValueError("gives neither a step time, an MFU, nor whether it ran out of memory")
     return Run(
         number=number, row=row, model=model, cluster=cluster, layout=layout,
-        alternatives=alternatives, software=software,
+        alternatives=alternatives, software=software, note=note,
         sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
         + (" sp" if sequence == "true" else ""),
         step_s=None if oom else step, oom=oom, memory_gib=_number(row, "mem_gib"),
@@ -163,20 +178,36 @@ def _alternatives(row: Mapping[str, str], layout: Layout, model: ModelConfig) ->
     return tuple(found)
 
 
-def _model(row: Mapping[str, str]) -> ModelConfig:
-    """A model of the row's widths. Gated (Llama) where the feed-forward is not four times as wide, else GPT."""
+def _model(row: Mapping[str, str]) -> tuple[ModelConfig, str]:
+    """A model of the row's widths, and a word where its stated parameters asked for another reading.
+
+    Gated (Llama) where the feed-forward is not four times as wide, else GPT; where the parameters that the row states
+    are not what that makes, and another reading of the same widths makes them, that one.
+    """
     hidden, heads = _whole(row, "hidden"), _whole(row, "heads")
     ffn = _whole(row, "ffn", default=4 * hidden)
     name = row.get("model") or "unnamed"
     kv_heads = _whole(row, "kv_heads", default=heads)
     gated = ffn != 4 * hidden or kv_heads != heads or any(word in name.lower() for word in ("llama", "mistral", "qwen"))
-    positions = 0 if gated else _whole(row, "seq_len")
-    return ModelConfig(
-        name=name, hidden_size=hidden, num_layers=_whole(row, "layers"), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=max(1, hidden // heads), ffn_size=ffn, vocab_size=_whole(row, "vocab"), gated_mlp=gated,
-        norm_params=1 if gated else 2, rotary=gated, learned_positions=positions, tied_embeddings=not gated,
-        qkv_bias=not gated, out_bias=not gated, mlp_bias=not gated,
-    )  # fmt: skip
+
+    def reading(*, gated: bool, tied: bool, llama: bool) -> ModelConfig:
+        return ModelConfig(
+            name=name, hidden_size=hidden, num_layers=_whole(row, "layers"), num_heads=heads, num_kv_heads=kv_heads,
+            head_dim=max(1, hidden // heads), ffn_size=ffn, vocab_size=_whole(row, "vocab"), gated_mlp=gated,
+            norm_params=1 if llama else 2, rotary=llama, learned_positions=0 if llama else _whole(row, "seq_len"),
+            tied_embeddings=tied, qkv_bias=not llama, out_bias=not llama, mlp_bias=not llama,
+        )  # fmt: skip
+
+    usual = reading(gated=gated, tied=not gated, llama=gated)
+    stated = _number(row, "params")
+    if stated is None or abs(usual.num_params / stated - 1) <= AGREES:
+        return usual, ""
+    others = [reading(gated=up, tied=tied, llama=gated) for up in (gated, not gated) for tied in (False, True)]
+    best = min(others, key=lambda model: abs(model.num_params / stated - 1))
+    if abs(best.num_params / stated - 1) > AGREES:
+        return usual, f"states {stated:.4g} parameters, its dimensions make {usual.num_params:.4g}: priced by these"
+    kind = ("gated" if best.gated_mlp else "not gated") + (", embeddings tied" if best.tied_embeddings else "")
+    return best, f"read as {kind}, which makes the {stated:.4g} parameters that it states"
 
 
 def _software(row: Mapping[str, str], zero: int) -> Software:
@@ -187,11 +218,7 @@ def _software(row: Mapping[str, str], zero: int) -> Software:
         return RUNTIME_CPU
     if kernel in KERNELS:
         return study.software(kernel)
-    attention = (
-        "eager" if kernel in ("eager", "math") else "triton" if "triton" in kernel
-        else "flash1" if kernel.startswith("flash_attentionv1") else "flash2"
-    )  # fmt: skip
-    return study.applied_to(replace(FSDP if zero == 3 else MEGATRON, attention=attention))
+    return study.applied_to(replace(FSDP if zero == 3 else MEGATRON, attention=attention_of(kernel)))
 
 
 def _whole(row: Mapping[str, str], key: str, *, default: int | None = None, least: int = 1) -> int:

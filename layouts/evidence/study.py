@@ -5,17 +5,14 @@ What is said of them holds for them alone: how its network did, how its pipeline
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.constants import shipped_table
-from fourfold.layouts.inputs.software import Software
+from fourfold.layouts.inputs.software import Software, load_software
 
-STUDY = Software(
-    name="3D parallel of Hagemann et al. 2023 (bf16 weights and gradients, ZeRO 1)", compute_bytes=2, weight_bytes=2,
-    grad_bytes=2, state_bytes=12, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_sharded=False,
-    logits_bytes=16.0, dp_overlap=0.0, accumulation_passes=1.5, ends_in_cut=True,
-)  # fmt: skip
+STUDY = load_software("study")
 KERNELS = {
     "torch": ("eager", False), "fused": ("fused", False), "flash_attentionv1.0.8": ("flash1", False),
     "flash_attention2": ("flash2", False), "flash_attention2 + rms kernel": ("flash2", True),
@@ -59,6 +56,7 @@ def study_constants(table: Mapping[str, Any]) -> StudyConstants:
     return StudyConstants(**{entry.name: float(table[entry.name]) for entry in fields(StudyConstants)})
 
 
+@cache
 def shipped_study() -> StudyConstants:
     """As fitted to its published sweeps."""
     return study_constants(shipped_table("constants")["study"])

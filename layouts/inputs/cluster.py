@@ -7,6 +7,7 @@ each with its source). Every device of a cluster is the same; a file that lists 
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ class Link:
     """Of the stated bandwidth, what this cluster's sends and collectives reached; 0 where nobody measured it."""
     reduction_share: float = 0.0
     """The same of gradient reduction and weight gathering."""
+    pipelined_share: float = 1.0
+    """Of `share`, what collectives over several nodes reach in the stages of a pipeline."""
+    pipelined_layer_s: float = 0.0
+    """What it takes longer to issue a layer, each doubling of tp, in a pipeline over several nodes: measured, not
+    explained."""
 
     def find(self, operation: str, group_size: int) -> LinkOperation | None:
         """The measured operation of the nearest group size, or None where it was not measured."""
@@ -156,6 +162,7 @@ class Cluster:
         return replace(self, devices_per_node=count, links=(inner, *self.links[1:]))
 
 
+@cache
 def cluster_presets() -> dict[str, dict[str, Any]]:
     """name -> the preset's table, as shipped in data/clusters.toml."""
     return tomllib.loads(files("fourfold.layouts").joinpath("data/clusters.toml").read_text(encoding="utf-8"))
@@ -171,8 +178,7 @@ def load_cluster(path_or_preset: str | Path) -> Cluster:
     presets = cluster_presets()
     by_name = {key.lower(): key for key in presets}
     if name.lower() in by_name:
-        key = by_name[name.lower()]
-        return _read_preset(key, presets[key])
+        return _preset(by_name[name.lower()])
     path = Path(name)
     if not path.is_file():
         raise ValueError(
@@ -231,7 +237,9 @@ def read_cluster(table: Mapping[str, Any], *, title: str) -> Cluster:
     )
 
 
-def _read_preset(name: str, table: Mapping[str, Any]) -> Cluster:
+@cache
+def _preset(name: str) -> Cluster:
+    table = cluster_presets()[name]
     links = tuple(
         Link(
             name=link["name"],

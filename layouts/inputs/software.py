@@ -1,10 +1,27 @@
 """What the training software does: dtypes, fusion, what it shards and what it overlaps.
 
 The same layout costs differently in different software. A `Software` states those conventions once, so that published
-runs of other frameworks, and our own runtime on processors and on GPUs, go through the same formulas.
+runs of other frameworks, and our own runtime on processors and on GPUs, go through the same formulas. Each is a file,
+`data/software/NAME.toml`: [conventions] as its documentation and code say them, [fitted] the few constants that its
+measured runs tell, [doubt] how far its predictions were off on runs that had no say in them. A user's own file is read
+alike; it may start from a shipped one (`like = "megatron"`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fourfold.layouts.inputs.reading import number, read_toml, shortened, shown
+
+ATTENTION = ("flash2", "flash1", "triton", "fused", "eager")
+FITTED = (
+    "compute_share", "layer_host_s", "layer_host_tp_s", "micro_batch_s", "step_s", "dp_overlap", "tp_overlap",
+    "kept_share", "logits_bytes", "bucket_bytes", "extra_peak_bytes", "checkpoint_stall_s", "extra_reserve_bytes",
+)  # fmt: skip
+DOUBT = ("time_spread", "network_spread", "memory_spread", "devices")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,6 +29,10 @@ class Software:
     """Bytes are an element's; `*_overlap` is the share of the neighbouring compute that can hide communication."""
 
     name: str
+    title: str = ""
+    """In a line, for people."""
+    source: str = ""
+    """Where its conventions are read and its constants were measured."""
     compute_bytes: int
     """Activations and matmuls."""
     weight_bytes: int
@@ -67,32 +88,134 @@ class Software:
     """What a micro-batch waits on a stage of a pipeline whose tp ranks recompute every layer."""
     extra_reserve_bytes: float = 0.0
     """Device memory outside the allocator besides what any software needs."""
+    compute_share: float = 1.0
+    """Rate of its operators, relative to what the constants say of the device."""
+    layer_host_s: float = 0.0
+    """Host's time to issue a layer's forward and backward; a device that is quicker waits for it."""
+    layer_host_tp_s: float = 0.0
+    """The same besides, where tp cuts the layer."""
+    micro_batch_s: float = 0.0
+    """Of a micro-batch on a stage, besides what any software needs."""
+    step_s: float = 0.0
+    """Of a step, besides all else: data, logging, the learning rate."""
+    kept_share: float = 1.0
+    """Of a layer's activations: what is held, relative to the count of what autograd keeps."""
+    bucket_bytes: float = 0.0
+    """Held besides weights, gradients and states, a parameter that a rank holds: flat copies and buckets."""
+    extra_peak_bytes: float = 0.0
+    """What its allocator holds at the peak besides all that is counted."""
+    stages_overshoot: bool = False
+    """Whether stages take layers until their share of the compute, the head's included, is passed; the first one gets
+    one more than its share (nanotron)."""
+    time_spread: float = 0.15
+    """Standard deviation of the logarithm of measured over predicted step time, on runs that had no say in a fit."""
+    network_spread: float = 0.3
+    """The same of what the device waits (for ranks, host and pipeline), times its share of the step."""
+    memory_spread: float = 0.0
+    """Standard deviation of the true peak about the predicted one, as a share of it; 0: as the constants say."""
+    devices: str = ""
+    """The devices that the doubt was seen on, by the start of their names, comma between; on others it doubles."""
     launched: bool = True
     """Operators run behind the host (CUDA); else the host itself computes."""
 
+    def seen_on(self, device_name: str) -> bool:
+        """Whether its predictions were ever held against runs on such a device."""
+        return any(device_name.startswith(name.strip()) for name in self.devices.split(",") if name.strip())
 
-RUNTIME_CPU = Software(
-    name="fourfold on CPU (fp32)", compute_bytes=4, weight_bytes=4, grad_bytes=4, state_bytes=8, reduce_bytes=4,
-    gather_bytes=4, accumulates_whole=True, fresh_gradients=True, pipeline_buffers=True, tp_kept=1.0,
-    allocator_waste=False, fused_norm=False,
-    norm_kept_bytes=4.0, fused_ops=False, logits_bytes=12.0, dp_overlap=0.0, zero3_overlap=0.0, pp_outermost=False,
-    optimizer_passes=10.0, launched=False,
+
+@cache
+def software_names() -> list[str]:
+    """The software that is shipped, by name."""
+    folder = files("fourfold.layouts").joinpath("data/software")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_software(name_or_file: str | Path) -> Software:
+    """Software by its name, or from a TOML file of the same form.
+
+    Raises:
+        ValueError: neither a name nor a file; a field that no software has, or a value that makes no sense.
+    """
+    text = str(name_or_file)
+    if text in software_names():
+        return _shipped(text)
+    path = Path(text)
+    if not path.is_file():
+        known = ", ".join(software_names())
+        raise ValueError(f"software {shortened(text)}: neither a file nor one of {known}")
+    return software_from(read_toml(path, "see `layout-advisor calibrate --help`"), name=path.stem, where=str(path))
+
+
+@cache
+def _shipped(name: str) -> Software:
+    path = str(files("fourfold.layouts").joinpath(f"data/software/{name}.toml"))
+    return software_from(read_toml(path, "it is shipped"), name=name, where=path)
+
+
+def software_from(document: Mapping[str, Any], *, name: str, where: str) -> Software:
+    """Software from the tables of its file."""
+    start = document.get("like")
+    if start is not None and not (isinstance(start, str) and start in software_names()):
+        raise ValueError(f"{where}: like={shown(start)}: start from one of {', '.join(software_names())}")
+    values: dict[str, Any] = {"name": name}
+    kinds = {entry.name: entry.type for entry in fields(Software)}
+    for key, value in document.items():
+        if key in ("title", "source"):
+            values[key] = _checked(value, str, f"{where}: {key}")
+        elif key in ("conventions", "fitted", "doubt") and isinstance(value, Mapping):
+            for entry, given in value.items():
+                if entry not in kinds or entry in ("name", "title", "source"):
+                    raise ValueError(f"{where}: [{key}] has {shown(entry)}, which no software has: remove it")
+                values[entry] = _checked(given, kinds[entry], f"{where}: [{key}] {entry}")
+        elif key not in ("like", "provenance"):
+            raise ValueError(f"{where}: has {shown(key)}: write [conventions], [fitted] and [doubt]")
+    if values.get("attention", "flash2") not in ATTENTION:
+        raise ValueError(f"{where}: attention={shown(values['attention'])}: choose one of {', '.join(ATTENTION)}")
+    for share in ("dp_overlap", "tp_overlap", "zero3_overlap"):
+        if values.get(share, 0) > 1:
+            raise ValueError(f"{where}: {share}={values[share]}: a share of at most 1")
+    if start is not None:
+        return replace(load_software(start), **values)
+    missing = [entry.name for entry in fields(Software) if entry.name not in values and entry.name in _NEEDED]
+    if missing:
+        raise ValueError(f'{where}: has no {missing[0]!r}: add it to [conventions], or start with like = "megatron"')
+    return Software(**values)
+
+
+_NEEDED = (
+    "compute_bytes", "weight_bytes", "grad_bytes", "state_bytes", "reduce_bytes", "gather_bytes",
 )  # fmt: skip
 
-RUNTIME_CUDA = Software(
-    name="fourfold on CUDA (bf16 autocast, fp32 master weights)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
-    state_bytes=8, reduce_bytes=4, gather_bytes=2, cast_bytes=2, accumulates_whole=True, fresh_gradients=True,
-    pipeline_buffers=True, tp_kept=1.0, fused_norm=False, norm_kept_bytes=10.0, fused_ops=False, logits_bytes=16.0,
-    dp_overlap=0.8, zero3_overlap=0.8, pp_outermost=False, optimizer_passes=10.0,
-)  # fmt: skip
 
-MEGATRON = Software(
-    name="3D parallel (bf16 weights, fp32 gradients and states)", compute_bytes=2, weight_bytes=2, grad_bytes=4,
-    state_bytes=12, reduce_bytes=4, gather_bytes=2, tp_overlap=0.8, dp_overlap=0.8, zero3_overlap=0.8, pp_scatter=True,
-    accumulation_passes=1.5,
-)  # fmt: skip
+def _checked(value: object, kind: Any, where: str) -> Any:
+    if kind is bool or kind is str:
+        if not isinstance(value, kind):
+            raise ValueError(f"{where}={shown(value)}, but it is {'true or false' if kind is bool else 'a text'}")
+        return value
+    result = number(value, where, zero=True)
+    if kind is int and result != int(result):
+        raise ValueError(f"{where}={shown(value)}, but it is a whole number of bytes")
+    return int(result) if kind is int else result
 
-FSDP = Software(
-    name="FSDP (bf16 compute, fp32 shards, fused cross-entropy)", compute_bytes=2, weight_bytes=4, grad_bytes=4,
-    state_bytes=8, reduce_bytes=2, gather_bytes=2, fused_ops=False, logits_bytes=6.0, dp_overlap=0.8, zero3_overlap=0.8,
-)  # fmt: skip
+
+def as_document(software: Software, *, provenance: str, like: str = "") -> dict[str, Any]:
+    """The tables of a software's file; what is at its default, or as in the software that it is `like`, is left out."""
+    start = load_software(like) if like else None
+    tables: dict[str, Any] = {"title": software.title, "source": software.source, "provenance": provenance}
+    if like:
+        tables["like"] = like
+    for entry in fields(Software):
+        if entry.name in ("name", "title", "source"):
+            continue
+        value = getattr(software, entry.name)
+        if value == (getattr(start, entry.name) if start else entry.default):
+            continue
+        table = "fitted" if entry.name in FITTED else "doubt" if entry.name in DOUBT else "conventions"
+        tables.setdefault(table, {})[entry.name] = value
+    return tables
+
+
+RUNTIME_CPU = load_software("fourfold-cpu")
+RUNTIME_CUDA = load_software("fourfold-cuda")
+MEGATRON = load_software("megatron")
+FSDP = load_software("llm-foundry")

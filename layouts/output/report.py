@@ -98,7 +98,7 @@ def write_report(
         f"<script>{get_plotlyjs()}</script></head><body><main><header><h1>{html.escape(title)}</h1>"
         f"<p>{_subtitle(result)}</p></header>{''.join(sections)}"
         f"<footer>{html.escape(result.cluster.name)}: {html.escape(result.cluster.provenance)}. "
-        f"Priced as {html.escape(result.software.name)}.</footer></main></body></html>\n"
+        f"Priced as {html.escape(result.software.title or result.software.name)}.</footer></main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8")
 

@@ -27,6 +27,8 @@ def describe(priced: PricedLayout) -> dict[str, Any]:
         "bubble_s": priced.bubble_s, "optimizer_s": priced.optimizer_s,
         "peak_gib": priced.peak_bytes / GIB, "reserve_gib": priced.reserve_bytes / GIB,
         "capacity_gib": priced.capacity_bytes / GIB, "margin_gib": priced.margin_bytes / GIB,
+        "step_low_s": priced.step_low_s, "step_high_s": priced.step_high_s,
+        "peak_low_gib": priced.peak_low_bytes / GIB, "peak_high_gib": priced.peak_high_bytes / GIB,
         "fit_probability": priced.fit_probability, "fits": priced.fits,
     }  # fmt: skip
     if priced.layout.asynchronous:
@@ -129,6 +131,28 @@ def legend(layouts: Sequence[PricedLayout] | None = None) -> str:
     used = None if layouts is None else {word for priced in layouts for word in str(priced.layout).split()}
     words = [text for pattern, text in _WORDS if used is None or any(re.fullmatch(pattern, word) for word in used)]
     return "; ".join([*words, COLUMNS]) + "."
+
+
+def doubt_text(result: Plan) -> str:
+    """How sure the first of a plan is, and which two layouts a short measurement would tell apart."""
+    best = result.layouts[0]
+    seen = "" if result.software.seen_on(result.cluster.device.name) else ", never held against runs on such devices"
+    words = (
+        f"Priced as {result.software.name}{seen}: {best.layout} takes {seconds_text(best.step_low_s)} to "
+        f"{seconds_text(best.step_high_s)} in 8 cases of 10, with {best.peak_low_bytes / GIB:.3g} to "
+        f"{best.peak_high_bytes / GIB:.3g} GiB."
+    )
+    rivals = [priced for priced in result.layouts[1:] if priced.step_low_s < best.step_high_s]
+    if not rivals:
+        return words
+    # Of those that may be faster, the one that differs most in how it is cut tells most.
+    rival = max(rivals[:10], key=lambda priced: _cuts_changed(best, priced))
+    return words + f" What would settle the order: twelve steps each of {best.layout} and of {rival.layout}."
+
+
+def _cuts_changed(first: PricedLayout, second: PricedLayout) -> int:
+    names = ("tp", "pp", "cp", "zero_stage", "checkpointing", "schedule")
+    return sum(getattr(first.layout, name) != getattr(second.layout, name) for name in names)
 
 
 def why_not(result: Plan) -> str:

@@ -99,7 +99,8 @@ def test_predictions_keep_every_row_and_column(tmp_path):
     assert json.loads(result.stdout)["not_priced"] == [{"line": 3, "reason": "hidden is blank"}]
     with out.open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == [*ROW, "step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred"]
+    gained = ["step_time_low_s", "step_time_high_s", "memory_low_gib", "memory_high_gib", "software"]
+    assert list(rows[0]) == [*ROW, "step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred", *gained]
     assert float(rows[0]["step_time_pred_s"]) > 0
     assert rows[0]["fits_pred"] in ("True", "False")
     assert rows[1]["step_time_pred_s"] == ""
