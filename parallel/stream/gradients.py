@@ -18,8 +18,11 @@ from fourfold.parallel.attention.kernels import accumulation_dtype, widen
 from fourfold.parallel.stream.patching import Patches, accumulates_now
 
 
-def gradient_in_place(parameter: Tensor) -> Tensor | None:
+def gradient_in_place(parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
     """The parameter's .grad, where this backward may add to it and then hand autograd zeros; None where it must not.
+
+    Args:
+        dtype: that it must have; None is what is summed in.
 
     Only while autograd runs: it must be about to accumulate there (not autograd.grad, nor backward's `inputs`), and
     no hook may be waiting to see the gradient by itself. Hooks after accumulation, which DDP, FSDP and DeepSpeed use,
@@ -28,7 +31,7 @@ def gradient_in_place(parameter: Tensor) -> Tensor | None:
     grad = parameter.grad
     if grad is None or grad.requires_grad:
         return None
-    if grad.layout != torch.strided or grad.dtype != accumulation_dtype(parameter.dtype):
+    if grad.layout != torch.strided or grad.dtype != (dtype or accumulation_dtype(parameter.dtype)):
         return None
     return grad if accumulates_now(parameter) else None
 

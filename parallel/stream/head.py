@@ -8,50 +8,20 @@ the cross-entropy alone. That one, whose gradient is known before backward begin
 over whole rows, which needs room for the projection's gradient from the forward on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fourfold.parallel.attention.kernels import accumulation_dtype
-from fourfold.parallel.stream.gradients import ParameterSums, entered_autocast, once
-from fourfold.parallel.stream.passing import PassingGradient
-from fourfold.parallel.stream.patching import swapped_parameters
+from fourfold.parallel.attention.kernels import accumulation_dtype, widen
+from fourfold.parallel.stream.gradients import once
+from fourfold.parallel.stream.head_chunk import HeadChunk, HeadParts, HeadSums, TokenGradients, head_sums, slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Head:
-    """A model's last modules.
-
-    Attributes:
-        norm: the norm after the last layer, [tokens, d] to [tokens, d].
-        normalise: its forward, which is called without its hooks: they would run for every chunk.
-        projection: d to V.
-        scale: logits are multiplied by it.
-        soft_cap: then they become soft_cap * tanh(logits / soft_cap); None is no cap.
-        chunk: tokens whose logits HeadLoss has at a time, whole rows.
-        tile: (tokens, rows of the vocabulary) that HeadStatistics has at a time.
-        autocast: (device type, dtype) of an enabled autocast.
-        passing: see layer_run.StreamRun.
-    """
-
-    norm: nn.Module
-    normalise: Callable[[Tensor], Tensor]
-    projection: nn.Linear
-    scale: float
-    soft_cap: float | None
-    chunk: int
-    tile: tuple[int, int]
-    autocast: tuple[str, torch.dtype] | None
-    passing: PassingGradient
-
-    def parameters(self) -> list[Tensor]:
-        """The norm's that need a gradient, then the projection's weight and bias as far as they do."""
-        ends = [p for p in (self.projection.weight, self.projection.bias) if p is not None]
-        return [p for p in (*self.norm.parameters(), *ends) if p.requires_grad]
+class Head(HeadParts):
+    """A model's last modules, and what training asks of them."""
 
     def statistics(self, hidden: Tensor, targets: Tensor, *, mean: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probability of the target, lse, mean logit), each [B, T] in fp32; 0 where the target is negative.
@@ -68,7 +38,7 @@ class Head:
 
         Cost: logits once, and with a gradient two more products of their size; the gradient waits for backward. Where
             the projection has a .grad that sums can be added to, logits once more, and they are added there; so in
-            fp16, whose gradients want the loss's scale first.
+            fp16, whose gradients want the loss's scale first, and where the sums go by_tiles.
         """
         grad = torch.is_grad_enabled()
         matrix = self.projection.weight
@@ -83,71 +53,31 @@ class Head:
         return HeadLoss.apply(hidden, targets, rows, weight, self, grad, *self.parameters())  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Chunk:
-    """Some tokens at the head, whose logits come by slices of the vocabulary."""
+def add_tiles(
+    head: Head, hidden: Tensor, targets: Tensor, rows: Tensor, tokens: TokenGradients, sums: "HeadSums"
+) -> None:
+    """Add the projection's gradient, a tile of the vocabulary at a time: fp32 sums of a tile are all that is there.
 
-    def __init__(self, head: Head, hidden: Tensor, targets: Tensor) -> None:
-        self._head, self._targets = head, targets.unsqueeze(-1)
-        self._leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), entered_autocast(head.autocast):
-            self._normed = head.normalise(self._leaf)
-        self._dtype = head.projection.weight.dtype if head.autocast is None else head.autocast[1]
-        self._input = self._normed.detach().to(self._dtype)
-        self._grad_input: Tensor | None = None
+    Args:
+        hidden: [n, d]. targets: [n]. rows: of the two, those that count.
+        tokens: of all of hidden.
+    """
+    parts = [
+        (HeadChunk(head, hidden[i], targets[i], graph=False), tokens.of(i)) for i in torch.split(rows, head.tile[0])
+    ]
+    for tile in slices(head.projection.out_features, head.tile[1]):
+        weight = bias = None
+        for chunk, here in parts:
+            grad = chunk.logits_grad(tile, here)
+            weight = _plus(weight, chunk.product(grad))
+            if head.projection.bias is not None:
+                bias = _plus(bias, grad.sum(0))
+            del grad  # before the next one is made
+        sums.add_rows(head.projection, tile, weight, bias)
 
-    def logits(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """(logits [n, rows] in fp32, slope of the soft cap or None)."""
-        weight, bias = self._weight(rows), self._head.projection.bias
-        if bias is None:
-            logits = self._input @ weight.T
-        else:
-            logits = torch.addmm(bias.detach()[rows].to(weight.dtype), self._input, weight.T)
-        logits, slope = logits.to(accumulation_dtype(logits.dtype)), None
-        if self._head.scale != 1.0:
-            logits *= self._head.scale
-        if self._head.soft_cap is not None:
-            logits.div_(self._head.soft_cap).tanh_()
-            slope = 1 - logits.square()
-            logits *= self._head.soft_cap
-        return logits, slope
 
-    def targets(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(the target's place among these rows of the vocabulary or any, whether it is among them), [n, 1]."""
-        place = self._targets - rows.start
-        return place.clamp(0, rows.stop - rows.start - 1), (place >= 0) & (self._targets < rows.stop)
-
-    def add_gradients(
-        self, rows: slice, grad: Tensor, slope: Tensor | None, logprob: Tensor, mean: Tensor | None, sums: "_Sums"
-    ) -> None:
-        """Take in the gradients from these rows of the vocabulary.
-
-        Args:
-            grad: [n, rows], what logits get through the lse. Overwritten.
-            logprob, mean: gradients of the two statistics, [n, 1].
-        """
-        place, here = self.targets(rows)
-        grad.scatter_add_(-1, place, logprob * here)
-        if mean is not None:
-            grad += mean / self._head.projection.out_features
-        if slope is not None:
-            grad *= slope
-        if self._head.scale != 1.0:
-            grad *= self._head.scale
-        low = grad.to(self._dtype)
-        sums.add_projection(self._head.projection, rows, low.T, self._input, grad)
-        part = low @ self._weight(rows)
-        if self._grad_input is None:
-            self._grad_input = part.to(accumulation_dtype(part.dtype))
-        else:
-            self._grad_input += part
-
-    def finish(self, sums: "_Sums") -> Tensor:
-        """The hidden states' gradient, once all rows of the vocabulary are in."""
-        assert self._grad_input is not None
-        return sums.backward([self._normed], [self._leaf], [self._grad_input.to(self._normed.dtype)])[0]
-
-    def _weight(self, rows: slice) -> Tensor:
-        return self._head.projection.weight.detach()[rows].to(self._dtype)
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return widen(part) if total is None else total.add_(part)
 
 
 class HeadStatistics(torch.autograd.Function):
@@ -163,7 +93,7 @@ class HeadStatistics(torch.autograd.Function):
         results = [torch.zeros(targets.shape, dtype=dtype, device=hidden.device) for _ in range(5)]
         flat, labels = hidden.flatten(0, 1), targets.flatten()
         for index in torch.split(rows, head.tile[0]):
-            chunk = _Chunk(head, flat[index], labels[index])
+            chunk = HeadChunk(head, flat[index], labels[index])
             parts = _reduce(chunk, head, with_mean)
             for result, part in zip(results, parts, strict=True):
                 result.view(-1)[index] = part.squeeze(-1)
@@ -178,17 +108,20 @@ class HeadStatistics(torch.autograd.Function):
         logprob, lse, mean = (grad.reshape(-1, 1) for grad in grads)
         head: Head = ctx.head
         grad_hidden = torch.zeros_like(ctx.saved_tensors[0])
-        with _head_sums(head, ctx.parameters, in_backward=True) as sums:
-            smooth = bool(mean.any())
+        tokens = TokenGradients(
+            highest.unsqueeze(-1), (lse - logprob) / total.unsqueeze(-1), logprob, mean if bool(mean.any()) else None
+        )
+        tiled = head.by_tiles(len(rows))
+        with head_sums(head, ctx.parameters, in_backward=True) as sums:
             for index in torch.split(rows, head.tile[0]):
-                chunk = _Chunk(head, hidden[index], targets[index])
-                peak, factor = highest[index].unsqueeze(-1), ((lse - logprob)[index] / total[index].unsqueeze(-1))
-                for part in _slices(head.projection.out_features, head.tile[1]):
-                    logits, slope = chunk.logits(part)
-                    grad = logits.sub_(peak).exp_().mul_(factor)
-                    chunk.add_gradients(part, grad, slope, logprob[index], mean[index] if smooth else None, sums)
-                    del logits, slope, grad  # before the next ones are made
+                chunk = HeadChunk(head, hidden[index], targets[index])
+                for part in slices(head.projection.out_features, head.tile[1]):
+                    grad = chunk.logits_grad(part, tokens.of(index))
+                    chunk.add_gradients(part, grad, None if tiled else sums)
+                    del grad  # before the next one is made
                 grad_hidden.view(-1, grad_hidden.shape[-1])[index] = chunk.finish(sums)
+            if tiled:
+                add_tiles(head, hidden, targets, rows, tokens, sums)
             values = sums.values(ctx.parameters)
         return head.passing.hand_on(grad_hidden), None, None, None, None, *values
 
@@ -201,24 +134,32 @@ class HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, targets: Tensor, rows: Tensor, weight: Tensor, head: Head, grad: bool,
         *parameters: Tensor,
     ) -> Tensor:  # fmt: skip
-        loss = torch.zeros((), dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-        ctx.grad_hidden, ctx.head = torch.zeros_like(hidden) if grad else None, head
+        dtype = accumulation_dtype(hidden.dtype)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        ctx.grad_hidden, ctx.head, ctx.parameters = torch.zeros_like(hidden) if grad else None, head, parameters
+        ctx.tiled = grad and head.by_tiles(len(rows))
         flat, labels = hidden.flatten(0, 1), targets.flatten()
-        everything = slice(0, head.projection.out_features)
-        with _head_sums(head, parameters, in_backward=False) as sums:
+        # Of each token: its highest logit and the exponentials' sum, for add_tiles.
+        peaks, totals = (torch.zeros((len(labels), 1), dtype=dtype, device=hidden.device) for _ in range(2))
+        everything, share = slice(0, head.projection.out_features), -weight.to(dtype)
+        with head_sums(head, parameters, in_backward=False) as sums:
             for index in torch.split(rows, head.chunk):
-                chunk = _Chunk(head, flat[index], labels[index])
+                chunk = HeadChunk(head, flat[index], labels[index])
                 logits, slope = chunk.logits(everything)
                 target = logits.gather(-1, labels[index].unsqueeze(-1))
-                highest = logits.amax(-1, keepdim=True)
-                total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-                loss -= (target - highest - total.log()).sum() * weight
+                peak = logits.amax(-1, keepdim=True)
+                total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
+                loss -= (target - peak - total.log()).sum() * weight
+                peaks[index], totals[index] = peak, total
                 if ctx.grad_hidden is not None:
-                    share = -weight.to(total.dtype).expand_as(total)
-                    chunk.add_gradients(everything, logits.mul_(-share / total), slope, share, None, sums)
+                    tokens = TokenGradients(peak, -share / total, share.expand_as(total))
+                    logits = chunk.projection_grad(everything, logits.mul_(tokens.factor), slope, tokens)
+                    chunk.add_gradients(everything, logits, None if ctx.tiled else sums)
                     ctx.grad_hidden.view(-1, hidden.shape[-1])[index] = chunk.finish(sums)
                 del logits, slope  # before the next ones are made
         ctx.sums = sums.values(parameters) if grad else []
+        if ctx.tiled:
+            ctx.save_for_backward(hidden, targets, rows, share, peaks, totals)
         return loss
 
     @staticmethod
@@ -226,48 +167,29 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grad_hidden is None:
             raise RuntimeError("the gradient of this loss is computed with it, and was used up: compute the loss again")
+        head: Head = ctx.head
         # In place: they are the largest tensors of the step, and this backward runs once.
         gradients = [
             None if total is None else total.mul_(grad.to(total.dtype)) for total in (ctx.grad_hidden, *ctx.sums)
         ]
-        passed = ctx.head.passing.hand_on(ctx.grad_hidden)
+        if ctx.tiled:
+            hidden, targets, rows, share, peaks, totals = ctx.saved_tensors
+            share = share * grad
+            tokens = TokenGradients(peaks, -share / totals, share.expand_as(totals))
+            with head_sums(head, ctx.parameters, in_backward=False) as sums:
+                add_tiles(head, hidden.flatten(0, 1), targets.flatten(), rows, tokens, sums)
+                tiles = sums.values(ctx.parameters)
+            # The norm's are known from the forward pass, the projection's from here.
+            gradients[1:] = [found if tile is None else tile for found, tile in zip(gradients[1:], tiles, strict=True)]
+        passed = head.passing.hand_on(ctx.grad_hidden)
         ctx.grad_hidden, ctx.sums = None, []
         return passed, None, None, None, None, None, *gradients[1:]
 
 
-class _Sums(ParameterSums):
-    """Sums of the head: a norm's through autograd, and the projection's by products added in place."""
-
-    def __init__(self, leaves: list[Tensor], parameters: Sequence[Tensor], in_backward: bool) -> None:
-        super().__init__(leaves, parameters if in_backward else ())
-        self._places = {id(parameter): index for index, parameter in enumerate(parameters)}
-        self._sums += [None] * (len(parameters) - len(self._sums))
-
-    def add_projection(self, projection: nn.Linear, rows: slice, grad: Tensor, x: Tensor, logits_grad: Tensor) -> None:
-        """Add grad [rows, n] @ x [n, d] to the weight's rows, and to the bias's the sum of logits_grad [n, rows]."""
-        index = self._places.get(id(projection.weight))
-        if index is not None:
-            total = self.total(index, projection.weight)[rows]
-            if total.dtype == grad.dtype:
-                total.addmm_(grad, x)
-            else:
-                total += grad @ x
-        index = self._places.get(id(projection.bias))
-        if index is not None:
-            self.total(index, projection.bias)[rows] += logits_grad.sum(0)
-
-
-@contextmanager
-def _head_sums(head: Head, parameters: Sequence[Tensor], *, in_backward: bool) -> Iterator[_Sums]:
-    num_norm = sum(p.requires_grad for p in head.norm.parameters())
-    with swapped_parameters(head.norm, parameters[:num_norm]) as leaves:
-        yield _Sums(leaves, parameters, in_backward)
-
-
-def _reduce(chunk: _Chunk, head: Head, with_mean: bool) -> tuple[Tensor, ...]:
+def _reduce(chunk: HeadChunk, head: Head, with_mean: bool) -> tuple[Tensor, ...]:
     """(log-probability, lse, mean, highest logit, sum of the exponentials below it), each [n, 1], over all tiles."""
     highest = target = total = mean = None
-    for rows in _slices(head.projection.out_features, head.tile[1]):
+    for rows in slices(head.projection.out_features, head.tile[1]):
         logits, _ = chunk.logits(rows)
         place, here = chunk.targets(rows)
         found, top = logits.gather(-1, place) * here, logits.amax(-1, keepdim=True)
@@ -286,8 +208,3 @@ def _reduce(chunk: _Chunk, head: Head, with_mean: bool) -> tuple[Tensor, ...]:
     assert mean is not None
     lse = total.log() + highest
     return target - lse, lse, mean / head.projection.out_features, highest, total
-
-
-def _slices(stop: int, size: int) -> Iterator[slice]:
-    for first in range(0, stop, size):
-        yield slice(first, min(first + size, stop))

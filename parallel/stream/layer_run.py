@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from fourfold.parallel.attention.kernels import AttentionBackend
 from fourfold.parallel.stream.attention import Attend, AttendAgain, ChunkCall, LayerKeys, RowMask, WriteKeys
 from fourfold.parallel.stream.gradients import ParameterSums, entered_autocast, find_unread
-from fourfold.parallel.stream.kept_inputs import HostMemory, Lookup
+from fourfold.parallel.stream.host_memory import HostMemory
+from fourfold.parallel.stream.kept_inputs import Lookup
 from fourfold.parallel.stream.layer import LayerStream, chunks_of
 from fourfold.parallel.stream.passing import PassingGradient
 from fourfold.parallel.stream.patching import Switches, attention_function, swapped_parameters, without_checkpointing
@@ -96,6 +97,7 @@ class LayerRun:
         switches: the forward's modes.
         looked_up: whether its input is looked up again in the embedding table.
         place: of what it keeps, in host memory; None is on the device.
+        num_staying: tensors that are kept on the device in any case.
         unread_known: whether backward has found the linears whose output nobody reads.
         groups: where attention is done by groups of heads: the rows of each projection that make a group.
         idle_rows: there, the rows that are made of a projection which nobody reads.
@@ -110,6 +112,7 @@ class LayerRun:
     switches: Switches
     looked_up: bool = False
     place: int | None = None
+    num_staying: int = 0
     unread_known: bool = False
     groups: Sequence[Mapping[nn.Module, slice]] = ()
     idle_rows: Mapping[nn.Module, slice] = field(default_factory=dict)
@@ -150,12 +153,14 @@ class LayerRun:
             kept: attention's output and lse, where they are kept. The parameters are saved with them, so that
                 autograd notices a change of theirs.
         """
-        host, looked_up = self.run.host, None if self.run.lookup is None else self.run.lookup.sources(x)
-        tensors = (*((x,) if looked_up is None else looked_up), *kept)
+        looked_up = None if self.run.lookup is None else self.run.lookup.sources(x)
         self.looked_up = looked_up is not None
-        if host is not None and looked_up is None and any(ctx.needs_input_grad):  # else nobody would fetch them
-            self.place, tensors = host.put(*tensors)
-        ctx.save_for_backward(*tensors, *(self.parameters if kept else ()))
+        staying, moving = (looked_up, tuple(kept)) if looked_up is not None else ((), (x, *kept))
+        host = self.run.host
+        if host is not None and moving and any(ctx.needs_input_grad):  # else nobody would fetch them
+            self.place, moving = host.put(*moving)
+        self.num_staying = len(staying)
+        ctx.save_for_backward(*staying, *moving, *(self.parameters if kept else ()))
 
     def saved(self, ctx: Any) -> tuple[Tensor, Sequence[Tensor]]:
         """(x, kept) as `save` was given them.
@@ -174,12 +179,13 @@ class LayerRun:
             ) from error
         if self.stream.keep:
             tensors = tensors[: len(tensors) - len(self.parameters)]
-        if self.looked_up:
-            return F.embedding(tensors[0], tensors[1]), tensors[2:]
+        staying, moved = tensors[: self.num_staying], tensors[self.num_staying :]
         if self.place is not None:
             assert self.run.host is not None
-            tensors = tuple(self.run.host.get(self.place, tensors))
-        return tensors[0], tensors[1:]
+            moved = self.run.host.get(self.place, moved)
+        if self.looked_up:
+            return F.embedding(staying[0], staying[1]), moved
+        return moved[0], moved[1:]
 
     @contextmanager
     def recomputing(self) -> Iterator[list[Tensor]]:

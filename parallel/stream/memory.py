@@ -33,7 +33,7 @@ class ChunkSizes:
 # A CPU's kernels are at their best from some hundred rows on. A GPU is idle below some thousands.
 CHUNK_SIZES = {
     "cpu": ChunkSizes(((256, 128), (512, 256), (1024, 128)), 16 << 20, (4 << 20, 1024)),
-    "cuda": ChunkSizes(((1024, 1024), (2048, 2048), (4096, 4096)), 512 << 20, (256 << 20, 4096)),
+    "cuda": ChunkSizes(((1024, 1024), (2048, 2048), (4096, 4096)), 256 << 20, (256 << 20, 4096)),
 }
 # "auto" takes the largest chunks that cost at most this much of the memory that the smallest would take.
 ROOM = 1.1

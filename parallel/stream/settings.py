@@ -1,7 +1,7 @@
 """How a model streams, and what follows from it for one pass over a batch and for the head."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fourfold.parallel.stream.attention import RowMask
 from fourfold.parallel.stream.head import Head
 from fourfold.parallel.stream.heads_layer import by_heads
-from fourfold.parallel.stream.kept_inputs import HostMemory
+from fourfold.parallel.stream.host_memory import HostMemory, HostStore
 from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.memory import Auto, auto_chunks, head_groups, kept_layers, logits_chunk_size, logits_tile
 
@@ -26,6 +26,8 @@ class StreamSettings:
     keep_attention: bool | int = False
     backend: str | None = None
     head_groups: Auto = "auto"
+    host: HostStore = field(default_factory=HostStore, compare=False, repr=False)
+    """Where offloaded tensors wait; whoever replaces a field shares it."""
 
     def __post_init__(self) -> None:
         if self.offload not in (None, "host"):
@@ -71,7 +73,7 @@ def new_run(
         mlp_chunk=mlp_chunk,
         backend=settings.backend,
         autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
-        host=HostMemory(device) if settings.offload and torch.is_grad_enabled() else None,
+        host=HostMemory(device, settings.host) if settings.offload and torch.is_grad_enabled() else None,
     )
     groups = head_groups(kind) if settings.head_groups == "auto" else settings.head_groups
     return by_heads(run, groups) if groups else run
