@@ -38,7 +38,7 @@ from fourfold.parallel.attention.kernels import (
 )
 from fourfold.parallel.attention.soft_cap import SoftCapAttention
 from fourfold.parallel.stream.block_attention import attend_blocks, chunk_blocks
-from fourfold.parallel.stream.memory import KEYS_A_CALL
+from fourfold.parallel.stream.work_space import KEYS_A_CALL
 
 
 @dataclass(frozen=True, slots=True)

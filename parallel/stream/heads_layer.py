@@ -255,6 +255,7 @@ def _attend_backward(
                 grad_hidden[:, start:stop] += part
             alone = None
             del chunk, parts, part  # before the next one's are made
+        del gradients
     return grad_hidden
 
 

@@ -23,6 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fourfold.parallel.stream.patching import num_changes
+
 Tensors = tuple[Tensor, ...]
 
 # Copies to the host that may be under way: their sources stay on the device until then.
@@ -173,7 +175,7 @@ class HostMemory:
         copied = self._lanes[0].copy(list(_pairs(tensors, blocks)))
         # The sources stay referenced until their copy is done, so that the allocator cannot give their memory away
         # before; and the host waits for it, because else it would run ahead and no source be freed in time.
-        self._leaving[place] = _Leaving(copied, tensors, tuple(tensor._version for tensor in tensors))
+        self._leaving[place] = _Leaving(copied, tensors, tuple(map(num_changes, tensors)))
         if len(self._leaving) > IN_FLIGHT:
             self._left(min(self._leaving)).copied.host_waits()
         return place, (handle,)
@@ -208,7 +210,7 @@ class HostMemory:
 
     def _left(self, place: int) -> _Leaving:
         found = self._leaving.pop(place)
-        if any(tensor._version != version for tensor, version in zip(found.tensors, found.versions, strict=True)):
+        if tuple(map(num_changes, found.tensors)) != found.versions:
             raise RuntimeError(
                 "a layer's input was changed in place while it was copied to the host: leave offload out, or let the "
                 "hook or module that does it return a new tensor"

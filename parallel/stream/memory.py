@@ -1,44 +1,31 @@
 """What streaming keeps in memory, as a closed form without torch: for planners, and for "how long a sequence fits?".
 
 Two moments bound a step. At the head, every layer's input is there, and the last hidden states with their gradient.
-In the backward of the last layer, one gradient of hidden states, its keys, values and their gradients are there. Both
-grow linearly with the tokens; the chunks' own work does not grow.
+In the backward of the last layer, one gradient of hidden states is there, and: by chunks of queries, the layer's keys,
+values and their gradients; by groups of heads, the output of all heads and its gradient, and either a piece of what
+follows attention or the queries, keys and values of a group with their gradients. All grow linearly with the tokens;
+the chunks' own work does not grow.
 
-Rules of thumb count what the Llama family's modules make of a token in a chunk; they were set by measurement.
+Rules of thumb count what the Llama family's modules make of a token in a chunk; they were set by measurement, on a CPU:
+what is said of "cuda" has not been held against a device yet.
 """
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Auto = int | Literal["auto"]
-MIN_LOGITS_CHUNK = 32
+from fourfold.parallel.stream.work_space import Auto, PieceSizes, Shape, Work, chunk_sizes, kept_layers
 
-
-@dataclass(frozen=True, slots=True)
-class ChunkSizes:
-    """Sizes that "auto" chooses among on a kind of device.
-
-    Attributes:
-        pairs: (queries of attention, tokens of MLP) a chunk, smallest first.
-        logits_bytes: of the fp32 logits of whole rows.
-        tile: (bytes, tokens) of a tile of logits.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    logits_bytes: int
-    tile: tuple[int, int]
-
-
-# A CPU's kernels are at their best from some hundred rows on. A GPU is idle below some thousands.
-CHUNK_SIZES = {
-    "cpu": ChunkSizes(((256, 128), (512, 256), (1024, 128)), 16 << 20, (4 << 20, 1024)),
-    "cuda": ChunkSizes(((1024, 1024), (2048, 2048), (4096, 4096)), 256 << 20, (256 << 20, 4096)),
-}
+# By heads, a GPU's pieces: of more tokens than these its matrix products take no less time a token.
+MLP_PIECES = (8192, 4096, 2048)
+PROJECTED_PIECES = (32768, 8192)
+GROUPS = (1, 2, 4, 8)
+# By heads, the largest pieces may cost so much more than the smallest: on a GPU pieces are time.
+ROOM_BY_HEADS = 1.4
+# Part of a device's free memory that "auto" counts on: the allocator loses some between blocks.
+USABLE = 0.9
 # "auto" takes the largest chunks that cost at most this much of the memory that the smallest would take.
 ROOM = 1.1
-# Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
-KEYS_A_CALL = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,21 +35,32 @@ class StreamMemory:
     Gradients of fp32 weights are summed where they stay. Those of bf16 weights are first summed in fp32: that is in it.
 
     Attributes:
-        checkpoints_bytes: layer inputs but the first, and attention outputs where they are kept.
+        checkpoints_bytes: layer inputs but the first, and attention outputs where they are kept, as far as they are
+            on the device.
         head_bytes: at the head, beside the checkpoints.
         layer_bytes: in a layer's backward, beside the checkpoints.
         bytes_a_token: growth of the total with each further token.
+        host_bytes: pinned in host memory, where offloaded.
     """
 
     checkpoints_bytes: int
     head_bytes: int
     layer_bytes: int
     bytes_a_token: float
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The step's peak."""
         return self.checkpoints_bytes + max(self.head_bytes, self.layer_bytes)
+
+    def copy_seconds(self, bytes_a_second: float) -> float:
+        """Of a step, at this speed each way; hidden as far as a layer computes longer than its share.
+
+        Args:
+            bytes_a_second: between device and pinned host memory: 25e9 for PCIe 4, 50e9 for PCIe 5, of 16 lanes.
+        """
+        return 2 * self.host_bytes / bytes_a_second
 
 
 def head_groups(device_type: str) -> int:
@@ -70,40 +68,86 @@ def head_groups(device_type: str) -> int:
     return 0 if device_type == "cpu" else 4
 
 
-def kept_layers(keep_attention: bool | int, layers: int) -> int:
-    """How many of so many layers, the last ones, keep attention's output: True is all of them."""
-    return layers if keep_attention is True else min(int(keep_attention), layers)
+def auto_sizes(
+    config: Any,
+    seq_len: int,
+    *,
+    asked: "Asked | None" = None,
+    device_type: str = "cpu",
+    free_bytes: int | None = None,
+    **arguments: Any,
+) -> PieceSizes:
+    """What "auto" stands for: by chunks of queries on a CPU, by heads elsewhere.
+
+    By heads, the largest pieces of MLP, then the most tokens to project, then the fewest groups, that fit, and take at
+    most ROOM_BY_HEADS of the memory that the smallest would. Up to 8192 tokens are one piece wherever that fits: a
+    device would only be slower with less.
+
+    Args:
+        config, seq_len, arguments: as stream_memory's.
+        asked: sizes that are given and not "auto".
+        device_type: "cpu" or "cuda".
+        free_bytes: of the device, beside what is allocated; None is enough.
+    """
+    asked = asked or Asked()
+    groups = head_groups(device_type) if asked.head_groups == "auto" else asked.head_groups
+    if groups == 0:
+        chunk, mlp = asked.chunk_size, asked.mlp_chunk
+        if chunk == "auto" or mlp == "auto":
+            found = auto_chunks(config, seq_len, device_type=device_type, chunk_size=chunk, **arguments)
+            chunk, mlp = found[0], found[1] if mlp == "auto" else mlp
+        return PieceSizes(groups=0, chunk=chunk, mlp_chunk=mlp)
+    rows: int = arguments.get("batch", 1)
+    most = Shape.of(config).kv_heads
+
+    def a_row(tokens: int) -> int:
+        return max(1, min(seq_len, tokens // rows))
+
+    mlps = tuple(map(a_row, MLP_PIECES)) if asked.mlp_chunk == "auto" else (asked.mlp_chunk,)
+    counts = tuple(n for n in GROUPS if n <= most) if asked.head_groups == "auto" else (groups,)
+    chunks = tuple(map(a_row, PROJECTED_PIECES)) if asked.chunk_size == "auto" else (asked.chunk_size,)
+
+    def total(sizes: PieceSizes) -> int:
+        return stream_memory(
+            config, seq_len, head_groups=sizes.groups, chunk_size=sizes.chunk, mlp_chunk=sizes.mlp_chunk,
+            device_type=device_type, **arguments,
+        ).total_bytes  # fmt: skip
+
+    smallest = PieceSizes(groups=counts[-1], chunk=chunks[-1], mlp_chunk=mlps[-1])
+    short = rows * seq_len <= MLP_PIECES[0]
+    limit = math.inf if short else ROOM_BY_HEADS * total(smallest)
+    if free_bytes is not None:
+        limit = min(limit, USABLE * free_bytes)
+    sizes = (PieceSizes(groups=n, chunk=chunk, mlp_chunk=mlp) for mlp in mlps for chunk in chunks for n in counts)
+    return next((each for each in sizes if total(each) <= limit), smallest)
 
 
-def logits_chunk_size(vocabulary: int, device_type: str = "cpu") -> int:
-    """Tokens whose whole logits fit the device's logits_bytes in fp32, at least MIN_LOGITS_CHUNK."""
-    return max(MIN_LOGITS_CHUNK, _sizes(device_type).logits_bytes // (4 * vocabulary))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """Sizes as stream_backprop is given them."""
 
-
-def logits_tile(vocabulary: int, tokens: int | None = None, device_type: str = "cpu") -> tuple[int, int]:
-    """(tokens, rows of the vocabulary) of a tile of logits of the device's size in fp32, with `tokens` if given."""
-    size, chosen = _sizes(device_type).tile
-    chosen = tokens or chosen
-    return chosen, min(vocabulary, max(64, size // (4 * chosen)))
+    head_groups: Auto = "auto"
+    chunk_size: Auto = "auto"
+    mlp_chunk: Auto = "auto"
 
 
 def auto_chunks(
     config: Any, seq_len: int, *, device_type: str = "cpu", chunk_size: Auto = "auto", **arguments: Any
 ) -> tuple[int, int]:
-    """(chunk_size, mlp_chunk) that "auto" stands for: the largest that take little more memory than the smallest.
+    """(chunk_size, mlp_chunk) by chunks of queries: the largest that take little more memory than the smallest.
 
     Args:
         config, seq_len, arguments: as stream_memory's.
         device_type: "cpu" or "cuda".
         chunk_size: queries a chunk where they are given, and only the MLP's tokens are wanted.
     """
-    pairs = _sizes(device_type).pairs
+    pairs = chunk_sizes(device_type).pairs
     if chunk_size != "auto":
         pairs = tuple((chunk_size, min(chunk_size, mlp)) for _, mlp in pairs)
 
     def total(pair: tuple[int, int]) -> int:
         found = stream_memory(
-            config, seq_len, chunk_size=pair[0], mlp_chunk=pair[1], device_type=device_type, **arguments
+            config, seq_len, head_groups=0, chunk_size=pair[0], mlp_chunk=pair[1], device_type=device_type, **arguments
         )
         return found.total_bytes
 
@@ -123,6 +167,7 @@ def stream_memory(
     offload: bool = False,
     itemsize: int = 4,
     device_type: str = "cpu",
+    head_groups: Auto = "auto",
 ) -> StreamMemory:
     """Live tensors' memory at the peak of one streamed forward and backward.
 
@@ -131,7 +176,7 @@ def stream_memory(
     Args:
         config: a Hugging Face config, or its fields as a mapping: dense decoders of the Llama family.
         seq_len, batch: tokens a row, and rows.
-        chunk_size, mlp_chunk, logits_chunk, keep_attention: as stream_backprop's.
+        chunk_size, mlp_chunk, logits_chunk, keep_attention, head_groups: as stream_backprop's.
         offload: whether what layers keep is offloaded, as CUDA does. Counted from the code, not yet measured.
         itemsize: bytes of an activation: 4 for fp32, 2 for bf16.
         device_type: what "auto" chooses for, "cpu" or "cuda".
@@ -139,58 +184,48 @@ def stream_memory(
         ValueError: a length, batch or chunk below 1.
     Source: derived here; checked against measured peaks in tests/unit/stream/test_stream_memory.py.
     """
-    if chunk_size == "auto" or mlp_chunk == "auto":
-        found = auto_chunks(
-            config, seq_len, batch=batch, chunk_size=chunk_size, logits_chunk=logits_chunk,
-            keep_attention=keep_attention, offload=offload, itemsize=itemsize, device_type=device_type,
+    kept_of = {"keep_attention": keep_attention, "offload": offload, "itemsize": itemsize, "batch": batch}
+    if "auto" in (head_groups, chunk_size, mlp_chunk):
+        asked = Asked(head_groups=head_groups, chunk_size=chunk_size, mlp_chunk=mlp_chunk)
+        sizes = auto_sizes(
+            config, seq_len, asked=asked, device_type=device_type, logits_chunk=logits_chunk, **kept_of
         )  # fmt: skip
-        chunk_size, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
-    given = {"seq_len": seq_len, "batch": batch, "chunk_size": chunk_size, "mlp_chunk": mlp_chunk}
+    else:
+        sizes = PieceSizes(groups=int(head_groups), chunk=int(chunk_size), mlp_chunk=int(mlp_chunk))
+    given = {"seq_len": seq_len, "batch": batch, "chunk_size": sizes.chunk, "mlp_chunk": sizes.mlp_chunk}
     for name, value in given.items():
         if value < 1:
             raise ValueError(f"{name}={value}: give at least 1")
-    shape = _Shape.of(config)
-    hidden, queries, keys, layers = (
-        shape.hidden,
-        shape.heads * shape.head_dim,
-        shape.kv_heads * shape.head_dim,
-        shape.layers,
-    )
+    shape, tokens = Shape.of(config), batch * seq_len
+    hidden, queries, layers = shape.hidden, shape.heads * shape.head_dim, shape.layers
     kept = kept_layers(keep_attention, layers)
     # The first layer's input is looked up again. Of offloaded layers two are on the device, one on its way.
     on_device = min(2, layers - 1) / max(1, layers - 1) if offload else 1.0
-    a_token = on_device * (layers - 1) * hidden * itemsize
-    a_token += (min(2, kept) if offload else kept) * (queries * itemsize + 4 * shape.heads)
-    rotary = 2 * shape.head_dim * itemsize / batch
-    head_a_token = 2 * hidden * itemsize + rotary
-    layer_a_token = hidden * itemsize + 2 * keys * (itemsize + 4) + rotary
-    tokens, chunk = batch * seq_len, batch * min(chunk_size, seq_len)
-    sums = 0 if itemsize >= 4 else 4  # bytes a parameter of which a gradient is being summed
-    asked = None if logits_chunk == "auto" else logits_chunk
-    rows = min(tokens, asked or logits_chunk_size(shape.vocabulary, device_type))
-    tile_tokens, tile_rows = logits_tile(shape.vocabulary, asked, device_type)
-    tile = min(tokens, tile_tokens) * 4 * (6 * hidden + 2 * tile_rows)
-    head = sums * shape.vocabulary * hidden + max(rows * 4 * (6 * hidden + shape.vocabulary), tile)
-    attention = chunk * itemsize * (2 * hidden + 4 * queries + 5 * keys) + 2 * batch * keys * itemsize * KEYS_A_CALL
-    mlp = min(batch * mlp_chunk, chunk) * itemsize * (6 * hidden + 6 * shape.intermediate)
-    layer = shape.layer_parameters * sums + attention + mlp
+    an_input, an_output = hidden * itemsize, queries * itemsize + 4 * shape.heads
+    a_token = on_device * (layers - 1) * an_input + (min(2, kept) if offload else kept) * an_output
+    work = Work(shape=shape, sizes=sizes, batch=batch, itemsize=itemsize, keeps=kept > 0)
+    head_a_token, head = work.head(tokens, logits_chunk, device_type)
+    layer_a_token, layer = work.by_chunks(seq_len) if sizes.groups == 0 else work.by_heads(seq_len)
     return StreamMemory(
         checkpoints_bytes=int(tokens * a_token),
         head_bytes=int(tokens * head_a_token + head),
         layer_bytes=int(tokens * layer_a_token + layer),
         bytes_a_token=a_token + max(head_a_token, layer_a_token),
+        host_bytes=tokens * ((layers - 1) * an_input + kept * an_output) if offload else 0,
     )
 
 
 def max_seq_len(
-    config: Any, memory_bytes: float, *, state_bytes_a_parameter: float = 16.0, limit: int = 1 << 26, **arguments: Any
-) -> int:
+    config: Any, memory_bytes: float, *, state_bytes_a_parameter: float = 16.0, host_bytes: float = math.inf,
+    limit: int = 1 << 26, **arguments: Any,
+) -> int:  # fmt: skip
     """The longest sequence whose streamed step fits into a device's memory; 0 where not one token does.
 
     Args:
         config: as stream_memory's.
         memory_bytes: what the device has for this process.
         state_bytes_a_parameter: weights, gradients and optimizer states: 16 for AdamW in fp32, less where sharded.
+        host_bytes: host memory that may be pinned, where the step offloads.
         limit: give up above it.
         arguments: stream_memory's others.
     """
@@ -198,7 +233,8 @@ def max_seq_len(
     fits, over = 0, limit + 1
     while over - fits > 1:
         middle = (fits + over) // 2
-        if stream_memory(config, middle, **arguments).total_bytes <= left:
+        found = stream_memory(config, middle, **arguments)
+        if found.total_bytes <= left and found.host_bytes <= host_bytes:
             fits = middle
         else:
             over = middle
@@ -207,45 +243,6 @@ def max_seq_len(
 
 def num_parameters(config: Any) -> int:
     """Parameters of a dense decoder of the Llama family; biases and the norms of heads are left out."""
-    shape = _Shape.of(config)
+    shape = Shape.of(config)
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     return shape.layers * shape.layer_parameters + embeddings + shape.hidden
-
-
-def _sizes(device_type: str) -> ChunkSizes:
-    return CHUNK_SIZES["cpu" if device_type == "cpu" else "cuda"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Shape:
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Any) -> "_Shape":
-        def field(name: str, default: Any = None) -> Any:
-            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-            return default if value is None else value
-
-        hidden, heads = field("hidden_size"), field("num_attention_heads")
-        return cls(
-            layers=field("num_hidden_layers"),
-            hidden=hidden,
-            intermediate=field("intermediate_size"),
-            heads=heads,
-            kv_heads=field("num_key_value_heads", heads),
-            head_dim=field("head_dim", hidden // heads),
-            vocabulary=field("vocab_size"),
-            tied=bool(field("tie_word_embeddings", False)),
-        )
-
-    @property
-    def layer_parameters(self) -> int:
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden

@@ -17,11 +17,11 @@ from torch import nn
 from fourfold.parallel.stream.attention import stream_attention_forward
 from fourfold.parallel.stream.checks import causal_lm as find_causal_lm
 from fourfold.parallel.stream.checks import check_model
-from fourfold.parallel.stream.memory import Auto
 from fourfold.parallel.stream.patching import ATTRIBUTE, register_attention
 from fourfold.parallel.stream.settings import StreamSettings
 from fourfold.parallel.stream.streaming import Streaming
 from fourfold.parallel.stream.verify import verify_gradients
+from fourfold.parallel.stream.work_space import Auto
 
 
 def stream_backprop(

@@ -58,6 +58,7 @@ PATCHES = (
     Patch("hooks of nn.Module", "read", "hooks of the user's on the model's end must be found; torch has no list"),
     Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
     Patch("Tensor._use_count", "read", "a gradient that a hook or autograd.grad holds must not be overwritten"),
+    Patch("Tensor._version", "read", "a tensor that is changed while it is copied to the host must not be used"),
     Patch("Tensor._backward_hooks", "read", "a hook that waits for a gradient must see all of it, not zeros"),
 )
 
@@ -286,3 +287,8 @@ def accumulates_now(parameter: Tensor) -> bool:
 def held_once(tensor: Tensor) -> bool:
     """Whether the caller is the only one who holds the tensor, here or in autograd."""
     return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]
+
+
+def num_changes(tensor: Tensor) -> int:
+    """How often the tensor was changed in place."""
+    return tensor._version

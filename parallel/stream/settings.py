@@ -12,7 +12,8 @@ from fourfold.parallel.stream.head import Head
 from fourfold.parallel.stream.heads_layer import by_heads
 from fourfold.parallel.stream.host_memory import HostMemory, HostStore
 from fourfold.parallel.stream.layer_run import StreamRun
-from fourfold.parallel.stream.memory import Auto, auto_chunks, head_groups, kept_layers, logits_chunk_size, logits_tile
+from fourfold.parallel.stream.memory import Asked, auto_sizes
+from fourfold.parallel.stream.work_space import Auto, kept_layers, logits_chunk_size, logits_tile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,24 +60,31 @@ def new_run(
         dtype: of the hidden states.
     """
     kind = device.type
-    chunk, mlp_chunk = settings.chunk_size, settings.mlp_chunk
-    if chunk == "auto" or mlp_chunk == "auto":
-        found = auto_chunks(
-            config, shape[1], batch=shape[0], device_type=kind, chunk_size=chunk,
-            keep_attention=settings.keep_attention, offload=settings.offload is not None and kind == "cuda",
-            itemsize=dtype.itemsize,
-        )  # fmt: skip
-        chunk, mlp_chunk = found[0], found[1] if mlp_chunk == "auto" else mlp_chunk
+    asked = Asked(
+        head_groups=settings.head_groups, chunk_size=settings.chunk_size, mlp_chunk=settings.mlp_chunk
+    )  # fmt: skip
+    sizes = auto_sizes(
+        config, shape[1], asked=asked, device_type=kind, free_bytes=free_memory(device), batch=shape[0],
+        keep_attention=settings.keep_attention, offload=settings.offload is not None and kind == "cuda",
+        itemsize=dtype.itemsize,
+    )  # fmt: skip
     run = StreamRun(
         masks=masks,
-        chunk=chunk,
-        mlp_chunk=mlp_chunk,
+        chunk=sizes.chunk,
+        mlp_chunk=sizes.mlp_chunk,
         backend=settings.backend,
         autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
         host=HostMemory(device, settings.host) if settings.offload and torch.is_grad_enabled() else None,
     )
-    groups = head_groups(kind) if settings.head_groups == "auto" else settings.head_groups
-    return by_heads(run, groups) if groups else run
+    return by_heads(run, sizes.groups) if sizes.groups else run
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a step may still allocate on the device; None where nobody tells."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def new_head(

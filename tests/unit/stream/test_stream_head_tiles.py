@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fourfold.parallel.stream import memory
+from fourfold.parallel.stream import work_space
 from fourfold.parallel.stream.model import stream_backprop
 from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
 from fourfold.parallel.stream.statistics import token_statistics
@@ -22,8 +22,8 @@ VOCABULARY, HIDDEN = 600, 32
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 5 tokens by 64 rows of the vocabulary."""
-    sizes = memory.CHUNK_SIZES["cpu"]
-    monkeypatch.setitem(memory.CHUNK_SIZES, "cpu", replace(sizes, tile=(4 * 5 * 64, 5)))
+    sizes = work_space.CHUNK_SIZES["cpu"]
+    monkeypatch.setitem(work_space.CHUNK_SIZES, "cpu", replace(sizes, tile=(4 * 5 * 64, 5)))
 
 
 class LargestWide(TorchDispatchMode):

@@ -10,8 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fourfold.parallel.stream.memory import auto_chunks, max_seq_len, num_parameters, stream_memory
+from fourfold.parallel.attention.backends import BACKENDS
+from fourfold.parallel.stream.memory import (
+    Asked,
+    auto_chunks,
+    auto_sizes,
+    max_seq_len,
+    num_parameters,
+    stream_memory,
+)
 from fourfold.parallel.stream.model import stream_backprop
+from fourfold.parallel.stream.work_space import PieceSizes
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -56,7 +65,7 @@ def peak(seq_len: int, **settings) -> int:
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, sliding_window=None, max_position_embeddings=8192)).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    stream_backprop(model, **CHUNKS, **settings)
+    stream_backprop(model, **{**CHUNKS, **settings})
     ids = torch.randint(0, 512, (1, seq_len))
     with LiveBytes() as live:
         model(input_ids=ids, labels=ids).loss.backward()
@@ -111,3 +120,71 @@ def test_the_closed_form_needs_no_torch():
         "import sys; from fourfold.parallel.stream import stream_memory, max_seq_len; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
+
+
+class OneCall:
+    """A CPU's kernel as a GPU's is called: a causal block whole, unmasked keys all at once."""
+
+    name, leaf = "one_call", 0
+
+    def refusal(self, q, k):
+        return None
+
+    def forward(self, q, k, v, *, causal, scale):
+        return BACKENDS["cpu_flash"].forward(q, k, v, causal=causal, scale=scale)
+
+    def backward(self, grad_out, saved, *, causal, scale):
+        return BACKENDS["cpu_flash"].backward(grad_out, saved, causal=causal, scale=scale)
+
+
+HEADS = {"chunk_size": 128, "mlp_chunk": 128, "head_groups": 2}
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_memory_by_heads_is_linear_with_the_predicted_slope(keep_attention):
+    peaks = [peak(length, keep_attention=keep_attention, backend=OneCall(), **HEADS) for length in (1536, 2560)]
+    expected = stream_memory(SHAPE, 2560, keep_attention=keep_attention, **{**CHUNKS, **HEADS})
+    assert (peaks[1] - peaks[0]) / 1024 == pytest.approx(expected.bytes_a_token, rel=0.02)
+    assert 0.8 <= expected.total_bytes / peaks[-1] <= 1.5
+
+
+H100 = {"device_type": "cuda", "itemsize": 2}
+QWEN3_4B = {
+    "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def test_a_gpu_cuts_by_heads_in_pieces_as_large_as_its_memory_allows():
+    # A short sequence is one piece where there is room, and smaller pieces where there is not.
+    assert auto_sizes(QWEN3_4B, 8192, **H100) == PieceSizes(groups=1, chunk=8192, mlp_chunk=8192)
+    small = auto_sizes(QWEN3_4B, 8192, free_bytes=int(3e9), **H100)
+    assert small.mlp_chunk < 8192
+    assert stream_memory(
+        QWEN3_4B, 8192, head_groups=small.groups, chunk_size=small.chunk, mlp_chunk=small.mlp_chunk, **H100
+    ).total_bytes <= 0.9 * 3e9  # fmt: skip
+    offloading = auto_sizes(QWEN3_4B, 8192, offload=True, **H100)
+    assert offloading == PieceSizes(groups=1, chunk=8192, mlp_chunk=8192)
+    # Where nothing fits, the smallest: the step may still.
+    assert auto_sizes(QWEN3_4B, 8192, free_bytes=0, **H100) == PieceSizes(groups=8, chunk=8192, mlp_chunk=2048)
+    long = auto_sizes(QWEN3_4B, 1 << 17, keep_attention=True, offload=True, **H100)
+    assert long.mlp_chunk == 8192
+    assert long.groups > 1
+    # Rows share the tokens of a piece.
+    assert auto_sizes(QWEN3_4B, 8192, batch=4, **H100).mlp_chunk <= 2048
+    # What is asked for is not changed; a CPU cuts by queries.
+    assert auto_sizes(QWEN3_4B, 8192, asked=Asked(head_groups=2, mlp_chunk=100), **H100).groups == 2
+    assert auto_sizes(QWEN3_4B, 8192).groups == 0
+    by_queries = auto_sizes(QWEN3_4B, 8192, asked=Asked(head_groups=0), **H100)
+    assert (by_queries.chunk, by_queries.mlp_chunk) == auto_chunks(QWEN3_4B, 8192, **H100)
+
+
+def test_offloading_ends_where_host_memory_does():
+    arguments = {"offload": True, "keep_attention": True, **H100}
+    longest = max_seq_len(QWEN3_4B, 80e9, state_bytes_a_parameter=4, **arguments)
+    a_token = 35 * 2560 * 2 + 36 * (4096 * 2 + 4 * 32)
+    assert stream_memory(QWEN3_4B, longest, **arguments).host_bytes == longest * a_token
+    assert max_seq_len(QWEN3_4B, 80e9, state_bytes_a_parameter=4, host_bytes=100e9, **arguments) == int(
+        100e9 // a_token
+    )
+    assert stream_memory(QWEN3_4B, 1000, **arguments).copy_seconds(25e9) == 2 * 1000 * a_token / 25e9

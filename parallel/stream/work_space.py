@@ -1,0 +1,171 @@
+"""What a streamed layer, and the head, have in memory while they work: counted from the code, by a model's shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Auto = int | Literal["auto"]
+MIN_LOGITS_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSizes:
+    """Sizes that "auto" chooses among on a kind of device.
+
+    Attributes:
+        pairs: (queries of attention, tokens of MLP) a chunk, smallest first.
+        logits_bytes: of the fp32 logits of whole rows.
+        tile: (bytes, tokens) of a tile of logits.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    logits_bytes: int
+    tile: tuple[int, int]
+
+
+# A CPU's kernels are at their best from some hundred rows on. A GPU is idle below some thousands.
+CHUNK_SIZES = {
+    "cpu": ChunkSizes(((256, 128), (512, 256), (1024, 128)), 16 << 20, (4 << 20, 1024)),
+    "cuda": ChunkSizes(((1024, 1024), (2048, 2048), (4096, 4096)), 256 << 20, (256 << 20, 4096)),
+}
+# Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
+KEYS_A_CALL = 1024
+# By heads, tensors of the size of q, k and v that norms and rotary embedding make of a chunk, in the model's own code.
+PROJECTION_COPIES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PieceSizes:
+    """How a layer is cut.
+
+    Attributes:
+        groups: of key heads, whose attention is done after one another; 0 is chunks of queries.
+        chunk: queries a chunk, or by heads tokens that are projected at a time.
+        mlp_chunk: tokens a chunk of all that follows attention.
+    """
+
+    groups: int
+    chunk: int
+    mlp_chunk: int
+
+
+def kept_layers(keep_attention: bool | int, layers: int) -> int:
+    """How many of so many layers, the last ones, keep attention's output: True is all of them."""
+    return layers if keep_attention is True else min(int(keep_attention), layers)
+
+
+def logits_chunk_size(vocabulary: int, device_type: str = "cpu") -> int:
+    """Tokens whose whole logits fit the device's logits_bytes in fp32, at least MIN_LOGITS_CHUNK."""
+    return max(MIN_LOGITS_CHUNK, chunk_sizes(device_type).logits_bytes // (4 * vocabulary))
+
+
+def logits_tile(vocabulary: int, tokens: int | None = None, device_type: str = "cpu") -> tuple[int, int]:
+    """(tokens, rows of the vocabulary) of a tile of logits of the device's size in fp32, with `tokens` if given."""
+    size, chosen = chunk_sizes(device_type).tile
+    chosen = tokens or chosen
+    return chosen, min(vocabulary, max(64, size // (4 * chosen)))
+
+
+def chunk_sizes(device_type: str) -> ChunkSizes:
+    return CHUNK_SIZES["cpu" if device_type == "cpu" else "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What a step holds beside the checkpoints: (bytes a token, bytes that do not grow), by the moment."""
+
+    shape: "Shape"
+    sizes: PieceSizes
+    batch: int
+    itemsize: int
+    keeps: bool
+
+    @property
+    def _rotary(self) -> float:
+        return 2 * self.shape.head_dim * self.itemsize / self.batch
+
+    def _sums(self, pieces: int) -> int:
+        """Bytes a parameter of which a gradient is being summed: one piece's is not widened."""
+        return 0 if self.itemsize >= 4 else 4 if pieces > 1 else self.itemsize
+
+    def head(self, tokens: int, logits_chunk: Auto, device_type: str) -> tuple[float, float]:
+        """At the end of the model, for so many tokens in all rows."""
+        hidden, vocabulary = self.shape.hidden, self.shape.vocabulary
+        asked = None if logits_chunk == "auto" else logits_chunk
+        rows = min(tokens, asked or logits_chunk_size(vocabulary, device_type))
+        tile_tokens, tile_rows = logits_tile(vocabulary, asked, device_type)
+        tile = min(tokens, tile_tokens) * 4 * (6 * hidden + 2 * tile_rows)
+        # As Head.by_tiles chooses: the sums of a tile of the vocabulary, and what the projection reads of all tokens.
+        whole, tiled = 4 * vocabulary * hidden, (tokens * self.itemsize + 4 * tile_rows) * hidden
+        sums = 0 if self.itemsize >= 4 else min(whole, tiled)
+        a_token = 2 * hidden * self.itemsize + self._rotary
+        return a_token, sums + max(rows * 4 * (6 * hidden + vocabulary), tile)
+
+    def by_chunks(self, seq_len: int) -> tuple[float, float]:
+        """In a layer's backward by chunks of queries."""
+        shape, itemsize = self.shape, self.itemsize
+        hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        a_token = hidden * itemsize + 2 * keys * (itemsize + 4) + self._rotary
+        chunk = self.batch * min(self.sizes.chunk, seq_len)
+        attention = chunk * itemsize * (2 * hidden + 4 * queries + 5 * keys)
+        attention += 2 * self.batch * keys * itemsize * KEYS_A_CALL
+        return a_token, shape.layer_parameters * self._sums(2) + attention + self._piece(chunk)
+
+    def by_heads(self, seq_len: int) -> tuple[float, float]:
+        """In a layer's backward by groups of heads: after attention, or in the attention of a group."""
+        shape, sizes, itemsize = self.shape, self.sizes, self.itemsize
+        hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        groups = max(n for n in range(1, min(sizes.groups, shape.kv_heads) + 1) if shape.kv_heads % n == 0)
+        tokens, chunk = self.batch * seq_len, self.batch * min(sizes.chunk, seq_len)
+        # One gradient of hidden states; what the heads attended, unless a checkpoint is it, and its gradient.
+        both = hidden * itemsize + queries * itemsize * (1 if self.keeps else 2) + self._rotary
+        both += 0 if self.keeps else 4 * shape.heads
+        after = (both + (0 if self.keeps else hidden * itemsize), self._piece(tokens))
+        # The attention's input and its gradient; q, k, v of a group and their gradients; a chunk being projected.
+        projected = (queries + 2 * keys) / groups
+        during = (
+            both + (2 * hidden + 2 * projected) * itemsize,
+            chunk * (PROJECTION_COPIES * projected + hidden) * itemsize,
+        )
+        a_token, work = max(after, during, key=lambda moment: tokens * moment[0] + moment[1])
+        return a_token, work + shape.layer_parameters * self._sums(-(-seq_len // sizes.mlp_chunk))
+
+    def _piece(self, most: int) -> float:
+        """What follows attention, for a piece of at most so many tokens in all rows."""
+        tokens = min(self.batch * self.sizes.mlp_chunk, most)
+        return tokens * self.itemsize * (6 * self.shape.hidden + 6 * self.shape.intermediate)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        def field(name: str, default: Any = None) -> Any:
+            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            return default if value is None else value
+
+        hidden, heads = field("hidden_size"), field("num_attention_heads")
+        return cls(
+            layers=field("num_hidden_layers"),
+            hidden=hidden,
+            intermediate=field("intermediate_size"),
+            heads=heads,
+            kv_heads=field("num_key_value_heads", heads),
+            head_dim=field("head_dim", hidden // heads),
+            vocabulary=field("vocab_size"),
+            tied=bool(field("tie_word_embeddings", False)),
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
