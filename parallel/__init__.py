@@ -12,7 +12,7 @@ if __name__ != "fourfold.parallel":
 from fourfold.parallel.lazy import exported
 
 if TYPE_CHECKING:
-    from fourfold.parallel.decoder.parallelize import ParallelModel as ParallelModel
+    from fourfold.parallel.decoder.parallel_model import ParallelModel as ParallelModel
     from fourfold.parallel.decoder.parallelize import parallelize as parallelize
     from fourfold.parallel.mesh import init_mesh as init_mesh
     from fourfold.parallel.pipeline.emulator import PipelinedBackpropEmulator as PipelinedBackpropEmulator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = exported(
     __name__,
     {
-        "ParallelModel": "decoder.parallelize",
+        "ParallelModel": "decoder.parallel_model",
         "PipelinedBackprop": "pipeline.runtime",
         "PipelinedBackpropEmulator": "pipeline.emulator",
         "init_mesh": "mesh",

@@ -82,10 +82,21 @@ def plan_hops(rank: int, sequence: ShardedSequence, leaf: int = 0) -> tuple[Hop,
             do the whole square of a small triangle.
     Cost: O(ring size * ranges of a shard); remembered for the last 256 calls.
     """
-    shards = sequence.ring_shards
-    ring_size = len(shards)
     documents = document_ranges(sequence.seq_len, sequence.cu_seqlens)
     reach = mask_reach(sequence.causal, sequence.window)
+    return hops_between(rank, sequence.ring_shards, documents, reach, leaf)
+
+
+def hops_between(
+    rank: int, shards: Sequence[Shard], documents: Sequence[range], reach: tuple[int | None, int | None], leaf: int = 0
+) -> tuple[Hop, ...]:
+    """plan_hops for shards that were cut in whatever way.
+
+    Args:
+        shards: of every ring rank.
+        documents: that no query sees beyond. reach: keys seen on either side of a query, None is no limit.
+    """
+    ring_size = len(shards)
     hops = []
     for step in range(ring_size):
         source, target = (rank - step) % ring_size, (rank + step) % ring_size

@@ -14,6 +14,8 @@ torch.use_deterministic_algorithms(True) is set (flash; cuDNN has its own rules)
 """
 
 import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -39,6 +41,70 @@ class SavedAttention(NamedTuple):
     lse: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a kernel runs on.
+
+    Attributes:
+        kind: torch's device type.
+        capability: of a CUDA device: (8, 0) is an A100, (9, 0) an H100 or H200, (10, 0) a B200.
+        packages: modules that kernels come from and that are installed, of KERNEL_PACKAGES.
+    """
+
+    kind: str
+    capability: tuple[int, int] = (0, 0)
+    packages: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a kernel takes.
+
+    Attributes:
+        kind: the device type it needs; None takes any.
+        capability: the least it needs. up_to: the first that it no longer runs on.
+        package: (module, how to install it), where it does not come with torch.
+        half: bf16 and fp16 only; else every floating-point dtype.
+        head_sizes: (multiple of, at most); None takes any.
+    """
+
+    kind: str | None = None
+    capability: tuple[int, int] = (0, 0)
+    up_to: tuple[int, int] = (99, 0)
+    package: tuple[str, str] | None = None
+    half: bool = False
+    head_sizes: tuple[int, int] | None = None
+
+    def refusal(self, name: str, hardware: Hardware, dtype: torch.dtype, head_size: int) -> str | None:
+        """Why the kernel called `name` cannot do this, or None."""
+        if self.package is not None and self.package[0] not in hardware.packages:
+            return f"{name} is not installed: {self.package[1]}, or leave the backend to be chosen"
+        if self.kind is not None and hardware.kind != self.kind:
+            where = {"cuda": "on a CUDA device", "cpu": "on the CPU"}[self.kind]
+            return f"{name} needs tensors {where}, not on {hardware.kind}"
+        if self.kind == "cuda" and not self.capability <= hardware.capability < self.up_to:
+            return f"{name} does not run on compute capability {hardware.capability}: leave the backend to be chosen"
+        if not dtype.is_floating_point:
+            return f"{name} attention needs floating-point tensors, not {dtype}"
+        if self.half and dtype not in (torch.bfloat16, torch.float16):
+            return f"{name} takes bf16 and fp16, not {dtype}: cast, or ask for backend='math'"
+        if self.head_sizes is not None and (head_size % self.head_sizes[0] or head_size > self.head_sizes[1]):
+            multiple, most = self.head_sizes
+            return f"{name} takes head sizes that are multiples of {multiple} up to {most}, not {head_size}"
+        return None
+
+
+# Modules of kernels that do not come with torch: FlashAttention 2, 3 and 4.
+KERNEL_PACKAGES = ("flash_attn", "flash_attn_interface", "flash_attn.cute")
+
+
+@lru_cache(maxsize=64)
+def hardware_of(device: torch.device) -> Hardware:
+    """What this process has there."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return Hardware(device.type, capability, frozenset(name for name in KERNEL_PACKAGES if _is_installed(name)))
+
+
 class AttentionBackend(Protocol):
     """What a backend offers.
 
@@ -46,14 +112,12 @@ class AttentionBackend(Protocol):
         name: how users ask for it.
         leaf: the kernel does the whole square of causal blocks up to this size, so larger triangles are worth cutting
             (0: it skips what is masked by itself).
+        limits: what it takes.
     """
 
     name: str
     leaf: int
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        """Why this backend cannot take these tensors, or None."""
-        ...
+    limits: Limits
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """(out [B, H, S_q, D] in q.dtype, lse [B, H, S_q])."""
@@ -69,9 +133,7 @@ class MathAttention:
 
     name = "math"
     leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        return None if q.is_floating_point() else f"math attention needs floating-point tensors, not {q.dtype}"
+    limits = Limits()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         scores = _scores(q, k, causal, scale)
@@ -101,11 +163,7 @@ class CpuFlash:
 
     name = "cpu_flash"
     leaf = 192
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        if q.device.type != "cpu":
-            return f"cpu_flash needs tensors on the CPU, not on {q.device}"
-        return None if q.is_floating_point() else f"cpu_flash needs floating-point tensors, not {q.dtype}"
+    limits = Limits(kind="cpu")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -122,9 +180,7 @@ class CudaFlash:
 
     name = "cuda_flash"
     leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        return _cuda_refusal(self.name, q, max_head_size=256)
+    limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 256))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
@@ -140,20 +196,26 @@ class CudaFlash:
 
 
 class CudnnAttention:
-    """cuDNN's fused attention through torch: bf16 and fp16, head sizes that are multiples of 8 up to 128."""
+    """cuDNN's fused attention through torch: bf16 and fp16, head sizes that are multiples of 8 up to 128.
+
+    Its kernels for Hopper and later are 1.6 to 1.8 times as fast there as torch's own flash kernel. It takes no
+    sequence of one token: such blocks go to that one.
+    """
 
     name = "cudnn"
     leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        return _cuda_refusal(self.name, q, max_head_size=128)
+    limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 128))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        if min(q.shape[2], k.shape[2]) == 1:
+            return CudaFlash().forward(q, k, v, causal=causal, scale=scale)
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
         return out, lse.reshape(q.shape[:3])
 
     def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
         q, k, v, out, lse = saved
+        if min(q.shape[2], k.shape[2]) == 1:
+            return CudaFlash().backward(grad_out, saved, causal=causal, scale=scale)
         unused = torch.zeros((), dtype=torch.int64, device=q.device)
         return aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
             grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None,
@@ -162,15 +224,14 @@ class CudnnAttention:
 
 
 class FlashAttn:
-    """The flash-attn package on CUDA: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
+    """The flash-attn package, FlashAttention 2: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
 
     name = "flash_attn"
     leaf = 0
-
-    def refusal(self, q: Tensor, k: Tensor) -> str | None:
-        if importlib.util.find_spec("flash_attn") is None:
-            return "flash_attn is not installed: pip install flash-attn, or leave the backend to be chosen"
-        return _cuda_refusal(self.name, q, max_head_size=256)
+    limits = Limits(
+        kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 256),
+        package=("flash_attn", "pip install flash-attn"),
+    )  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward
@@ -193,6 +254,58 @@ class FlashAttn:
             deterministic=torch.are_deterministic_algorithms_enabled(), rng_state=None,
         )  # fmt: skip
         return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
+
+
+class FlashAttn3:
+    """FlashAttention 3, which is built from flash-attention's hopper folder: Hopper, bf16 and fp16."""
+
+    name = "flash_attn_3"
+    leaf = 0
+    limits = Limits(
+        kind="cuda", capability=(9, 0), up_to=(10, 0), half=True, head_sizes=(8, 256),
+        package=("flash_attn_interface", "build it from flash-attention/hopper"),
+    )  # fmt: skip
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        from flash_attn_interface import _flash_attn_forward
+
+        tensors = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse, *_ = _flash_attn_forward(*tensors, softmax_scale=scale, causal=causal)
+        return out.transpose(1, 2), lse
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        from flash_attn_interface import _flash_attn_backward
+
+        q, k, v, out, grad = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, saved.out, grad_out))
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        # Between the tensors: starts, used lengths and longest of packed documents, of which there are none.
+        _flash_attn_backward(grad, q, k, v, out, saved.lse.contiguous(), *[None] * 6, *grads, scale, causal)
+        return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
+
+
+class FlashAttn4:
+    """FlashAttention 4 (flash_attn.cute): Blackwell, bf16 and fp16, head sizes up to 128."""
+
+    name = "flash_attn_4"
+    leaf = 0
+    limits = Limits(
+        kind="cuda", capability=(10, 0), half=True, head_sizes=(8, 128),
+        package=("flash_attn.cute", "pip install flash-attn-4"),
+    )  # fmt: skip
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        tensors = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse, *_ = _flash_attn_fwd(*tensors, softmax_scale=scale, causal=causal, return_lse=True)
+        return out.transpose(1, 2), lse
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        q, k, v, out, grad = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, saved.out, grad_out))
+        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, grad, saved.lse.contiguous(), softmax_scale=scale, causal=causal)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -219,11 +332,9 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     return scores
 
 
-def _cuda_refusal(name: str, q: Tensor, max_head_size: int) -> str | None:
-    if q.device.type != "cuda":
-        return f"{name} needs tensors on a CUDA device, not on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"{name} takes bf16 and fp16, not {q.dtype}: cast, or ask for backend='math'"
-    if q.shape[-1] % 8 or q.shape[-1] > max_head_size:
-        return f"{name} takes head sizes that are multiples of 8 up to {max_head_size}, not {q.shape[-1]}"
-    return None
+def _is_installed(module: str) -> bool:
+    """Whether a module is there, without importing it (but for the packages above it)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from fourfold.parallel.decoder.async_pipeline import pipeline_decoder as pipeline_decoder
     from fourfold.parallel.decoder.balance import cut_decoder_into_stages as cut_decoder_into_stages
     from fourfold.parallel.decoder.balance import cut_into_stages as cut_into_stages
-    from fourfold.parallel.decoder.parallelize import ParallelModel as ParallelModel
+    from fourfold.parallel.decoder.parallel_model import ParallelModel as ParallelModel
 
 __getattr__, __dir__, __all__ = exported(
     __name__,
     {
-        "ParallelModel": "parallelize",
+        "ParallelModel": "parallel_model",
         "cut_decoder_into_stages": "balance",
         "cut_into_stages": "balance",
         "decoder_stages": "async_pipeline",

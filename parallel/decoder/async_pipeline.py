@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel.decoder.async_stage import AsyncDecoderStage
 from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
+from fourfold.parallel.decoder.precision import chosen_precision
 from fourfold.parallel.decoder.stage import check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.grid import AXES, layer_ranges
@@ -31,12 +32,13 @@ class CutOptions(TypedDict, total=False):
     """How a decoder is cut, for decoder_stages and pipeline_decoder.
 
     checkpointing: "none", or "full" to keep each layer's input and recompute the layer.
-    dtype: what matrix products run in (torch.bfloat16, by autocast); None for the weights' own.
+    precision, dtype: as for parallelize; "bf16-mixed" by autocast.
     seed: of the weights of a model on the meta device.
     embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     """
 
     checkpointing: str
+    precision: str | None
     dtype: torch.dtype | None
     seed: int
     embedding_counts_as: int
@@ -74,7 +76,7 @@ def decoder_stages(
             each stage draws its own weights, as parallelize does.
         seq_len: of the usual micro-batch; others may have another S.
         only: make this stage alone, the others are None.
-        cut: checkpointing, dtype, seed, embedding_counts_as, head_counts_as; see CutOptions.
+        cut: checkpointing, precision, dtype, seed, embedding_counts_as, head_counts_as; see CutOptions.
     Raises:
         ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
             window without ring attention (pipeline_decoder sets it).
@@ -85,6 +87,7 @@ def decoder_stages(
     check_decoder(model, Choice(pp=num_stages, checkpointing=chosen))
     whole = cast(Any, model)
     device = device or torch.device("cpu")
+    stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, device.type)
     windows = has_sliding_window(model)
     check_windows(model)
     if not windows:
@@ -94,9 +97,9 @@ def decoder_stages(
         if only not in (None, index):
             stages.append(None)
             continue
-        stage = AsyncDecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=cut.get("dtype"))
+        stage = AsyncDecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=stored.products)
         for name, part in stage.named_parts():
-            materialise(part, name, model, seed=cut.get("seed", 0), device=device)
+            materialise(part, name, model, seed=cut.get("seed", 0), device=device, dtype=stored.weights)
         stage.position_ids = torch.arange(seq_len, device=device)[None]
         stage.windowed = windows
         stages.append(stage)
@@ -116,13 +119,13 @@ def pipeline_decoder(
         mesh: from init_mesh, with cp and tp of 1. Replicas average gradients at every update.
         seq_len: as for decoder_stages.
         options: optimizer, schedule, mitigation, scheduler, clip, skip_nonfinite, on_gradients and observe as
-            PipelineSettings has them; checkpointing, dtype, seed, embedding_counts_as, head_counts_as: CutOptions.
+            PipelineSettings has them; what CutOptions has.
     Raises:
         ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
-            with a dtype; as decoder_stages.
+            in bf16-mixed; as decoder_stages.
     """
     cut = {key: options.pop(key) for key in CutOptions.__annotations__ if key in options}  # type: ignore[misc]
-    schedule, dtype = options.get("schedule", "lockstep"), cut.get("dtype")
+    schedule = options.get("schedule", "lockstep")
     mitigation = options.get("mitigation", "lwpv+sc")
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
@@ -132,10 +135,11 @@ def pipeline_decoder(
     checkpointing = as_number("checkpointing", cut.get("checkpointing", "none"))
     check_decoder(model, Choice(**sizes, checkpointing=checkpointing, schedule=late))
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
-    if dtype is not None and (chosen.spectrain or chosen.correction > 0):
+    stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, mesh.device_type)
+    if stored.products is not None and (chosen.spectrain or chosen.correction > 0):
         raise ValueError(
-            f"mitigation={mitigation!r} computes backwards with weights of their own, but under autocast ({dtype}) the "
-            "graph keeps the forward's as casts: choose stash or lwpv+sc, or dtype=None"
+            f"mitigation={mitigation!r} computes backwards with weights of their own, but in {stored.name} the graph "
+            "keeps the forward's as casts: choose stash or lwpv+sc, or precision='fp32'"
         )
     cuda = mesh.device_type == "cuda"
     if has_sliding_window(model):

@@ -25,6 +25,9 @@ SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
 """Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
 DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
 
+PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64")
+"""Dtypes of weights and of matrix products; decoder.precision has their meanings."""
+
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 

@@ -11,8 +11,12 @@ from zlib import crc32
 import torch
 from torch import nn
 
+from fourfold.parallel.decoder.precision import store_weights_in
 
-def materialise(module: nn.Module, name: str, model: nn.Module, *, seed: int, device: torch.device) -> None:
+
+def materialise(
+    module: nn.Module, name: str, model: nn.Module, *, seed: int, device: torch.device, dtype: torch.dtype
+) -> None:
     """Give `module` storage on `device`, and weights where it is on the meta device.
 
     Args:
@@ -20,13 +24,18 @@ def materialise(module: nn.Module, name: str, model: nn.Module, *, seed: int, de
         name: its name in `model`, which seeds its weights.
         model: a transformers model, asked only how its modules are initialised.
         seed: of the whole model.
+        dtype: of the parameters. Weights are drawn in fp32, so that they are the same numbers in each dtype, rounded.
     Cost: no communication; at most the module's own size in host memory.
     """
     for path, part in module.named_modules():
         own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         if any(tensor.is_meta for tensor in own):
+            for parameter in part.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.float()
             part.to_empty(device="cpu", recurse=False)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(crc32(f"{seed} {name} {path}".encode()))
                 cast(Any, model)._init_weights(part)
+    store_weights_in(module, dtype)
     module.to(device)

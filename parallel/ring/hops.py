@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import attend_block, attend_block_backward, merge
+from fourfold.parallel.attention.backends import attend_block, attend_block_backward
 from fourfold.parallel.attention.blocks import Hop, Span
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
+from fourfold.parallel.attention.merged import Merged
 from fourfold.parallel.communication import Exchange, Place, exchange
 from fourfold.parallel.ring.heads import HeadExchange
 
@@ -67,19 +68,16 @@ class Ring:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
-    """Merged output and lse of this rank's queries, both in the accumulation dtype."""
-    out = _zeros_like(q)
-    lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf).transpose(1, 2)
+    """Merged output and lse of this rank's queries, in the accumulation dtype where blocks had to be merged."""
+    merged = Merged(q, [block.q for hop in ring.hops for block in hop.blocks])
     keys, values = k, v
     for step, hop in enumerate(ring.hops):
         # The next hop's keys start travelling before this hop's are read.
         following = _Arrival(k, v, ring, step + 1)
         for block in hop.blocks:
-            rows = slice(*block.q)
-            block_out, block_lse = attend_block(ring.backend, q, keys, values, block, ring.scale)
-            merge(out[:, :, rows], lse[:, :, rows], block_out, block_lse)
+            merged.add(block.q, *attend_block(ring.backend, q, keys, values, block, ring.scale))
         keys, values = following.wait()
-    return out, lse
+    return merged.out, merged.lse
 
 
 def _backward(grad_out: Tensor, saved: SavedAttention, ring: Ring) -> Gradients:
@@ -170,8 +168,8 @@ class _Sum:
         self._total: Tensor | None = None
 
     def add(self, span: Span, part: Tensor) -> None:
-        if self._total is None and span == (0, self._tokens) and part.dtype == self._zero.dtype:
-            self._total = part
+        if self._total is None and span == (0, self._tokens):
+            self._total = part.to(self._zero.dtype)
         else:
             self.value()[:, :, slice(*span)].add_(part)
 
@@ -183,12 +181,6 @@ class _Sum:
     def message(self, num_tokens: int) -> Tensor:
         """An empty [B, n, H, D] of this sum's dtype."""
         return self._zero.new_empty((self._batch, num_tokens, self._heads, self._size))
-
-
-def _zeros_like(x: Tensor) -> Tensor:
-    """Zeros of x's shape in the accumulation dtype, tokens before heads in memory as kernels and models have them."""
-    batch, heads, tokens, size = x.shape
-    return x.new_zeros((batch, tokens, heads, size), dtype=accumulation_dtype(x.dtype)).transpose(1, 2)
 
 
 def _message(x: Tensor, num_tokens: int) -> Tensor:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fourfold.parallel import ring_attention
-from fourfold.parallel.attention.backends import select_backend
+from fourfold.parallel.attention.backends import merge, select_backend
+from fourfold.parallel.attention.kernels import hardware_of
 from fourfold.parallel.testing.reference import attention_reference
 
 pytestmark = [
@@ -58,3 +59,23 @@ def test_ring_blocks_equal_fp64(backend, size, options):
 def test_fp32_falls_back_to_math():
     q, k, _, _ = (x.float() for x in inputs(16, 64))
     assert select_backend(None, q, k).name == "math"
+
+
+def test_what_this_device_gets_by_default():
+    """cuDNN's kernel on Hopper and later, torch's own before, unless a flash-attn package is installed."""
+    q, k, _, _ = inputs(16, 128)
+    here = hardware_of(q.device)
+    if not here.packages and here.capability >= (8, 0):
+        assert select_backend(None, q, k).name == ("cudnn" if here.capability >= (9, 0) else "cuda_flash")
+
+
+def test_the_compiled_merge_equals_the_plain_one():
+    out, lse = torch.randn(1, 4, 300, 64, device="cuda"), torch.randn(1, 4, 300, device="cuda")
+    block_out, block_lse = torch.randn(1, 4, 100, 64, device="cuda").bfloat16(), torch.randn(1, 4, 100, device="cuda")
+    lse[:, :, 150], block_lse[:, :, 50] = -torch.inf, -torch.inf
+    out[:, :, 150] = 0
+    on_cpu = [x.cpu() for x in (out, lse)]
+    merge(out[:, :, 100:200], lse[:, :, 100:200], block_out, block_lse)
+    merge(on_cpu[0][:, :, 100:200], on_cpu[1][:, :, 100:200], block_out.cpu(), block_lse.cpu())
+    assert error(out, on_cpu[0].double().cuda()) < 1e-6
+    assert torch.equal(lse.isinf().cpu(), on_cpu[1].isinf())

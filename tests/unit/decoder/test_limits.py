@@ -82,13 +82,13 @@ def test_each_limit_of_the_runtime_refuses_something_in_words_that_name_its_valu
 def test_what_a_plan_ranks_the_launcher_takes(name):
     """Of the model's own family; and what it refuses, the launcher refuses in the same words."""
     model = load_model(name)
-    batch = {"num_devices": 8, "global_batch": 16, "seq_len": 2048}
+    batch = {"num_devices": 8, "global_batch": 16, "seq_len": 1024}
     if model.config["model_type"] in FAMILIES:
         found = plan(model, asynchronous=True, **batch)
         for priced in found.layouts:
             check_runnable(priced.layout, model)
         return
-    layout = Layout(dp=8, global_batch=16, seq_len=2048)
+    layout = Layout(dp=8, global_batch=16, seq_len=1024)
     with pytest.raises(ValueError, match="is not supported by fourfold's runtime") as planned:
         plan(model, **batch)
     with pytest.raises(ValueError, match="is not supported") as launched:

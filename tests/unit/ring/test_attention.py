@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import BACKENDS, merge, select_backend
-from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, SavedAttention
+from fourfold.parallel.attention.backends import BACKENDS, choose_backend, merge, select_backend
+from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, Hardware, SavedAttention
+from fourfold.parallel.attention.merged import Merged
 from fourfold.parallel.testing.reference import attention_reference
 
 # Rounding of each dtype: bf16 has 8 bits of mantissa.
@@ -83,6 +84,62 @@ def test_merging_with_nothing_changes_nothing():
     assert torch.equal(lse, finite)
     merge(out, lse, nothing, minus)
     assert torch.equal(out, something)
+
+
+CHOICES = [
+    ("cpu", (0, 0), (), torch.float32, 64, "cpu_flash"),
+    ("cuda", (9, 0), (), torch.bfloat16, 128, "cudnn"),  # H100, H200
+    ("cuda", (9, 0), (), torch.float16, 64, "cudnn"),
+    ("cuda", (9, 0), (), torch.bfloat16, 256, "cuda_flash"),
+    ("cuda", (9, 0), (), torch.float32, 128, "math"),
+    ("cuda", (9, 0), (), torch.bfloat16, 100, "math"),
+    ("cuda", (9, 0), ("flash_attn",), torch.bfloat16, 128, "cudnn"),
+    ("cuda", (9, 0), ("flash_attn_interface",), torch.bfloat16, 128, "flash_attn_3"),
+    ("cuda", (10, 0), (), torch.bfloat16, 128, "cudnn"),  # B200
+    ("cuda", (10, 0), ("flash_attn_interface",), torch.bfloat16, 128, "cudnn"),
+    ("cuda", (10, 0), ("flash_attn", "flash_attn.cute"), torch.bfloat16, 128, "flash_attn_4"),
+    ("cuda", (12, 0), (), torch.bfloat16, 128, "cudnn"),
+    ("cuda", (8, 0), (), torch.bfloat16, 128, "cuda_flash"),  # A100
+    ("cuda", (8, 0), ("flash_attn",), torch.bfloat16, 128, "flash_attn"),
+    ("cuda", (7, 5), ("flash_attn",), torch.float16, 64, "math"),  # T4
+    ("mps", (0, 0), (), torch.float32, 64, "math"),
+]
+
+
+@pytest.mark.parametrize(("kind", "capability", "packages", "dtype", "head_size", "name"), CHOICES)
+def test_what_a_device_gets(kind, capability, packages, dtype, head_size, name):
+    assert choose_backend(Hardware(kind, capability, frozenset(packages)), dtype, head_size) == name
+
+
+def test_a_device_gets_nothing_for_whole_numbers():
+    with pytest.raises(ValueError, match=r"no attention backend takes torch\.int64 tensors on cuda"):
+        choose_backend(Hardware("cuda", (9, 0)), torch.int64, 128)
+
+
+def test_merging_copies_what_comes_first():
+    """Blocks of queries that overlap in part, in bf16, against the softmax over all keys."""
+    q, k, v, _ = block(20, 70)
+    spans = [((5, 20), slice(0, 30)), ((0, 12), slice(30, 60)), ((0, 20), slice(60, 70))]
+    merged = Merged(q, [span for span, _ in spans])
+    for span, keys in spans:
+        part = BACKENDS["math"].forward(q[:, :, slice(*span)], k[:, :, keys], v[:, :, keys], causal=False, scale=0.2)
+        merged.add(span, *part)
+    mask = torch.zeros(20, 70, dtype=torch.bool)
+    for span, keys in spans:
+        mask[slice(*span), keys] = True
+    wide = [x.double().repeat_interleave(2, 1) for x in (k, v)]
+    scores = (q.double() @ wide[0].mT * 0.2).masked_fill(~mask, -torch.inf)
+    assert error(merged.out, scores.softmax(-1) @ wide[1]) < 2e-6
+    assert error(merged.lse, scores.logsumexp(-1)) < 2e-6
+
+
+def test_blocks_side_by_side_stay_in_their_dtype():
+    q = torch.zeros(1, 2, 6, 8, dtype=torch.bfloat16)
+    assert Merged(q, [(0, 4), (4, 6)]).out.dtype == torch.bfloat16
+    assert Merged(q, [(0, 4), (3, 6)]).out.dtype == torch.float32
+    nothing = Merged(q, [(0, 2)])
+    assert not nothing.out.any()
+    assert (nothing.lse == -torch.inf).all()
 
 
 def test_the_choice_and_its_refusals():

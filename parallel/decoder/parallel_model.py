@@ -1,0 +1,288 @@
+"""One rank's part of a decoder, and a step over all of them: forward, backward, gradients that every axis has summed.
+
+torch gives each axis a wrapper (DDP, FSDP2, DTensor, pipelining), each with its own idea of when gradients are added
+and when parameters are whole. This class calls them in the one order in which the sum is that of one process, and
+leaves them between its calls as it found them.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.parallel import DistributedDataParallel
+
+from fourfold.parallel.decoder.batch import BatchAgreement, trouble_with
+from fourfold.parallel.decoder.draining_pipeline import Pipeline
+from fourfold.parallel.decoder.precision import Precision
+from fourfold.parallel.decoder.pretrained_folder import write_pretrained
+from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
+
+# The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
+_DDP_ARGUMENTS = signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOptions:
+    """How a ParallelModel runs its steps; the fields are parallelize's arguments.
+
+    Attributes:
+        ring: the cp group, where sequences are cut or windows need the ring's blocks; else None.
+    """
+
+    micro_batch: int | None
+    zero_stage: int
+    precision: Precision
+    ring: dist.ProcessGroup | None
+
+
+class ParallelModel:
+    """This rank's part of a decoder under a layout; made by `parallelize`.
+
+    Not an nn.Module, because with pipeline stages a forward pass alone has no meaning on most ranks: a step goes
+    forward and backward in one call. `parameters`, `state_dict` and `load_state_dict` are the local part's, under the
+    names of the whole model, as torch.distributed.checkpoint wants them.
+    """
+
+    def __init__(
+        self, stage: DecoderStage, mesh: DeviceMesh, replicas: DeviceMesh, options: StepOptions, whole: nn.Module
+    ) -> None:
+        """Made by `parallelize` only.
+
+        Args:
+            stage: this rank's layers, placed.
+            replicas: the ranks that hold the same weights, dp and cp together.
+            whole: the model that `stage` was cut from, for its config.
+        """
+        self.stage, self.mesh, self.device = stage, mesh, device_of(mesh)
+        self.precision = options.precision.name
+        """A word of decoder.limits.PRECISIONS."""
+        self._options, self._ring, self._micro_batch = options, options.ring, options.micro_batch
+        self._whole = whole
+        self._tp = mesh["tp"].size()
+        # DDP and FSDP2 average gradients over the replicas, so the loss is made that many times too large.
+        self._num_replicas = replicas.size()
+        self._replica_group = replicas.get_group() if replicas.size() > 1 else None
+        self._module: nn.Module = stage
+        self._averages_own_gradients = False
+        if self._replica_group is not None and options.zero_stage == 0:
+            if self._tp == 1:
+                self._module = DistributedDataParallel(
+                    stage, process_group=self._replica_group, gradient_as_bucket_view=True, init_sync=False,
+                    **_NO_BUFFER_SYNC,
+                )  # fmt: skip
+            else:
+                self._averages_own_gradients = True
+        self._pipeline = None
+        if mesh["pp"].size() > 1:
+            stored, products = options.precision.weights, options.precision.products
+            # FSDP2 casts the residual stream with the weights; autocast leaves it in the embedding's dtype.
+            hidden_dtype = (products or stored) if options.zero_stage == 3 else stored
+            self._pipeline = Pipeline(
+                self._module, stage, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=products or stored
+            )
+        self._loss_dtype = torch.promote_types(torch.float32, options.precision.weights)
+        self._agreement = BatchAgreement(mesh)
+        self._loss_scale = 1.0
+
+    def forward_backward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run one step's forward and backward passes and add to the parameters' gradients.
+
+        Args:
+            input_ids: [B, S] int64, this dp rank's sequences, whole, on any device; the same on all ranks of its
+                pp, cp and tp axes, and of the same shape on all ranks.
+            labels: [B, S] int64, -100 where there is no target; position t holds the token that t-1 predicts
+                (transformers' convention: the shift is made here). None takes `input_ids`.
+        Returns:
+            The mean loss over all targets of the global batch, a detached float32 scalar, the same on every rank.
+            Without any target: zero, and zero gradients.
+        Raises:
+            ValueError: on every rank, where one rank's batch has shapes that differ, does not divide by micro_batch, or
+                holds an id or label that is no token; or where the ranks of one dp rank have different rows. The
+                message names the rank.
+        Cost: one forward and backward pass; the layout's collectives, and three of 8 to 24 bytes for count and loss.
+            A batch on the host is checked there; one on a GPU has to be waited for.
+        """
+        inputs, targets = self._prepare(input_ids, labels)
+        with self._loss_context():
+            if self._pipeline is not None:
+                losses = self._pipeline.step(inputs, targets, self._micro_batch or 1)
+            else:
+                losses = list(self._accumulate(inputs, targets))
+        parameters = list(self.stage.parameters())
+        resolve_partial_gradients(parameters)
+        if self._averages_own_gradients:
+            assert self._replica_group is not None
+            average_gradients(parameters, self._replica_group)
+        return self._mean_loss(losses)
+
+    @torch.no_grad()
+    def evaluate(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The same mean loss as `forward_backward`, without gradients. Arguments, errors and cost likewise.
+
+        Nothing else changes: gradients that wait for their step stay, and the next step is what it would have been.
+        """
+        inputs, targets = self._prepare(input_ids, labels)
+        with self._left_as_it_was(), self._loss_context():
+            if self._pipeline is not None:
+                losses = self._pipeline.evaluate(inputs, targets, self._micro_batch or 1)
+            else:
+                pairs = zip(self._cut(inputs), self._cut(targets), strict=True)
+                losses = [self._loss(self._run(part, target), target) for part, target in pairs]
+        return self._mean_loss(losses)
+
+    @contextmanager
+    def _left_as_it_was(self) -> Iterator[None]:
+        """Around a forward pass that no backward follows.
+
+        FSDP2 keeps the parameters of its outermost module whole after a forward, for the backward to come, and
+        remembers the order of its modules: without one, an optimizer would step parameters that no longer count.
+        """
+        try:
+            yield
+        finally:
+            if isinstance(self._module, FSDPModule):
+                if hasattr(self._module, "reset_iter_state"):  # torch 2.13 and later
+                    self._module.reset_iter_state()
+                for module in self._module.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip by the 2-norm over all parameters of the whole model; returns the norm before, a float64 scalar."""
+        return clip_gradients(self.parameters(), self.mesh, max_norm=max_norm)
+
+    def batch_rows(self, global_batch: int) -> slice:
+        """Which rows of a global batch of `global_batch` sequences this rank's `forward_backward` takes.
+
+        Raises ValueError where dp does not divide the batch.
+        """
+        dp = self.mesh["dp"].size()
+        if global_batch % dp:
+            raise ValueError(f"global_batch={global_batch} does not divide by dp={dp}: choose a multiple of {dp}")
+        rows = global_batch // dp
+        start = self.mesh.get_local_rank("dp") * rows
+        return slice(start, start + rows)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters, for an optimizer made after `parallelize`.
+
+        To clip their gradients call `clip_grad_norm_` of this class: torch.nn.utils.clip_grad_norm_ sees one stage's
+        gradients only, so that under pp every stage would be scaled by a norm of its own.
+        """
+        return self.stage.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """`parameters` with their names in the whole model."""
+        return self.stage.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's weights by their names in the whole model: tensors, or DTensors where an axis cuts them."""
+        return self.stage.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over weights as `state_dict` gives them."""
+        self.stage.load_state_dict(state_dict)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that transformers' from_pretrained loads; see decoder.pretrained_folder.write_pretrained."""
+        write_pretrained(Path(folder), self.stage, self._whole, self.mesh, dtype=dtype)
+
+    def train(self, mode: bool = True) -> "ParallelModel":
+        self._module.train(mode)
+        return self
+
+    def eval(self) -> "ParallelModel":
+        return self.train(False)
+
+    def _prepare(self, input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This rank's shard of inputs and shifted targets, both [B, S_local]; sets positions and the loss's scale."""
+        labels = input_ids if labels is None else labels
+        # Checks, where the batch still is, and the global number of targets.
+        trouble = trouble_with(input_ids, labels, vocab_size=self.stage.vocab_size, micro_batch=self._micro_batch)
+        num_targets = self._agreement.num_targets(input_ids, labels, trouble)
+        # Divided in fp32, as transformers' mean over the targets is: an fp64 model then takes the very same step.
+        self._loss_scale = (self._num_replicas / torch.tensor(max(num_targets, 1))).item()
+        # This rank's tokens.
+        seq_len = input_ids.shape[1]
+        input_ids, labels = (x.to(self.device, torch.int64) for x in (input_ids, labels))
+        if self._ring is not None:
+            self.stage.attention_arguments["ring_seq_len"] = seq_len
+        place = (0, 1) if self._ring is None else self._ring  # without a ring this rank has the whole sequence
+        positions = shard_positions(seq_len, place, device=self.device)
+        self.stage.position_ids = positions[None]
+        return shard_sequence(input_ids, place, dim=1), shard_labels(labels, place)
+
+    def _accumulate(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+        """Micro-batches one after the other; gradients travel with the last."""
+        pairs = list(zip(self._cut(inputs), self._cut(targets), strict=True))
+        for index, (part, target) in enumerate(pairs):
+            with self._gradient_sync(index == len(pairs) - 1):
+                loss = self._loss(self._run(part, target), target)
+                loss.backward()  # type: ignore[no-untyped-call]
+            yield loss.detach()
+
+    def _cut(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(batch, self._micro_batch or max(1, len(batch)))
+
+    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+        if isinstance(self._module, FSDPModule):
+            self._module.set_requires_gradient_sync(enabled)
+        elif isinstance(self._module, DistributedDataParallel) and not enabled:
+            return cast(AbstractContextManager[None], self._module.no_sync())
+        return nullcontext()
+
+    def _loss_context(self) -> AbstractContextManager[None]:
+        return loss_parallel() if self._tp > 1 else nullcontext()
+
+    def _run(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Logits, or where the stage streams the sum of the targets' cross-entropies."""
+        given = (inputs, targets) if self.stage.checkpointing == "stream" else (inputs,)
+        return cast(Tensor, self._module(*given))
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss that is differentiated: a sum over [B, S_local] targets, times the step's scale."""
+        if self.stage.checkpointing == "stream":  # what came is the sum already
+            return logits * self._loss_scale
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if self._tp > 1:
+            logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(2)], run_check=False)
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+        if isinstance(total, DTensor):
+            total = total.to_local()
+        return total * self._loss_scale
+
+    def _mean_loss(self, losses: list[Tensor]) -> Tensor:
+        """The global mean from this rank's scaled sums: none of them on stages before the last."""
+        total = torch.zeros((), dtype=self._loss_dtype, device=self.device)
+        for loss in losses:
+            total += loss.detach()
+        total = total / self._num_replicas
+        if self._replica_group is not None:
+            dist.all_reduce(total, group=self._replica_group)
+        if self.mesh["pp"].size() > 1:
+            dist.all_reduce(total, group=self.mesh.get_group("pp"))
+        return total
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This rank's device."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
