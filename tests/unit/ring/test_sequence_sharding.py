@@ -3,13 +3,22 @@
 import random
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold.parallel.sequence.sharding import SHARDINGS, attended_pairs, positions, shard_length, shard_ranges
+from fourfold.parallel.attention.blocks import hops_between
+from fourfold.parallel.sequence.sharding import (
+    SHARDINGS,
+    attended_pairs,
+    document_ranges,
+    join_ranges,
+    positions,
+    shard_length,
+    shard_ranges,
+)
 
 
 @st.composite
@@ -112,3 +121,28 @@ def test_the_planner_can_import_the_arithmetic_without_torch():
     modules = "fourfold.parallel.sequence.sharding, fourfold.parallel.attention.blocks"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}, check=False).returncode == 0
+
+
+def test_packed_documents_send_less_than_each_document_over_all_ranks():
+    """And the busiest rank has the mean's work, where cuts along the row leave it several times as much."""
+    size, lengths = 8, [4096, 1024, 1024] + [97, 301, 55, 211] * 10
+    ends = tuple(accumulate(lengths, initial=0))
+    documents = document_ranges(ends[-1], ends)
+    each: list[list[range]] = [[] for _ in range(size)]
+    for document in documents:
+        for rank, shard in enumerate(shard_ranges(len(document), size, "zigzag")):
+            each[rank] += [range(document.start + part.start, document.start + part.stop) for part in shard]
+    cuts = {
+        "row": shard_ranges(ends[-1], size, "zigzag"),
+        "each": tuple(join_ranges(parts) for parts in each),
+        "ours": shard_ranges(ends[-1], size, "zigzag", ends),
+    }
+    pairs, sent = {}, {}
+    for name, shards in cuts.items():
+        plans = [hops_between(rank, shards, documents, (None, 0)) for rank in range(size)]
+        pairs[name] = [sum(block.pairs for hop in plan for block in hop.blocks) for plan in plans]
+        sent[name] = [sum(stop - start for hop in plan for start, stop in hop.send) for plan in plans]
+    assert pairs["ours"] == attended_pairs(ends[-1], size, cu_seqlens=ends)
+    assert max(pairs["ours"]) * size < 1.02 * sum(pairs["ours"])
+    assert max(pairs["row"]) * size > 2 * sum(pairs["row"])
+    assert max(sent["ours"]) < 0.8 * max(sent["each"])
