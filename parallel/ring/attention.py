@@ -39,6 +39,7 @@ def ring_attention(
     heads_degree: int = 1,
     backend: str | None = None,
     seq_len: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend this rank's queries to every key of the sequence that the mask lets them see.
 
@@ -59,6 +60,8 @@ def ring_attention(
         seq_len: tokens of the whole sequence. None asks the ranks (48 bytes a rank, with NCCL one host wait a call),
             and makes a shard of the wrong length, and options or shapes that differ between ranks, an error on every
             rank. A given one is checked by each rank alone.
+        sinks: [H], a score of each head that every query has beside those of its keys, with a value of zero (gpt-oss's
+            attention sinks); whole on every rank, and its gradient is to be summed over the group like parameters'.
     Returns:
         [B, H, S_local, D] in q.dtype. Gradients are the exact ones of the sum of all ranks' losses: parameters that
         q, k and v came from get their part on each rank, to be summed over the group.
@@ -80,17 +83,28 @@ def ring_attention(
         causal=causal, scale=scale, sharding=sharding, window=reach,
         cu_seqlens=document_ends(cu_seqlens), heads_degree=heads_degree, backend=backend, seq_len=seq_len,
     )  # fmt: skip
-    out: Tensor = ring_attend(q, k, v, group, options)
+    out: Tensor = ring_attend(q, k, v, group, options, sinks)
     return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def ring_attend(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, options: RingOptions) -> Tensor:
+def ring_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: dist.ProcessGroup | None,
+    options: RingOptions,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """ring_attention, which see, with its options in one.
 
     Outside of compiled graphs: the ring's messages are no operators a compiler could reorder safely.
     """
-    out: Tensor = _RingAttention.apply(q, k, v, plan_ring(q, k, v, group, options))  # type: ignore[no-untyped-call]
+    if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} on {sinks.device}: one for each of {q.shape[1]} heads on {q.device}"
+        )
+    out: Tensor = _RingAttention.apply(q, k, v, sinks, plan_ring(q, k, v, group, options))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -115,14 +129,15 @@ def plan_ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> Tensor:
-        saved = ring.forward(q, k, v)
-        ctx.save_for_backward(*saved)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring) -> Tensor:
+        saved = ring.forward(q, k, v, sinks)
+        ctx.save_for_backward(*saved, sinks)
         ctx.ring = ring
         return ring.to_tokens(saved.out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        dq, dk, dv = ctx.ring.backward(grad_out, SavedAttention(*ctx.saved_tensors))
-        return dq, dk, dv, None
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, sinks = ctx.saved_tensors
+        gradients, sink_gradient = ctx.ring.backward_with_sinks(grad_out, SavedAttention(*saved), sinks)
+        return *gradients, sink_gradient, None

@@ -80,6 +80,10 @@ class HeadExchange:
         exchange(self.place, sends, receives).wait()
         return tuple(self._assemble(mine) for mine in pieces)
 
+    def own(self, count: int) -> slice:
+        """Which of `count` heads this rank has between to_heads and to_tokens."""
+        return self._heads(count, self.inner)
+
     def to_tokens(self, out: Tensor) -> Tensor:
         """The way back for outputs: [B, H/h, tokens, D] -> [B, H, S_local, D]."""
         if self.degree == 1:

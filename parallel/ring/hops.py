@@ -43,11 +43,19 @@ class Ring:
     backend: AttentionBackend
     scale: float
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> SavedAttention:
-        """What `backward` needs, by heads, for q, k and v by tokens; `to_tokens` makes the output of its `out`."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> SavedAttention:
+        """What `backward` needs, by heads, for q, k and v by tokens; `to_tokens` makes the output of its `out`.
+
+        Args:
+            sinks: [H], see ring_attention.
+        """
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = self.heads.to_heads(q, k, v)
             out, lse = _forward(q, k, v, self)
+            if sinks is not None:
+                # One more term of each softmax, with a value of zero: it takes its share of the weight.
+                whole = torch.logaddexp(lse, self._own_sinks(sinks, lse))
+                out, lse = out * (lse - whole).exp().unsqueeze(-1), whole
             return SavedAttention(q, k, v, out.to(q.dtype), lse)
 
     def to_tokens(self, out: Tensor) -> Tensor:
@@ -61,10 +69,29 @@ class Ring:
 
     def backward(self, grad_out: Tensor, saved: SavedAttention) -> Gradients:
         """(dq, dk, dv), by tokens and in the dtype of q, from the gradient [B, H, S_local, D] of the output."""
+        return self.backward_with_sinks(grad_out, saved, None)[0]
+
+    def backward_with_sinks(
+        self, grad_out: Tensor, saved: SavedAttention, sinks: Tensor | None
+    ) -> tuple[Gradients, Tensor | None]:
+        """`backward`, and this rank's part of the gradient [H] of what forward was given as sinks."""
         with torch.autocast(grad_out.device.type, enabled=False):
             (grad_out,) = self.heads.to_heads(grad_out)
+            sink_gradient = None if sinks is None else self._sink_gradient(grad_out, saved, sinks)
             dq, dk, dv = self.heads.gradients_to_tokens(*_backward(grad_out, saved, self))
-            return dq.to(saved.q.dtype), dk.to(saved.q.dtype), dv.to(saved.q.dtype)
+            return (dq.to(saved.q.dtype), dk.to(saved.q.dtype), dv.to(saved.q.dtype)), sink_gradient
+
+    def _own_sinks(self, sinks: Tensor, lse: Tensor) -> Tensor:
+        """[1, H/h, 1] of this rank's heads."""
+        return sinks[self.heads.own(len(sinks))].to(lse.dtype)[None, :, None]
+
+    def _sink_gradient(self, grad_out: Tensor, saved: SavedAttention, sinks: Tensor) -> Tensor:
+        """A sink's weight shrinks the output in proportion, so its gradient is -weight * (output . its gradient)."""
+        weights = (self._own_sinks(sinks, saved.lse) - saved.lse).exp()
+        agreement = (grad_out.to(saved.lse.dtype) * saved.out.to(saved.lse.dtype)).sum(-1)
+        gradient = torch.zeros_like(sinks)
+        gradient[self.heads.own(len(sinks))] = -(weights * agreement).sum((0, 2)).to(sinks.dtype)
+        return gradient
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ module itself, where `use_ring_attention` puts it, so two models in one process 
 what the model's forward takes from a whole batch: the shard, its positions, its shifted labels.
 
 What the model then computes is what it would compute on one process, for the whole sequence; anything the ring does not
-do (dropout, padding masks, soft caps, sinks, caches, layers that mix tokens otherwise) is refused, never dropped.
+do (dropout, padding masks, soft caps, caches, layers that mix tokens otherwise) is refused, never dropped.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,6 @@ ATTRIBUTE = "fourfold_ring"
 # Keyword arguments by which models ask for what the ring does not do.
 UNSUPPORTED = {
     "softcap": "a soft cap on the scores: no backend has one",
-    "s_aux": "attention sinks",
     "head_mask": "a head mask",
     "position_bias": "an attention bias",
 }
@@ -164,6 +163,7 @@ def ring_attention_forward(
     is_causal: bool | None = None,
     ring_seq_len: int | None = None,
     ring_cu_seqlens: Documents = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [B, H, S_local, D] in, [B, S_local, H, D] out.
@@ -201,7 +201,7 @@ def ring_attention_forward(
         cu_seqlens=document_ends(ring_cu_seqlens),
         seq_len=ring_seq_len,
     )
-    out = ring_attend(*_as_autocast_does(query, key, value), settings.group, options)
+    out = ring_attend(*_as_autocast_does(query, key, value), settings.group, options, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
