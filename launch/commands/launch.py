@@ -35,7 +35,7 @@ def launch(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     out: Annotated[Path, typer.Option(help="Folder for metrics.csv, result.json and checkpoints.")] = Path("run"),
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights and batches.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[
         str,

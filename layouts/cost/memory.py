@@ -16,6 +16,9 @@ from fourfold.layouts.cost.layer import active_ffn, saved_bytes
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.stages import Stages
 
+SCORES_SPREAD = 0.2
+"""`memory_spread` where an attention kernel stores its scores: what it holds while it works is not counted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -93,7 +96,8 @@ def memory_of(pricing: Pricing) -> Memory:
     }  # fmt: skip
     # Where the scatter of its own peaks is known, it counts whole; else what comes and goes has the constants' scatter.
     unchanging = constants.memory_spread_bytes if software.launched else 0.02 * weights
-    scatter: Column = constants.memory_spread * changing.total
+    share = SCORES_SPREAD if software.attention in ("eager", "fused") else constants.memory_spread
+    scatter: Column = share * changing.total
     if software.memory_spread:
         scatter = software.memory_spread * sum(parts.values())
     return Memory(
