@@ -21,11 +21,13 @@ MOST_ROWS = 10
 """Rows that a group of rows counts as."""
 LOOKED_AT = 60
 """Rows of a group that are priced in every software, spread evenly over it."""
-LEAST_SPREAD, MEMORY_SPREAD, FREEDOM = 0.08, 0.1, 3.0
+TIME_SPREAD, MEMORY_SPREAD, FREEDOM = 0.1, 0.1, 3.0
+"""Of the residuals of the right software, the same for all: what was measured less often is no less likely for it."""
 FAR = 0.35
 """Median error of step times beyond which no known software is said to fit."""
-NAMED = 3.0
-"""What a kernel's name that one software alone has counts for, in logarithms of probability."""
+NAMED, GUESSED = 3.0, 1.0
+"""What it counts for, in logarithms of probability, that the row's source or kernel names a software, and that kernel
+and ZeRO stage are as in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +69,11 @@ def settle(runs: Sequence[Run], software: str | None = None) -> tuple[list[Run],
     groups: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
     for index, run in enumerate(runs):
         family = re.split(r"[^A-Za-z]", run.model.name)[0] or run.model.name
-        key = (software or run.row.get("software", ""), run.cluster.name, family, run.row.get("precision", ""))
+        precision = run.row.get("precision", "")
+        key = (
+            software or run.row.get("software", ""), run.cluster.name, family,
+            precision if "weights" in precision else "",
+        )  # fmt: skip
         groups[key].append(index)
     settled, told = list(runs), []
     for (stated, cluster, family, precision), members in groups.items():
@@ -97,7 +103,7 @@ def _likeliest(group: Sequence[Run]) -> tuple[list[Run], Inference]:
             continue  # a layout that this software has not
         prices = price_runs(runs)
         score = _score(runs, prices)
-        score += NAMED * (option.name == group[0].software.name and group[0].names_its_software)
+        score += NAMED * _is_named(group[0], option.name) + GUESSED * (option.name == group[0].software.name)
         found.append((score, option, _error(runs, prices)))
     scores = np.array([score for score, *_ in found])
     best = int(scores.argmax())
@@ -107,6 +113,12 @@ def _likeliest(group: Sequence[Run]) -> tuple[list[Run], Inference]:
     return runs, Inference(
         rows="", num_rows=len(runs), software=option.name, stated=False, probability=probability, error=error
     )
+
+
+def _is_named(run: Run, name: str) -> bool:
+    """Whether the row's source names the software, or its kernel is one that only this software's sheets name so."""
+    source = run.row.get("source", "").lower()
+    return name.split("-")[0] in source or (name == run.software.name and run.names_its_software)
 
 
 def _score(runs: Sequence[Run], prices: Sequence[PricedLayout]) -> float:
@@ -120,7 +132,7 @@ def _score(runs: Sequence[Run], prices: Sequence[PricedLayout]) -> float:
 
 def _time_scores(runs: Sequence[Run], prices: Sequence[PricedLayout]) -> list[float]:
     return [
-        _student(np.log(priced.step_s / run.step_s), max(run.software.time_spread, LEAST_SPREAD))
+        _student(np.log(priced.step_s / run.step_s), TIME_SPREAD)
         for run, priced in zip(runs, prices, strict=True)
         if run.step_s
     ]
