@@ -12,6 +12,7 @@ from fourfold.launch.commands.export import export
 from fourfold.launch.commands.launch import ResumingCommand, launch
 from fourfold.launch.commands.plan import plan
 from fourfold.launch.commands.profile import profile
+from fourfold.launch.commands.train import train
 from fourfold.launch.commands.validate import validate
 from fourfold.launch.processes import RankFailure
 from fourfold.launch.refusal import EXIT_REFUSED, EXIT_TOLD
@@ -25,6 +26,7 @@ app = typer.Typer(
 for command in (demo, profile, plan, explain, compare, export, validate, calibrate):
     app.command()(command)
 app.command(cls=ResumingCommand)(launch)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ COLUMNS = (
     "stream_chunks", "embedding_counts_as", "head_counts_as", "schedule", "mitigation", "software",
 )  # fmt: skip
 
+_PRECISIONS = {"fp32": "fp32", "bf16-mixed": "bf16", "bf16": "bf16", "fp64": "fp64"}
 _CHECKPOINTING = {"none": "disabled", "full": "full", "stream": "stream"}
 
 
@@ -57,7 +58,8 @@ def run_row(
         "vp": 1, "cp": layout.cp, "ep": 1, "dp": layout.dp, "grad_accum": layout.num_micro_batches,
         "zero_stage": layout.zero_stage, "activation_checkpointing": _CHECKPOINTING[layout.checkpointing],
         "kernel": "torch sdpa" if layout.cp == 1 else "fourfold ring", "sequence_parallel": False,
-        "precision": "bf16" if result["device"] == "cuda" else "fp32", "step_time_s": step_s,
+        "precision": _PRECISIONS.get(result.get("precision", ""), "bf16" if result["device"] == "cuda" else "fp32"),
+        "step_time_s": step_s,
         "mfu": flops_per_s / cluster.device.peak_flops_per_s, "tflops_per_gpu": flops_per_s / 1e12,
         "tflops_kind": "model", "tokens_per_s_per_gpu": tokens_per_s / layout.world_size,
         "mem_gib": result["peak_bytes"] / 2**30, "oom": False, "status": "ok",

@@ -12,9 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from dataclasses import field as _field
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from fourfold.layouts.inputs.reading import number, read_toml, shown, whole
+from fourfold.parallel.decoder.limits import PRECISIONS
+
+WEIGHTS = ("auto", "pretrained", "random")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISION_WORDS = ("auto", *PRECISIONS)
 
 
 def _key(default: Any, words: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
@@ -26,21 +31,37 @@ def _key(default: Any, words: str, *, least: int = 0, choices: tuple[str, ...] =
 class TrainOptions:
     """The keys of train.toml, which are the options of `fourfold.launch.train`."""
 
-    layout: str = _key("", "layout.toml, as `layout-advisor plan` writes it")
-    out: str | None = _key(None, "folder for metrics.csv, result.json and checkpoints")
+    model: str | None = _key(None, "a Hugging Face folder, config.json or preset; left out: the layout file's")
+    weights: str = _key("auto", "pretrained, random, or auto: what the model's folder has", choices=WEIGHTS)
+    precision: str = _key("auto", "of weights and products; auto: fp32, on CUDA bf16-mixed", choices=PRECISION_WORDS)
+    layout: str = _key("plan", "layout.toml; or a layout by its name, as 'dp2 z3'; or plan: the best for --cluster")
+    cluster: str | None = _key(None, "cluster.toml or preset to plan for")
+    ranks: int = _key(0, "ranks to plan for or to spread a layout's name over; 0: the cluster's, the name's")
+    global_batch: int = _key(0, "sequences a step; needed without a layout file")
+    seq_len: int = _key(0, "tokens a sequence; needed without a layout file")
+    data: tuple[str, ...] = _key((), "text, .jsonl, .parquet or token (.npy) files, folders, patterns; none: a demo's")
+    validation: tuple[str, ...] = _key((), "the same for held-out text; none: the last tenth of the data")
+    tokenizer: str | None = _key(None, "folder of a transformers tokenizer; none: a token is a byte")
+    text_column: str = _key("text", "of JSON lines and Parquet")
+    out: str | None = _key(None, "folder for metrics.csv, log.jsonl, result.json and checkpoints")
     steps: int = _key(100, "optimizer steps in all", least=1)
-    learning_rate: float = _key(3e-3, "at its peak", least=0)
-    warmup_steps: int = _key(10, "linear warm-up", least=0)
-    weight_decay: float = _key(0.1, "of matrices; vectors do not decay", least=0)
-    max_norm: float = _key(1.0, "gradients are clipped to this norm", least=0)
-    seed: int = _key(0, "of weights and batches", least=0)
-    checkpoint_every: int = _key(0, "steps between checkpoints; 0: none", least=0)
+    learning_rate: float = _key(3e-3, "at its peak")
+    schedule: str = _key("cosine", "of the learning rate after the warm-up, to a tenth", choices=SCHEDULES)
+    warmup_steps: int = _key(10, "linear warm-up")
+    weight_decay: float = _key(0.1, "of matrices; vectors do not decay")
+    beta1: float = _key(0.9, "AdamW's, of the mean")
+    beta2: float = _key(0.95, "AdamW's, of the square")
+    max_norm: float = _key(1.0, "gradients are clipped to this norm")
+    seed: int = _key(0, "of weights and batches")
+    evaluate_every: int = _key(0, "steps between held-out losses; 0: only at the end")
+    held_out_batches: int = _key(4, "global batches of held-out text for a loss; 0: none")
+    checkpoint_every: int = _key(0, "steps between checkpoints; 0: none")
     keep_checkpoints: int = _key(2, "how many of the newest checkpoints stay", least=1)
     resume: str = _key("no", "go on from the newest checkpoint in --out; auto: if there is one; or a checkpoint's step")
     resume_anyway: bool = _key(False, "also where the checkpoint's run had other settings")
-    held_out_batches: int = _key(4, "batches of held-out text at the end; 0: none", least=0)
-    timeout_minutes: float = _key(10.0, "without progress, before a hang is told and ended", least=0)
-    peak_flops_per_s: float = _key(0.0, "of all devices together, for MFU; 0: not shown", least=0)
+    export: str | None = _key(None, "folder for the trained model, as transformers loads it, with its tokenizer")
+    timeout_minutes: float = _key(10.0, "without progress, before a hang is told and ended")
+    peak_flops_per_s: float = _key(0.0, "of all devices together, for MFU; 0: not shown")
     quiet: bool = _key(False, "show no progress")
 
 
@@ -90,6 +111,11 @@ def checked(name: str, value: Any, where: str) -> Any:
         if choices and value not in choices:
             raise ValueError(f"{where}={shown(value)}: choose one of {', '.join(choices)}")
         return value
+    if kind is tuple:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"{where}={shown(value)}: give a text, or a list of texts")
+        return tuple(texts)
     if kind is int:
         return whole(value, where, least=known.metadata["least"])
     return number(value, where, zero=True)
@@ -101,7 +127,9 @@ def as_arguments(values: Mapping[str, Any]) -> list[str]:
     for name, value in values.items():
         if value is None or value is False:
             continue
-        words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
+        option = f"--{name.replace('_', '-')}"
+        several = value if isinstance(value, tuple) else (value,)
+        words += [option] if value is True else [f"{option}={one}" for one in several]
     return words
 
 
@@ -109,8 +137,10 @@ _KEYS = {key.name: key for key in fields(TrainOptions)}
 
 
 def _kind(name: str) -> type:
-    """str, int, float or bool: what a key takes besides nothing."""
+    """str, int, float, bool or tuple: what a key takes besides nothing."""
     hint = get_type_hints(TrainOptions)[name]
+    if get_origin(hint) is tuple:
+        return tuple
     kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
     return kind
 
@@ -134,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         option, words = f"--{name.replace('_', '-')}", key.metadata["help"].replace("%", "%%")
         if name == "resume":
             parser.add_argument(option, nargs="?", const="yes", metavar="auto|STEP", help=words)
+        elif _kind(name) is tuple:
+            parser.add_argument(option, action="append", metavar="FILE", help=f"{words}; repeat for more")
         elif _kind(name) is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=words)
         else:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from fourfold.launch.train_options import RESUME_VALUE, as_arguments, checked
 from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
 
-WRITTEN = {"metrics.csv", "result.json", "checkpoints", ".lock"}
+WRITTEN = {"metrics.csv", "log.jsonl", "result.json", "checkpoints", "tokens", ".lock"}
 """What a training leaves in its folder."""
 
 
@@ -73,6 +74,12 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
         ValueError: what this runtime cannot run, more ranks than this machine has GPUs for (or eight a core).
         RankFailure: a rank failed; the others have been ended.
     """
+    values = {name: checked(name, value, f"--{name.replace('_', '-')}") for name, value in options.items()}
+    start_training(layout, model, as_arguments({"out": str(out), **values}))
+
+
+def start_training(layout: Layout, model: ModelConfig, arguments: Sequence[str]) -> None:
+    """Start fourfold.launch.train with `arguments` under `layout`. Raises as `run_layout`."""
     check_runnable(layout, model)
     import torch
 
@@ -90,9 +97,8 @@ def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "layout.toml"
         write_layout_file(file, layout, model)
-        values = {name: checked(name, value, f"--{name.replace('_', '-')}") for name, value in options.items()}
-        arguments = as_arguments({"layout": str(file), "out": str(out), **values})
-        start_ranks("fourfold.launch.train", arguments, num_ranks=layout.world_size, device_type=device_type)
+        words = [*arguments, "--layout", str(file)]
+        start_ranks("fourfold.launch.train", words, num_ranks=layout.world_size, device_type=device_type)
 
 
 def fresh_folder(folder: Path) -> Path:

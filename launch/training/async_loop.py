@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
-from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult
-from fourfold.launch.training.settings import BETAS, TrainSettings, decay_groups, learning_rate_at
+from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult, refuse_no_more_steps
+from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.decoder import pipeline_decoder
+from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline import scale_adam_hyperparameters
 from fourfold.parallel.pipeline.failure import replica_lost
@@ -36,7 +38,7 @@ def scaled_optimizer(layout: Layout, settings: TrainSettings) -> Callable[[list[
     update_batch = layout.global_batch // layout.updates_per_step
     scaled = scale_adam_hyperparameters(
         lr=settings.learning_rate,
-        betas=BETAS,
+        betas=(settings.beta1, settings.beta2),
         batch=layout.global_batch,
         new_batch=update_batch,
         weight_decay=settings.weight_decay,
@@ -67,10 +69,12 @@ def rate_schedule(layout: Layout, settings: TrainSettings) -> Callable[[Optimize
 class AsynchronousModel:
     """This rank's stage of a decoder under an asynchronous layout; as ParallelModel, it has `stage` and `device`."""
 
-    def __init__(
-        self, model: nn.Module, layout: Layout, mesh: DeviceMesh, settings: TrainSettings, *, dtype: torch.dtype | None
-    ) -> None:
-        self.layout, self.mesh, self.settings = layout, mesh, settings
+    def __init__(self, model: nn.Module, layout: Layout, mesh: DeviceMesh, settings: TrainSettings) -> None:
+        if settings.evaluate_every:
+            raise ValueError(
+                f"evaluate_every={settings.evaluate_every} with schedule={layout.schedule!r}, which never stops: use 0"
+            )
+        self.layout, self.mesh, self.settings, self._whole = layout, mesh, settings, model
         self.pipeline = pipeline_decoder(
             model,
             mesh,
@@ -80,13 +84,14 @@ class AsynchronousModel:
             mitigation=layout.mitigation,
             scheduler=rate_schedule(layout, settings),
             checkpointing=layout.checkpointing,
-            dtype=dtype,
+            precision=settings.precision,
             seed=settings.seed,
             embedding_counts_as=layout.embedding_counts_as,
             head_counts_as=layout.head_counts_as,
         )
         self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
         self.device = next(self.stage.parameters()).device
+        self.precision = settings.precision or ("bf16-mixed" if self.device.type == "cuda" else "fp32")
         replica_rows = layout.global_batch // layout.dp
         start = mesh.get_local_rank("dp") * replica_rows
         self.rows = slice(start, start + replica_rows)
@@ -140,6 +145,10 @@ class AsynchronousModel:
                 updates_per_step=self.layout.updates_per_step,
                 extra=stage.remembered(),
             )
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The weights between two runs of the pipeline, as ParallelModel.save_pretrained writes them."""
+        write_pretrained(folder, self.stage, self._whole, self.mesh)
 
     def load(self, checkpoints: Checkpoints, resume: Resume) -> int:
         """The checkpoint that `resume` means; returns its step. Raises CheckpointError as Checkpoints.load does."""
@@ -204,15 +213,14 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
     if run.resume:
         run.activity.now("reading a checkpoint")
         first = model.load(run.kept_checkpoints(), run.resume)
-        if first >= settings.steps:
-            raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
+        refuse_no_more_steps(first, settings, run.resume)
     elif settings.checkpoint_every:
         run.kept_checkpoints().refuse_overwriting()
     # Memory is counted until the optimizer's states are there and the pipeline has filled.
     counted = first + max(COUNTED_STEPS, -(-4 * layout.pp // layout.num_micro_batches))
     every = settings.checkpoint_every or settings.steps
     # From checkpoint to checkpoint without a stop in between.
-    result = TrainResult()
+    result = TrainResult(device=model.device.type, precision=model.precision)
     while first < settings.steps:
         last = min(settings.steps, (first // every + 1) * every)
         clock = _StepClock(model, first, run.on_step)
@@ -224,12 +232,17 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
         first = last
     if settings.held_out_batches:
         run.activity.now("held-out evaluation")
-        losses = model.pipeline.evaluate(_held_out_stream(model, text[1], settings.held_out_batches))
-        mean = torch.tensor(losses, dtype=torch.float64, device=model.device).mean()
-        result.held_out_loss = model.average_over_replicas(mean).item()
+        result.held_out_loss = held_out_loss_asynchronously(model, text[1], settings.held_out_batches)
     run.gauge.stop()
     result.peak_bytes = run.gauge.peak_bytes
     return result
+
+
+def held_out_loss_asynchronously(model: AsynchronousModel, text: Tensor, num_batches: int) -> float:
+    """loop.held_out_loss for a drained asynchronous pipeline; every rank calls."""
+    losses = model.pipeline.evaluate(_held_out_stream(model, text, num_batches))
+    mean = torch.tensor(losses, dtype=torch.float64, device=model.device).mean()
+    return model.average_over_replicas(mean).item()
 
 
 def _training_stream(

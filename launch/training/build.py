@@ -5,18 +5,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fourfold.launch.training.async_loop import AsynchronousModel
-from fourfold.launch.training.loop import make_optimizer
+from fourfold.launch.training.async_loop import AsynchronousModel, held_out_loss_asynchronously
+from fourfold.launch.training.loop import held_out_loss, make_optimizer
 from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.pretrained import load_pretrained
 from fourfold.launch.training.settings import TrainSettings
 from fourfold.layouts.inputs.layout import Layout, check_runnable
-from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
 from fourfold.parallel.stream import StreamSettings
 
@@ -49,17 +52,37 @@ def meet(layout: Layout, *, timeout_s: float) -> DeviceMesh:
 
 
 def build(
-    layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: DeviceMesh
+    layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: DeviceMesh, pretrained: Path | None = None
 ) -> tuple[ParallelModel | AsynchronousModel, MemoryGauge]:
-    """Build the layout's model with random weights, the same under every layout; every rank calls.
+    """Build the layout's model; every rank calls.
 
+    Args:
+        pretrained: the folder of its weights; None for random ones, the same under every layout.
     Returns:
         The model, and the gauge that counts its memory from before its weights were made.
+    Raises:
+        ValueError: weights that do not fit the model.
     """
     # One small step, so that what is measured afterwards is the model's own.
-    _warm_up(layout, model, mesh)
+    _warm_up(layout, model, settings, mesh)
     gauge = MemoryGauge(torch.device(mesh.device_type))
-    return _parallel_model(layout, model.config, mesh, settings), gauge
+    built = _parallel_model(layout, model.config, mesh, settings)
+    if pretrained is not None:
+        load_pretrained(pretrained, built)
+    return built, gauge
+
+
+def exported_loss(folder: Path, layout: Layout, settings: TrainSettings, mesh: DeviceMesh, held_out: Tensor) -> float:
+    """The held-out loss of the model in `folder`, in fp32 and under the same layout; every rank calls.
+
+    What a training reports of the model that it leaves: read back from where it was left.
+    """
+    config = load_model(folder).config
+    model = _parallel_model(layout, config, mesh, replace(settings, precision="fp32", evaluate_every=0))
+    load_pretrained(folder, model)
+    if isinstance(model, AsynchronousModel):
+        return held_out_loss_asynchronously(model, held_out, settings.held_out_batches)
+    return held_out_loss(model, layout, held_out, settings.held_out_batches)
 
 
 def _parallel_model(
@@ -68,9 +91,8 @@ def _parallel_model(
     words = dict(config)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
-    dtype = torch.bfloat16 if mesh.device_type == "cuda" else None
     if layout.asynchronous:
-        return AsynchronousModel(whole, layout, mesh, settings, dtype=dtype)
+        return AsynchronousModel(whole, layout, mesh, settings)
     return parallelize(
         whole,
         mesh,
@@ -78,7 +100,7 @@ def _parallel_model(
         checkpointing=layout.checkpointing,
         stream=_chunks(layout),
         zero_stage=layout.zero_stage,
-        dtype=dtype,
+        precision=settings.precision,
         seed=settings.seed,
         embedding_counts_as=layout.embedding_counts_as,
         head_counts_as=layout.head_counts_as,
@@ -93,7 +115,7 @@ def _chunks(layout: Layout) -> StreamSettings | None:
     return StreamSettings(chunk_size=-(-layout.seq_len // (layout.cp * layout.stream_chunks)), offload=offload)
 
 
-def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
+def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: DeviceMesh) -> None:
     """One step of a model of the same kind and the smallest size that the layout can cut.
 
     Libraries load and connections open now, so that the first step's time and the memory are the model's own.
@@ -104,7 +126,10 @@ def _warm_up(layout: Layout, model: ModelConfig, mesh: DeviceMesh) -> None:
         "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width, "num_hidden_layers": layout.pp,
         "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
-    settings, layout = TrainSettings(steps=1), replace(layout, embedding_counts_as=0, head_counts_as=0)
+    settings, layout = (
+        TrainSettings(steps=1, precision=settings.precision),
+        replace(layout, embedding_counts_as=0, head_counts_as=0),
+    )
     if layout.asynchronous:
         layout = replace(layout, seq_len=4)
     tiny = _parallel_model(layout, {**model.config, **small}, mesh, settings)

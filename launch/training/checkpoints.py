@@ -167,7 +167,7 @@ class Checkpoints:
         try:
             load(state, checkpoint_id=path)
         except (CheckpointException, Exception) as error:
-            raise CheckpointError(f"{path} does not fit this model: {_reason(error)}") from None
+            raise CheckpointError(f"{path} does not fit this model: {failure_in_one_line(error)}") from None
         if state.get(_RATIO, 1) != updates_per_step:
             raise CheckpointError(
                 f"{path} was written with {state.get(_RATIO, 1)} updates a step, and this layout makes "
@@ -255,7 +255,7 @@ def _write(partial: Path, model: HasStage, optimizer: Optimizer, rest: Mapping[s
     try:
         save({"model": weights, "optimizer": states, **rest}, storage_writer=writer)
     except (CheckpointException, OSError) as error:
-        problem = files.failure or _reason(error)
+        problem = files.failure or failure_in_one_line(error)
     else:
         found = damage(partial, files.written, list(files.written))
         files.failure = problem = f"{found[0]}, when it was read back" if found else None
@@ -302,7 +302,7 @@ def _verified(path: Path) -> tuple[Manifest | None, str]:
     return (None, ", ".join(problems[:3])) if problems else (manifest, "")
 
 
-def _reason(error: BaseException) -> str:
+def failure_in_one_line(error: BaseException) -> str:
     """The cause that torch gathered from the ranks, in one line: of the lowest rank that has one."""
     failures = getattr(error, "failures", None)
     if failures:

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.memory_use import MemoryGauge
-from fourfold.launch.training.settings import BETAS, TrainSettings, decay_groups, learning_rate_at
+from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at
 from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
@@ -39,6 +39,8 @@ class TrainResult:
     held_out_loss: float | None = None
     peak_bytes: int = 0
     """Most bytes that tensors held on this rank in building the model and the first steps."""
+    device: str = "cpu"
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,7 @@ class TrainingRun:
         resume: the checkpoint to start from, if any.
         activity: told what this rank is doing.
         on_step: called after every step, on every rank that knows its loss.
+        on_evaluation: called with the number of steps taken and the held-out loss, on every rank.
     """
 
     gauge: MemoryGauge
@@ -58,6 +61,7 @@ class TrainingRun:
     resume: Resume = field(default_factory=Resume)
     activity: Activity = field(default_factory=Activity)
     on_step: Callable[[StepRecord], None] = lambda record: None
+    on_evaluation: Callable[[int, float], None] = lambda step, loss: None
 
     def kept_checkpoints(self) -> Checkpoints:
         """Where checkpoints are kept; ValueError where none are."""
@@ -69,7 +73,7 @@ class TrainingRun:
 def make_optimizer(model: ParallelModel, settings: TrainSettings) -> Optimizer:
     """AdamW over `decay_groups`."""
     groups = decay_groups(list(model.parameters()), settings.weight_decay)
-    return AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=True)
+    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def train(
@@ -78,7 +82,7 @@ def train(
     """Train `model` on `text` and return what was measured; every rank calls.
 
     Args:
-        text: (train, held_out), one-dimensional uint8.
+        text: (train, held_out), one-dimensional, of any integer dtype.
     Raises:
         ValueError: nothing to resume from, a checkpoint of another model, or one that would be overwritten.
         FloatingPointError: loss or gradient is no longer a finite number; weights and checkpoints are as before.
@@ -89,12 +93,11 @@ def train(
     if run.resume:
         run.activity.now("reading a checkpoint")
         first = run.kept_checkpoints().load(model, optimizer, run.resume)
-        if first >= settings.steps:
-            raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
+        refuse_no_more_steps(first, settings, run.resume)
     elif settings.checkpoint_every:
         run.kept_checkpoints().refuse_overwriting()
     rows = model.batch_rows(layout.global_batch)
-    result = TrainResult()
+    result = TrainResult(device=model.device.type, precision=model.precision)
     for step in range(first, settings.steps):
         start = time.perf_counter()
         # This rank's rows of the step's batch, and the step's learning rate.
@@ -125,6 +128,9 @@ def train(
         run.on_step(record)
         if step == first + COUNTED_STEPS - 1:
             run.gauge.stop()
+        if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < settings.steps:
+            run.activity.now(f"held-out evaluation after step {step}")
+            run.on_evaluation(step + 1, held_out_loss(model, layout, text[1], settings.held_out_batches))
         if settings.checkpoint_every and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
             run.activity.now(f"writing the checkpoint of step {step + 1}")
             run.kept_checkpoints().save(model, optimizer, step=step + 1)
@@ -152,6 +158,12 @@ def held_out_loss(model: ParallelModel, layout: Layout, text: Tensor, num_batche
         total += model.evaluate(ids).item()
     model.train()
     return total / num_batches
+
+
+def refuse_no_more_steps(first: int, settings: TrainSettings, resume: Resume) -> None:
+    """Raises ValueError where the checkpoint is of the last step, unless the same command is simply given again."""
+    if first >= settings.steps and resume.choice != "auto":
+        raise ValueError(f"the checkpoint is of step {first}, and --steps {settings.steps} asks for no more")
 
 
 def largest_memory(result: TrainResult, device: torch.device) -> TrainResult:

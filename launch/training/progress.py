@@ -35,6 +35,10 @@ class Display:
         if self._console.is_terminal:
             self._progress.stop()
 
+    def note(self, words: str) -> None:
+        """A line of its own, above the bar."""
+        self._console.print(words, highlight=False)
+
     def show(self, step: StepRecord, gauge: MemoryGauge) -> None:
         words = f"loss {step.loss:.3f}  {self._tokens / step.step_s:,.0f} tokens/s"
         if self._peak_flops_per_s:

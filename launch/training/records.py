@@ -1,7 +1,9 @@
-"""What a training leaves in its folder: metrics.csv, a row a step, and result.json at the end."""
+"""What a training leaves in its folder: metrics.csv, a row a step; log.jsonl, a line an event; result.json."""
 
 import csv
 import json
+import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,27 +28,44 @@ class Metrics:
     def add(self, step: StepRecord) -> None:
         names = list(StepRecord.__dataclass_fields__)
         if self._file is None:
-            self._file = self._path.open("w", newline="")
+            partial = self._path.with_name(self._path.name + ".partial")
+            self._file = partial.open("w", newline="")
             writer = csv.DictWriter(self._file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(row for row in self._earlier if int(row["step"]) < step.step)
+            self._file.flush()
+            partial.rename(self._path)  # the earlier rows are there at every moment
         csv.DictWriter(self._file, names, lineterminator="\n").writerow(asdict(step))
         self._file.flush()
 
 
-def write_result(
-    out: Path, layout: Layout, result: TrainResult, *, byte_frequency_loss: float | None, device: str
-) -> None:
-    """result.json, whole or not at all."""
+class Log:
+    """log.jsonl, an object a line as things happen; a resumed run goes on below."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def add(self, event: str, **fields: Any) -> None:
+        """One line; what is no finite number is null, which JSON has and NaN it has not."""
+        told = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in fields.items()}
+        self._file.write(json.dumps({"event": event, "time": time.time(), **told}) + "\n")
+        self._file.flush()
+
+
+def write_result(out: Path, layout: Layout, result: TrainResult, **facts: Any) -> None:
+    """result.json, whole or not at all.
+
+    Args:
+        facts: further entries: device, byte_frequency_loss, precision.
+    """
     summary: dict[str, Any] = {
         "layout": layout.as_dict(),
-        "device": device,
         "torch": torch.__version__,
         "steps_s": [step.step_s for step in result.records],
         "losses": [step.loss for step in result.records],
         "heldout_loss": result.held_out_loss,
-        "byte_frequency_loss": byte_frequency_loss,
         "peak_bytes": result.peak_bytes,
+        **facts,
     }
     partial = out / "result.json.partial"
     partial.write_text(json.dumps(summary, indent=1) + "\n")

@@ -3,25 +3,25 @@
 import logging
 import os
 import tempfile
-from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch.distributed as dist
 
+from fourfold.launch.train_layout import chosen_layout, model_folder
 from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
-from fourfold.launch.training.build import build, check_world, meet
+from fourfold.launch.training.build import build, check_world, exported_loss, meet
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
-from fourfold.launch.training.data import byte_frequency_loss, read_standard_library
+from fourfold.launch.training.corpus import found_sources, read_corpus
 from fourfold.launch.training.folder_lock import FolderLock
-from fourfold.launch.training.loop import StepRecord, TrainingRun, largest_memory, train
+from fourfold.launch.training.loop import TrainingRun, largest_memory, train
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
-from fourfold.launch.training.progress import Display
-from fourfold.launch.training.records import Metrics, write_result
+from fourfold.launch.training.pretrained import export_model
 from fourfold.launch.training.settings import TrainSettings, comparable_settings
 from fourfold.launch.training.slurm import adopt_slurm_ranks, started_by_slurm
+from fourfold.launch.training.teller import Teller
 from fourfold.launch.training.watch import Activity, HangWatch, watch_launcher
-from fourfold.layouts.inputs.layout import read_layout_file
 
 
 def adopt_ranks() -> None:
@@ -49,53 +49,53 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     # A rank that waits for a dead one is ended by the launcher; torch's own complaints would hide the cause.
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     # What is asked for, refused before any rank waits for another.
-    layout, model = read_layout_file(options.layout)
+    layout, model = chosen_layout(options)
     settings, resume = _settings(options), Resume(choice=options.resume, anyway=options.resume_anyway)
-    if model.vocab_size < 256:
-        raise ValueError(f"vocab_size={model.vocab_size}: the text is bytes, so the model needs at least 256")
     check_world(layout, model)
+    sources, pretrained = found_sources(options), model_folder(options)
     out = Path(options.out) if options.out is not None else None
     if out is None and (options.checkpoint_every or resume):
         raise ValueError("checkpoints need a folder: give --out DIR")
+    if options.export is not None and Path(options.export).exists() and not resume:
+        raise ValueError(f"export={options.export!r} is there already: give another folder")
     lock = _own_folder(out) if out is not None else None
-    text = read_standard_library()
     # The ranks meet, and from now on a hang is told and bounded.
     timeout_s = options.timeout_minutes * 60
     activity.now("meeting the other ranks")
     mesh = meet(layout, timeout_s=timeout_s)
     watch = HangWatch(activity, timeout_s=timeout_s)
+    activity.now("reading the data")
+    corpus = read_corpus(sources, out, model.vocab_size, activity)
     activity.now("building the model")
-    parallel_model, gauge = build(layout, model, settings, mesh)
-    # Of a pipeline that never drains, only the last stage knows how a step went while it runs.
-    reports = dist.get_rank() == (layout.pp - 1 if layout.asynchronous else 0)
-    display = Display(layout, model, settings, options.peak_flops_per_s) if reports and not options.quiet else None
-    metrics = Metrics(out / "metrics.csv", resume=bool(resume)) if reports and out is not None else None
-
-    def on_step(step: StepRecord) -> None:
-        if metrics is not None:
-            metrics.add(step)
-        if display is not None:
-            display.show(step, gauge)
-
+    parallel_model, gauge = build(layout, model, settings, mesh, pretrained)
+    # Where the run is kept, and who is told of it.
     checkpoints = None
     if out is not None:
         compared = comparable_settings(parallel_model.stage.config.to_dict(), layout, settings)
+        compared |= {"data": corpus.identity}
         checkpoints = Checkpoints(folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints)
-    run = TrainingRun(gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_step=on_step)
-    with display or nullcontext(), gauge:
+    teller = Teller(options, layout, model, settings, gauge)
+    run = TrainingRun(
+        gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_step=teller.step,
+        on_evaluation=teller.evaluation,
+    )  # fmt: skip
+    text = corpus.train, corpus.held_out
+    with teller, gauge:
         if isinstance(parallel_model, AsynchronousModel):
             result = train_asynchronously(parallel_model, text, run)
         else:
             result = train(parallel_model, layout, text, settings, run)
+    result = largest_memory(result, parallel_model.device)
+    # The model leaves, and what is reported of it is what can be read there.
+    if options.export is not None:
+        activity.now("exporting the model")
+        export_model(parallel_model, Path(options.export), sources.tokenizer)
+        del parallel_model, run
+        if settings.held_out_batches:
+            result.held_out_loss = exported_loss(Path(options.export), layout, settings, mesh, corpus.held_out)
     # Results are on disk before any rank lets go of its groups, and no rank does before all are done.
     activity.now("writing the results")
-    result = largest_memory(result, parallel_model.device)
-    if dist.get_rank() == 0:
-        frequencies = byte_frequency_loss(*text) if settings.held_out_batches else None
-        if not options.quiet and result.held_out_loss is not None:
-            print(f"held-out loss {result.held_out_loss:.3f} nats a byte; byte frequencies alone {frequencies:.3f}")
-        if out is not None:
-            write_result(out, layout, result, byte_frequency_loss=frequencies, device=parallel_model.device.type)
+    teller.end(result, corpus)
     dist.barrier()
     watch.stop()
     dist.destroy_process_group()
@@ -103,16 +103,9 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
 
 
 def _settings(options: TrainOptions) -> TrainSettings:
-    return TrainSettings(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        weight_decay=options.weight_decay,
-        max_norm=options.max_norm,
-        seed=options.seed,
-        checkpoint_every=options.checkpoint_every,
-        held_out_batches=options.held_out_batches,
-    )
+    names = {field.name for field in fields(TrainSettings)}
+    values = {name: getattr(options, name) for name in names}
+    return TrainSettings(**values | {"precision": None if options.precision == "auto" else options.precision})
 
 
 def _own_folder(out: Path) -> FolderLock | None:

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fourfold.launch.train_options import SCHEDULES
 from fourfold.layouts.inputs.layout import Layout
-
-BETAS = (0.9, 0.95)
-"""AdamW's, at the global batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,18 +18,27 @@ class TrainSettings:
 
     Attributes:
         steps: optimizer steps in all, those of a resumed run included.
-        learning_rate: its peak, after `warmup_steps` (linear), before a cosine down to a tenth at the end.
+        learning_rate: its peak, after `warmup_steps` (linear), before it falls to a tenth at the end by `schedule`:
+            "cosine", "linear", or "constant" for not at all.
+        beta1, beta2: AdamW's, at the global batch.
         max_norm: gradients are clipped to this 2-norm over the whole model.
+        precision: a word of parallel.decoder.limits.PRECISIONS; None for the device's.
+        evaluate_every: steps between held-out losses while training; 0 takes none before the end.
         checkpoint_every: steps between checkpoints; 0 writes none, and a positive number also writes one at the end.
         held_out_batches: global batches of held-out text for the loss at the end; 0 leaves it out.
     """
 
     steps: int
     learning_rate: float = 3e-3
+    schedule: str = "cosine"
     warmup_steps: int = 10
     weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
     max_norm: float = 1.0
     seed: int = 0
+    precision: str | None = None
+    evaluate_every: int = 0
     checkpoint_every: int = 0
     held_out_batches: int = 4
 
@@ -41,13 +48,23 @@ class TrainSettings:
         for name in ("learning_rate", "max_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above zero")
-        for name in ("warmup_steps", "weight_decay", "checkpoint_every", "held_out_batches"):
+        for name in ("warmup_steps", "weight_decay", "evaluate_every", "checkpoint_every", "held_out_batches"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: from 0 on, and below 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if self.evaluate_every and not self.held_out_batches:
+            raise ValueError(f"evaluate_every={self.evaluate_every} with held_out_batches=0: give held-out batches")
 
 
 _NOT_THE_MODELS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
-_COMPARED = ("steps", "learning_rate", "warmup_steps", "weight_decay", "max_norm", "seed")
+_COMPARED = (
+    "steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "max_norm", "seed",
+    "precision",
+)  # fmt: skip
 
 
 def comparable_settings(config: Mapping[str, Any], layout: Layout, settings: TrainSettings) -> dict[str, Any]:
@@ -64,11 +81,14 @@ def comparable_settings(config: Mapping[str, Any], layout: Layout, settings: Tra
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine from the peak to a tenth of it; a function of the step, so a resumed run agrees."""
+    """Linear warm-up, then from the peak to a tenth of it; a function of the step, so a resumed run agrees."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    left = 1.0 - progress if settings.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return settings.learning_rate * (0.1 + 0.9 * left)
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

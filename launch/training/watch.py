@@ -2,7 +2,7 @@
 
 A launcher that is killed cannot end its ranks, and torch waits half an hour for a rank that was stopped, without a word
 on which. Here a thread in every rank looks at two things. Whether the parent process still is the one that started it.
-And whether the rank has gone on to another activity within the time allowed; where it has not, one rank asks the others
+And whether any rank has gone on to another activity within the time allowed; where none has, one rank asks the others
 (through the store at which they met) who still answers, and says so.
 """
 
@@ -59,7 +59,7 @@ def watch_launcher(environment: Mapping[str, str]) -> None:
 
 
 class HangWatch:
-    """Ends this rank when one activity has taken longer than the time allowed, after naming who does not answer.
+    """Ends this rank when no rank has gone on to another activity within the time allowed; names who does not answer.
 
     Made after torch.distributed was started, by every rank.
 
@@ -73,6 +73,7 @@ class HangWatch:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._beat_s = min(_BEAT_S, timeout_s / 4)
         self._beats = 0
+        self._told_since_s, self._progress, self._last_progress_s = 0.0, -1, time.monotonic()
         self._process = (os.getpid(), socket.gethostname())
         self._store = self._connect()
         self._ended = threading.Event()
@@ -100,25 +101,31 @@ class HangWatch:
         while not self._ended.wait(min(_LOOK_S, self._beat_s)):
             now = time.monotonic()
             if now - woke > _STOPPED_S:  # the whole job was suspended, and goes on
-                self._activity.since_s = now
+                self._last_progress_s = now
             woke = now
             if now - last_beat >= self._beat_s:
                 self._beat()
                 last_beat = now
-            if now - self._activity.since_s > self._timeout_s:
+            self._last_progress_s = max(self._last_progress_s, self._activity.since_s)
+            if now - self._last_progress_s > self._timeout_s:
                 self._give_up()
 
     def _beat(self) -> None:
         if self._store is None:
             return
         self._beats += 1
+        changed = self._activity.since_s != self._told_since_s
+        self._told_since_s = self._activity.since_s
         try:
             self._store.set(str(self._rank), json.dumps([self._beats, self._activity.words, *self._process]))
+            progress = self._store.add("progress", int(changed))  # of all ranks: this one may wait for another's work
         except RuntimeError:
             return  # the rank that holds the store is gone or stopped: told when the time is up
+        if progress != self._progress:
+            self._progress, self._last_progress_s = progress, time.monotonic()
 
     def _give_up(self) -> NoReturn:
-        waited = time.monotonic() - self._activity.since_s
+        waited = time.monotonic() - self._last_progress_s
         words = f"no progress for {waited:.0f} s (--timeout-minutes {self._timeout_s / 60:g}): "
         try:
             if self._store is None:

@@ -62,7 +62,7 @@ def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float
         shutil.rmtree(Path(folder) / "step_00000004")
     dist.barrier()
     mesh = init_mesh(dp=plan.dp, pp=plan.pp, device_type="cpu")
-    model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS, dtype=None)
+    model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS)
     gauge = MemoryGauge(torch.device("cpu"))
     run = TrainingRun(
         gauge=gauge, checkpoints=Checkpoints(folder=Path(folder)), resume=Resume(choice="yes" if resume else "no")

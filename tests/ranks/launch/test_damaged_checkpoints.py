@@ -39,7 +39,7 @@ def trained(fields: dict[str, Any], checkpoints: Checkpoints, resume: Resume, **
     with kept.gauge:
         model = tiny_model(num_hidden_layers=2, **sizes)
         if layout.asynchronous:
-            late = AsynchronousModel(model, layout, mesh, SETTINGS, dtype=None)
+            late = AsynchronousModel(model, layout, mesh, SETTINGS)
             result = train_asynchronously(late, (TEXT[0], TEXT[1]), kept)
         else:
             plain = parallelize(model, mesh, micro_batch=1, zero_stage=layout.zero_stage)

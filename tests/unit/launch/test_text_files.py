@@ -1,0 +1,57 @@
+"""Documents of files of several kinds, piece by piece."""
+
+import json
+
+import pytest
+
+from fourfold.launch.training import text_files
+from fourfold.launch.training.text_files import documents, found_files
+
+
+def texts(path, column="text"):
+    return [b"".join(document) for document in documents(path, column)]
+
+
+def test_a_text_file_is_one_document_in_pieces_of_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_PIECE_BYTES", 10)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"first line\nsecond\nthird without end")
+    (document,) = documents(path, "text")
+    pieces = list(document)
+    assert b"".join(pieces) == path.read_bytes()
+    assert len(pieces) > 1
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+
+
+def test_json_lines_are_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text, "n": 1}) for text in ("one", "zwölf")) + "\n\n")
+    assert texts(path) == [b"one", "zwölf".encode()]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"), [("{", "line 2 is no JSON"), ("[" * 99_999, "line 2 is no JSON"), ("3", "line 2 has no text in")]
+)
+def test_broken_lines_are_named(tmp_path, line, said):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "x"}) + "\n" + line)
+    with pytest.raises(ValueError, match=said):
+        texts(path)
+
+
+def test_parquet_is_read_by_a_library_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    path = tmp_path / "a.parquet"
+    path.touch()
+    with pytest.raises(ValueError, match=r"pip install 'fourfold\[data\]'"):
+        texts(path)
+
+
+def test_files_folders_and_patterns(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in found_files([str(tmp_path)], "data")] == ["a.txt", "b.txt", "c.txt"]
+    assert [path.name for path in found_files([str(tmp_path / "*.txt")], "data")] == ["a.txt", "b.txt"]
+    with pytest.raises(ValueError, match=r"data='.*none': no such file"):
+        found_files([str(tmp_path / "none")], "data")
