@@ -90,7 +90,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, data):
     values, refused = outcome(read_train_file, path)
     assert "\n" not in refused
     if not refused:
-        assert set(values) == set(tomllib.loads(data.decode("utf-8-sig")))
+        assert set(values) == set(tomllib.loads(path.read_text(encoding="utf-8-sig")))
 
 
 VALUES = st.recursive(
