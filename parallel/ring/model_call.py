@@ -7,17 +7,19 @@ load-balancing loss, which is no sum over tokens, the ring's.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fourfold.parallel.communication import agree, digest, gather_numbers, place_in
+from fourfold.parallel.communication import Place, agree, digest, gather_numbers, place_in
 from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.ring.router_loss import ring_router_loss
 from fourfold.parallel.ring.whole_length import give_whole_length
-from fourfold.parallel.sequence.tensors import document_ends, shard_positions
+from fourfold.parallel.sequence.sharding import shard_ranges
+from fourfold.parallel.sequence.tensors import document_ends
 
 MADE_BY = "make the arguments with shard_batch"
 
@@ -62,26 +64,32 @@ class ModelCalls:
                 "a cache of keys (use_cache, past_key_values, generate) around a ring: each rank would cache its own "
                 "shard's; call stop_ring_attention(model) before generating, and use_ring_attention again after it"
             )
-        tokens = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+        kwargs |= dict(zip(signature(model.forward).parameters, args, strict=False))
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if not isinstance(tokens, Tensor):
-            return args, kwargs  # the model says what it misses
+            return (), kwargs  # the model says what it misses
         if place.size == 1:
             _tell_documents(kwargs, tokens)
-            return args, kwargs
+            return (), kwargs
         positions = kwargs.get("position_ids")
         # One message says what differs between ranks; else messages of other sizes would end the process.
         problem = _missing(kwargs)
         largest = -1 if positions is None or not positions.numel() else int(positions.max())
         everyone = gather_numbers(place, [tokens.shape[1], largest], tokens.device)
-        seq_len = kwargs.get("ring_seq_len")
-        kwargs["ring_seq_len"] = seq_len = sum(there[0] for there in everyone) if seq_len is None else seq_len
+        lengths = [there[0] for there in everyone]
         self._largest_position = max(there[1] for there in everyone)
-        if problem is None and positions is not None and kwargs.get("ring_cu_seqlens") is None:
-            problem = self._misplaced(positions, seq_len, place.rank, place.size)
+        seq_len = kwargs.get("ring_seq_len")
+        kwargs["ring_seq_len"] = seq_len = sum(lengths) if seq_len is None else seq_len
+        if problem is None and not all(lengths):
+            problem = f"the ranks hold {lengths} tokens, and a model needs one on each: give longer sequences"
+        ends, offset = document_ends(kwargs.get("ring_cu_seqlens")), 0
+        if problem is None and positions is not None and positions.dim() == 2:
+            problem, offset = self._misplaced(positions, seq_len, ends, place)
         alike = {
             "rows": tokens.shape[0],
             "ring_seq_len": seq_len,
-            "ring_cu_seqlens": digest(document_ends(kwargs.get("ring_cu_seqlens"))),
+            "ring_cu_seqlens": digest(ends),
+            "the position of the sequence's first token, as their position_ids have it,": offset,
             "num_items_in_batch": int(kwargs.get("num_items_in_batch") or 0),
             "the names of their arguments": digest(sorted(name for name in kwargs if kwargs[name] is not None)),
         }
@@ -90,7 +98,7 @@ class ModelCalls:
         config = getattr(model, "config", None)
         self._wants_router_loss = bool(getattr(config, "output_router_logits", False) if wanted is None else wanted)
         self._arguments = kwargs
-        return args, kwargs
+        return (), kwargs
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
         wants, self._wants_router_loss = self._wants_router_loss, False
@@ -105,23 +113,32 @@ class ModelCalls:
             )
         return self._largest_position
 
-    def _misplaced(self, positions: Tensor, seq_len: int, rank: int, size: int) -> str | None:
-        """What is wrong with position ids [B or 1, S_local] of a sequence that is one document, or None."""
+    def _misplaced(
+        self, positions: Tensor, seq_len: int, ends: tuple[int, ...] | None, place: Place
+    ) -> tuple[str | None, int]:
+        """What is wrong with position ids [B or 1, S_local], or None; and where they say that the sequence begins.
+
+        Within a document a token's position is its place in the sequence, but for one number.
+        """
         sharding = self.settings.options.sharding
-        expected = shard_positions(seq_len, (rank, size), sharding, device=positions.device)
-        if positions.shape[-1] != len(expected):
+        shard = shard_ranges(seq_len, place.size, sharding, ends)[place.rank]
+        places = torch.tensor([token for tokens in shard for token in tokens], device=positions.device)
+        if positions.shape[1] != len(places):
             return (
-                f"rank {rank} holds {positions.shape[-1]} tokens, but its {sharding} shard of ring_seq_len={seq_len} "
-                f"has {len(expected)}: {MADE_BY}"
-            )
-        distance = positions - expected
-        if positions.dim() == 2 and len(expected) and not bool((distance == distance[:, :1]).all()):
+                f"rank {place.rank} holds {positions.shape[1]} tokens, but its {sharding} shard of "
+                f"ring_seq_len={seq_len} has {len(places)}: {MADE_BY}"
+            ), 0
+        cuts = torch.tensor(ends or (0, seq_len), device=positions.device)
+        documents = torch.searchsorted(cuts, places, right=True)
+        distance = positions - places
+        steps = (distance.diff(dim=1) != 0) & (documents.diff() == 0) & (places[1:] < cuts[-1])
+        if bool(steps.any()):
             return (
-                f"the position_ids of rank {rank} are not those of its {sharding} shard of one document: where they "
-                f"restart, tokens would attend across documents. Give position_ids or cu_seqlens to shard_batch, with "
-                f"sharding={sharding!r}"
-            )
-        return None
+                f"the position_ids of rank {place.rank} are not those of its {sharding} shard: where they restart or "
+                "jump within a document, tokens would attend across documents. Give the batch's position_ids or "
+                f"cu_seqlens to shard_batch, with sharding={sharding!r}"
+            ), 0
+        return None, int(distance[0, 0]) if ends is None else 0
 
 
 def _missing(kwargs: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from support.ring_models import (
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from fourfold.parallel import shard_batch, use_ring_attention
+from fourfold.parallel import shard_batch, unshard_sequence, use_ring_attention
 from fourfold.parallel.ring import ring_attention
 from fourfold.parallel.sequence import shard_labels, shard_positions, shard_sequence
 from fourfold.parallel.testing.compare import assert_ranks
@@ -148,7 +148,11 @@ def misuses() -> list[str]:
         complaint(model, ids),
         complaint(model, **{**shard, "num_items_in_batch": None}),
         complaint(model, **{**shard, "position_ids": restarting}),
+        complaint(model, **{**shard, "position_ids": torch.arange(23 - rank)[None]}),
+        complaint(model, **{**shard, "position_ids": shard["position_ids"] + rank}),
+        complaint(model, **shard_batch(flattened(), None, sharding="striped")),
         complaint(model, **{**shard, "logits_to_keep": 1}),
+        complaint(model, **shard_batch(tiny_batch(1, 1), None)),
         complaint(model.generate, ids, max_new_tokens=1),
         complaint(shard_batch, tiny_batch(seed=rank), None),
         complaint(shard_batch, tiny_batch(seq_len=40 + rank), None),
@@ -167,8 +171,12 @@ def test_misuse_is_told_to_every_rank(ranks):
         ["a call without position_ids, shift_labels, num_items_in_batch around a ring"],
         ["a call without position_ids around a ring"],
         ["a call without num_items_in_batch around a ring"],
-        ["the position_ids of rank"],
+        ["the position_ids of rank 0 are not those", "the position_ids of rank 1 are not those"],
+        ["the position_ids of rank 0 are not those", "ranks [0] of the group refuse"],
+        ["the ranks of one group differ in the position of the sequence's first token"],
+        ["its zigzag shard of ring_seq_len=46 has"],
         ["logits_to_keep around a ring"],
+        ["the ranks hold"],
         ["a cache of keys"],
         ["the ranks of one group differ in input_ids."],
         ["the ranks of one group differ in the shapes of their batches"],
@@ -214,6 +222,21 @@ def test_what_a_batch_cannot_mean_is_refused(ranks):
     ]
     for answer, message in zip(ranks(1)(refusals)[0], messages, strict=True):
         assert message in answer
+
+
+def positional() -> float:
+    """Arguments by position, as some loops call a model."""
+    batch = tiny_batch()
+    model = tiny_model("Llama")
+    truth = model(**batch).logits
+    use_ring_attention(model, None)
+    shard = shard_batch({"input_ids": batch["input_ids"]}, None)
+    logits = model(shard["input_ids"], None, shard["position_ids"], ring_seq_len=45).logits
+    return float((unshard_sequence(logits.detach(), None, dim=1) - truth).detach().abs().max())
+
+
+def test_arguments_by_position(ranks):
+    assert max(ranks(2)(positional)) < 1e-5
 
 
 def one_rank_documents() -> float:
