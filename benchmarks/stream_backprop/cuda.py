@@ -1,14 +1,20 @@
-"""StreamBP on one CUDA device: the longest sequence that fits, and the time of a step, by provider.
+"""StreamBP on one CUDA device beside what people run: time, memory, and the longest sequence that fits.
 
-    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --shape 4B --longest
-    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --shape 8B --lengths 4096 8192 16384 32768
-    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --device cpu --shape tiny --lengths 256
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda                     # the tables; eight minutes, resumes
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --print             # the tables of what was measured
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --cases 8B:32768    # other shapes and lengths
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --longest --shape 4B --minutes 120
+    PYTHONPATH=src python -m benchmarks.stream_backprop.cuda --device cpu --cases tiny:256 --providers ours
 
-Qwen3's shapes with random weights in bf16, batch 1, gradients allocated, no optimizer, as the paper measures. Each
-measurement is a fresh process: the allocator's peak above weights and gradients, and seconds of forward and backward
-by the device's clock, the median of --steps after one that warms up. --memory-gib caps what the process may allocate,
-so that a larger device answers for one of 80 GB. Samples are appended to cuda_samples.csv; those there are not taken
-again. On a CPU the script can be tried out; peaks are 0 there.
+Qwen3's shapes with random weights in bf16, batch 1, gradients allocated, no optimizer, as StreamBP's paper measures.
+Each measurement is a fresh process: the allocator's peak above weights and gradients, and seconds of forward and
+backward by the device's clock, the best of --steps after one that warms up. No measurement is begun after --minutes;
+what is left is measured by the next call. Samples are appended to cuda_samples.csv; those there are not taken again,
+but for errors other than out of memory, which are not kept. --memory-gib caps what the process may allocate, so that a
+larger device answers for one of 80 GB. On a CPU the script can be tried out; peaks are 0 there.
+
+The longest sequence is bisected by running (--longest), which at a million tokens takes an hour a step; the table
+also has the length at which a line through the peaks of the two greatest lengths meets the device's memory.
 """
 
 import argparse
@@ -20,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -31,11 +36,18 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).parent
-FIELDS = ("shape", "memory_gib", "provider", "seq_len", "peak_gib", "step_s", "loss", "error", "device", "commit")
-PROVIDERS = (
-    "plain", "checkpoint", "checkpoint+ce", "checkpoint+ce,offload", "liger+checkpoint", "ours", "ours,keep",
-    "ours,offload", "ours,keep,offload",
+FIELDS = (
+    "shape", "memory_gib", "provider", "seq_len", "peak_gib", "step_s", "base_gib", "device_gib",
+    "loss", "error", "device", "commit",
 )  # fmt: skip
+PROVIDERS = (
+    "liger+checkpoint", "ours", "ours,keep,offload", "checkpoint+ce", "ours,offload", "checkpoint", "ours,groups=0",
+    "ours,keep", "liger+checkpoint,offload",
+)  # fmt: skip
+# The one that people pick, which the others are compared with.
+BASE = "liger+checkpoint"
+# (shape, tokens) in the order of measuring.
+CASES = (("4B", 8192), ("4B", 32768), ("4B, 2 layers", 131072))
 OUT_OF_MEMORY = "OutOfMemoryError"
 
 
@@ -92,9 +104,16 @@ def one(name: str, seq_len: int, shape: str, steps: int, memory_gib: float, devi
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
     name_of_device = torch.cuda.get_device_name(0) if cuda else "cpu"
     return {
-        "peak_gib": peak / 2**30, "step_s": median(seconds[1:] or seconds), "loss": losses[-1],
+        "peak_gib": peak / 2**30, "step_s": min(seconds[1:] or seconds), "base_gib": before / 2**30,
+        "device_gib": device_gib(memory_gib) if cuda else 0.0, "loss": losses[-1],
         "device": name_of_device,
     }  # fmt: skip
+
+
+def device_gib(memory_gib: float) -> float:
+    """What the process may allocate."""
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return min(total, memory_gib) if memory_gib else total
 
 
 def timed(work: Callable[[], None], cuda: bool) -> float:
@@ -115,31 +134,41 @@ class Samples:
 
     def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
         self.path, self.arguments = path, arguments
+        self.end, self.left = time.monotonic() + 60 * arguments.minutes, 0
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
-    def take(self, name: str, seq_len: int, steps: int) -> dict[str, Any]:
-        """The sample of this provider and length; its `error` is "" where it ran."""
+    def have(self, shape: str, name: str, seq_len: int) -> dict[str, Any] | None:
+        """The sample of this shape, provider and length that was taken before."""
+        memory = f"{self.arguments.memory_gib:g}"
+        key = {"shape": shape, "memory_gib": memory, "provider": name, "seq_len": str(seq_len)}
+        return next((row for row in self.rows if all(row[field] == value for field, value in key.items())), None)
+
+    def take(self, shape: str, name: str, seq_len: int, steps: int) -> dict[str, Any] | None:
+        """That sample, measured where it was not; `error` is "" where it ran. None: no time was left, or it failed."""
+        found = self.have(shape, name, seq_len)
+        if found is not None:
+            return found
+        if time.monotonic() > self.end:
+            self.left += 1
+            return None
         given = self.arguments
-        key = {"shape": given.shape, "memory_gib": f"{given.memory_gib:g}", "provider": name, "seq_len": str(seq_len)}
-        for row in self.rows:
-            if all(row[field] == value for field, value in key.items()):
-                return row
         command = [sys.executable, "-m", "benchmarks.stream_backprop.cuda", "--one", name, str(seq_len)]
-        command += ["--shape", given.shape, "--steps", str(steps), "--memory-gib", str(given.memory_gib)]
+        command += ["--shape", shape, "--steps", str(steps), "--memory-gib", str(given.memory_gib)]
         command += ["--device", given.device]
         environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
         environment["PYTORCH_CUDA_ALLOC_CONF"] = environment["PYTORCH_ALLOC_CONF"]  # its name before torch 2.9
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            result = {"error": "", **json.loads(done.stdout.splitlines()[-1])}
-        elif OUT_OF_MEMORY in done.stderr:
-            result = {"error": OUT_OF_MEMORY}
-        else:
-            result = {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200]}
-        row = {**key, **result, "commit": commit()}
+        if done.returncode and OUT_OF_MEMORY not in done.stderr:
+            print(
+                name, seq_len, (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200], flush=True
+            )
+            return None
+        result = {"error": OUT_OF_MEMORY} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+        key = {"shape": shape, "memory_gib": f"{given.memory_gib:g}", "provider": name, "seq_len": str(seq_len)}
+        row = {"error": "", **key, **result, "commit": commit()}
         print(row, flush=True)
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
@@ -147,21 +176,21 @@ class Samples:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        self.rows.append({**dict.fromkeys(FIELDS, ""), **row})
+        self.rows.append({**dict.fromkeys(FIELDS, ""), **{field: str(value) for field, value in row.items()}})
         return self.rows[-1]
 
     def longest(self, name: str, resolution: int, most: int) -> int:
         """The longest length, a multiple of `resolution` up to `most`, that does not run out of memory; by bisection.
 
         Raises:
-            RuntimeError: a step that fails for another reason.
+            RuntimeError: a step that fails for another reason, or no time left.
         """
 
         def fits(length: int) -> bool:
-            error = self.take(name, length, steps=1)["error"]
-            if error and error != OUT_OF_MEMORY:
-                raise RuntimeError(f"{name} at {length} tokens: {error}")
-            return not error
+            sample = self.take(self.arguments.shape, name, length, steps=1)
+            if sample is None:
+                raise RuntimeError(f"{name} at {length} tokens was not measured: call again, or give more --minutes")
+            return not sample["error"]
 
         low, high = 0, resolution
         while high <= most and fits(high):
@@ -198,19 +227,64 @@ def results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Of each shape and length, time and memory of every provider and their ratios to BASE, as markdown."""
+    lines = []
+    for shape, length in dict.fromkeys((row["shape"], int(row["seq_len"])) for row in rows):
+        here = [row for row in rows if (row["shape"], int(row["seq_len"])) == (shape, length)]
+        base = next((row for row in here if row["provider"] == BASE and not row["error"]), None)
+        lines += [f"\n{shape}, T {length}, {here[0]['device']}\n"]
+        lines += [
+            "| provider | s | GiB | time of it | memory of it | longest by its line |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in here:
+            if row["error"]:
+                lines.append(f"| {row['provider']} | {row['error']} | | | | |")
+                continue
+            ratios = [f"{float(row[name]) / float(base[name]):.2f}" if base and float(base[name]) else "" for name in
+                      ("step_s", "peak_gib")]  # fmt: skip
+            seconds, gib = float(row["step_s"]), float(row["peak_gib"])
+            end = longest_by_line(rows, shape, row["provider"])
+            lines.append(f"| {row['provider']} | {seconds:.3f} | {gib:.2f} | {ratios[0]} | {ratios[1]} | {end or ''} |")
+    return "\n".join(lines)
+
+
+def longest_by_line(rows: list[dict[str, Any]], shape: str, name: str) -> int | None:
+    """Tokens at which a line through the peaks of the two greatest lengths meets the device's memory; None without."""
+    ran = [row for row in rows if (row["shape"], row["provider"]) == (shape, name) and not row["error"]]
+    ran = sorted(ran, key=lambda row: int(row["seq_len"]))[-2:]
+    if len(ran) < 2 or not float(ran[-1]["peak_gib"]):
+        return None
+    (first, low), (last, high) = ((int(row["seq_len"]), float(row["peak_gib"])) for row in ran)
+    slope = (high - low) / (last - first)
+    room = float(ran[-1]["device_gib"]) - float(ran[-1]["base_gib"])
+    return int(last + (room - high) / slope) if slope > 0 else None
+
+
+def case(text: str) -> tuple[str, int]:
+    """A shape and a length, as 4B:8192."""
+    shape, _, length = text.rpartition(":")
+    if shape not in SHAPES or not length.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: give SHAPE:TOKENS, a shape of {', '.join(SHAPES)}")
+    return shape, int(length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="4B", choices=SHAPES)
+    parser.add_argument("--cases", nargs="+", type=case, default=list(CASES), metavar="SHAPE:TOKENS")
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS))
-    parser.add_argument("--lengths", nargs="*", type=int, default=[])
-    parser.add_argument("--longest", action="store_true", help="bisect for the longest sequence")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no measurement is begun")
+    parser.add_argument("--longest", action="store_true", help="bisect for the longest sequence of --shape")
+    parser.add_argument("--shape", default="4B", choices=SHAPES)
     parser.add_argument("--resolution", type=int, default=1024, help="tokens, of the bisection")
-    parser.add_argument("--most", type=int, default=1 << 19, help="tokens, where the bisection stops")
+    parser.add_argument("--most", type=int, default=1 << 20, help="tokens, where the bisection stops")
     parser.add_argument("--memory-gib", type=float, default=0.0, help="cap of the device's memory, 0 is all of it")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--samples", type=Path, default=HERE / "cuda_samples.csv")
     parser.add_argument("--out", type=Path, default=HERE / "cuda_results.csv")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
     parser.add_argument("--one", nargs=2, metavar=("PROVIDER", "LENGTH"), help="one measurement, in this process")
     given = parser.parse_args()
     if given.one:
@@ -218,21 +292,24 @@ def main() -> None:
             json.dumps(one(given.one[0], int(given.one[1]), given.shape, given.steps, given.memory_gib, given.device))
         )
         return
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if given.device == "cuda" and not given.print and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu tries the script out")
     samples = Samples(given.samples, given)
-    for length in given.lengths:
-        for name in given.providers:
-            samples.take(name, length, given.steps)
-    if given.longest:
+    if given.longest and not given.print:
         for name in given.providers:
             try:
-                print(
-                    f"{name}, {given.shape}: {samples.longest(name, given.resolution, given.most)} tokens", flush=True
-                )
+                found = samples.longest(name, given.resolution, given.most)
+                print(f"{name}, {given.shape}: {found} tokens", flush=True)
             except RuntimeError as error:
                 print(error, flush=True)
-    if given.device == "cuda":
+    elif not given.print:
+        for shape, length in given.cases:
+            for name in given.providers:
+                samples.take(shape, name, length, given.steps)
+    print(tables(samples.rows))
+    if samples.left:
+        print(f"\n{samples.left} measurements are left: call again")
+    if given.device == "cuda" and samples.rows:
         write_rows(given.out, results(samples.rows))
 
 

@@ -21,6 +21,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
         "intermediate_size": 12288, "vocab_size": 151936, "head_dim": 128,
     },
+    # Two of the 4B's layers and a small vocabulary: time and memory of a layer at lengths that all of it would not end.
+    "4B, 2 layers": {
+        "hidden_size": 2560, "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 9728, "vocab_size": 1024, "head_dim": 128, "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 128, "vocab_size": 1024, "head_dim": 16,

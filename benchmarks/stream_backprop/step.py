@@ -81,7 +81,7 @@ def provider(name: str, model: nn.Module) -> Step:
     """The step of a provider's name.
 
     plain, checkpoint[+ce[+mlp]], liger[+checkpoint], streambp[,chunk=..], and
-    ours[,chunk=..][,mlp=..][,logits=..][,keep[=..]][,offload].
+    ours[,groups=..][,chunk=..][,mlp=..][,logits=..][,keep[=..]][,offload].
     """
     kind, *options = name.split(",")
     given = dict(option.partition("=")[::2] for option in options)
@@ -95,7 +95,7 @@ def provider(name: str, model: nn.Module) -> Step:
         # Here, because the peers' environments have another transformers.
         from fourfold.parallel.stream.model import stream_backprop
 
-        names = {"chunk": "chunk_size", "mlp": "mlp_chunk", "logits": "logits_chunk"}
+        names = {"chunk": "chunk_size", "mlp": "mlp_chunk", "logits": "logits_chunk", "groups": "head_groups"}
         stream_backprop(
             model,
             keep_attention=int(given["keep"]) if given.get("keep") else "keep" in given,

@@ -20,6 +20,7 @@ class Merged:
     Args:
         q: [B, H, S, D], for its shape, dtype and device.
         spans: of queries, of all the blocks to come.
+        head_size: of the values; None is q's.
 
     Attributes:
         out: [B, H, S, D], tokens before heads in memory, as models and messages have them; zeros where no key was
@@ -27,8 +28,9 @@ class Merged:
         lse: [B, H, S] in the accumulation dtype; -inf where no key was seen.
     """
 
-    def __init__(self, q: Tensor, spans: Sequence[Span]) -> None:
+    def __init__(self, q: Tensor, spans: Sequence[Span], head_size: int | None = None) -> None:
         batch, heads, tokens, size = q.shape
+        size = head_size or size
         wide = accumulation_dtype(q.dtype)
         ordered = sorted(spans)
         alone = all(first[1] <= second[0] for first, second in pairwise(ordered))

@@ -12,9 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import attend_block, attend_block_backward, merge
+from fourfold.parallel.attention.backends import attend_block, attend_block_backward
 from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
+from fourfold.parallel.attention.merged import Merged
 
 
 @lru_cache(maxsize=8192)
@@ -57,28 +58,12 @@ def attend_blocks(
         q: [B, H, S_q, D]. k, v: [B, H_kv, S_k, D].
         blocks: of these queries and keys.
     """
-    everything = (0, q.shape[2])
-    if [block.q for block in blocks] == [everything]:
+    if [block.q for block in blocks] == [(0, q.shape[2])]:
         return attend_block(backend, q, k, v, blocks[0], scale)
-    merged = not _side_by_side([block.q for block in blocks])
-    dtype = accumulation_dtype(q.dtype)
-    # A block of all queries starts the sum by itself; else queries that see nothing stay zero.
-    whole = next((block for block in blocks if block.q == everything), None)
-    if whole:
-        block_out, block_lse = attend_block(backend, q, k, v, whole, scale)
-        out, lse = block_out.to(dtype), block_lse.contiguous()
-    else:
-        out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=dtype if merged else q.dtype, device=q.device)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
+    merged = Merged(q, [block.q for block in blocks], v.shape[3])
     for block in blocks:
-        if block is whole:
-            continue
-        span, parts = slice(*block.q), attend_block(backend, q, k, v, block, scale)
-        if merged:
-            merge(out[:, :, span], lse[:, :, span], *parts)
-        else:
-            out[:, :, span], lse[:, :, span] = parts
-    return out.to(q.dtype), lse
+        merged.add(block.q, *attend_block(backend, q, k, v, block, scale))
+    return merged.out.to(q.dtype), merged.lse
 
 
 def attend_blocks_backward(
