@@ -9,6 +9,7 @@ from fourfold.launch.commands.calibrate import calibrate
 from fourfold.launch.commands.demo import demo
 from fourfold.launch.commands.explain import compare, explain
 from fourfold.launch.commands.export import export
+from fourfold.launch.commands.inverse import cheapest, largest, longest
 from fourfold.launch.commands.launch import ResumingCommand, launch
 from fourfold.launch.commands.plan import plan
 from fourfold.launch.commands.profile import profile
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, profile, plan, explain, compare, export, validate, calibrate):
+for command in (demo, profile, plan, explain, compare, longest, largest, cheapest, export, validate, calibrate):
     app.command()(command)
 app.command(cls=ResumingCommand)(launch)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)

@@ -34,8 +34,6 @@ from fourfold.layouts.cost.measured_layers import (
 )
 from fourfold.layouts.cost.pricing import Pricing
 
-HOST_BYTES_PER_S = 20e9
-"""Between a device and pinned host memory, one way: of the 31.5 GB/s of PCIe 4.0 x16, what copies commonly reach."""
 ADAMW_PASSES = 7.0
 """Weights, gradients and two moments read; all but the gradients written."""
 
@@ -286,7 +284,7 @@ def _offload_seconds(pricing: Pricing, layer: Times) -> Column:
     layouts = pricing.layouts
     if not layouts.offload.any():
         return np.zeros(len(layouts))
-    one_way = saved_bytes(pricing)[1] / HOST_BYTES_PER_S
+    one_way = saved_bytes(pricing)[1] / pricing.cluster.device.host_bytes_per_s
     visible = np.maximum(one_way - layer.forward, 0.0) + np.maximum(one_way - layer.forward - layer.backward, 0.0)
     return np.where(layouts.offload, visible, 0.0)
 

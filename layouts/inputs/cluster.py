@@ -117,6 +117,8 @@ class Device:
     peak_flops_per_s: float
     memory_bandwidth_bytes_per_s: float
     operator_overhead_s: float
+    host_bytes_per_s: float = 20e9
+    """To and from pinned host memory, one way: of the 31.5 GB/s of PCIe 4.0 x16, what copies commonly reach."""
 
     @property
     def itemsize(self) -> int:
