@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fourfold.parallel.stream.attention import ChunkCall, Project, ScoreOptions, Stop
+from fourfold.parallel.stream.fused import Fused
 from fourfold.parallel.stream.gradients import SummedLinears
-from fourfold.parallel.stream.patching import Patches, without_checkpointing
+from fourfold.parallel.stream.patching import Patches, Rotary, fused_rotary, without_checkpointing
 from fourfold.parallel.stream.router import Routing
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
@@ -84,9 +85,13 @@ class TakeInput:
     hidden: Tensor | None = None
     others: list[Tensor] = field(default_factory=list)
     _forward: Callable[..., Any] | None = None
+    _rotary: Rotary | None = None
 
-    def take(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rotary: Rotary | None
+    ) -> None:
         """Keep the module's forward with all its arguments but the hidden states."""
+        self._rotary = rotary
         if "hidden_states" in kwargs:
             self.hidden = kwargs.pop("hidden_states")
             self._forward = lambda hidden, call: forward(*args, hidden_states=hidden, stream_call=call, **kwargs)
@@ -99,7 +104,7 @@ class TakeInput:
     def project(self, hidden: Tensor, call: Project) -> None:
         """Let the attention module make q, k and v of `hidden` [B, chunk, d], of the same tokens."""
         assert self._forward is not None
-        with suppress(Stop):
+        with suppress(Stop), fused_rotary(self._rotary):
             self._forward(hidden, call)
 
 
@@ -111,16 +116,19 @@ class LayerStream:
         current: the model's pass.
         keep: keep attention's output and lse, so that backward does not recompute them.
         router: class of the layer's routers; None where there is none.
+        fused: kernels that may take the place of the layer's norms, rotary embedding and activations; None is none.
     """
 
     def __init__(
-        self, layer: nn.Module, current: Current, *, keep: bool = False, router: type[nn.Module] | None = None
-    ) -> None:
+        self, layer: nn.Module, current: Current, *, keep: bool = False, router: type[nn.Module] | None = None,
+        fused: Fused | None = None,
+    ) -> None:  # fmt: skip
         self.layer, self.keep, self._current = layer, keep, current
         self.attention: nn.Module = layer.self_attn  # type: ignore[assignment]
         self._plain: Callable[..., Any] = layer.forward
         self._patches: Patches | None = None
-        self._router = router
+        self._router, self._fused = router, fused
+        self._rotary = None if fused is None else fused.rotary(self.attention)
         self._router_logits: list[Tensor] | None = None
         self._router_index = 0
         self.linears: SummedLinears | None = None
@@ -132,6 +140,9 @@ class LayerStream:
         for module in self.layer.modules():
             if self._router is not None and isinstance(module, self._router):
                 patches.add(module, self._router_forward)
+            replacement = None if self._fused is None else self._fused.replacement(module)
+            if replacement is not None:
+                patches.add(module, replacement)
         patches.add(self.attention, self._attention_forward)
         patches.add(self.layer, self._layer_forward)
 
@@ -242,11 +253,13 @@ class LayerStream:
         if isinstance(stream_call, Attended):
             return stream_call.output, None
         if isinstance(stream_call, TakeInput):
-            stream_call.take(plain, args, kwargs)
+            stream_call.take(plain, args, kwargs, self._rotary)
             raise Stop
         if isinstance(stream_call, HeadsOutput):
             return plain(*args, stream_call=stream_call, **kwargs)
-        raise Stop(plain(*args, stream_call=stream_call, **kwargs)[0])
+        with fused_rotary(self._rotary):
+            out = plain(*args, stream_call=stream_call, **kwargs)
+        raise Stop(out[0])
 
     def _router_forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = plain(*args, **kwargs)

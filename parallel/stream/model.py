@@ -34,6 +34,7 @@ def stream_backprop(
     keep_attention: bool | int = False,
     backend: str | None = None,
     head_groups: Auto = "auto",
+    fused: bool = True,
     verify: bool = False,
 ) -> nn.Module:
     """Make `model(input_ids, labels=labels).loss.backward()` stream; call it before DDP, FSDP2, DeepSpeed or Trainer.
@@ -62,7 +63,9 @@ def stream_backprop(
         backend: an attention backend's name, see attention.py; None chooses.
         head_groups: groups of key heads whose attention is done after one another, each over the whole sequence
             (heads_layer.py); chunk_size is then the tokens that are projected at a time. 0: attention by chunks of
-            queries. "auto": 0 on a CPU, 4 elsewhere.
+            queries. "auto": 0 on a CPU, by heads elsewhere, as few groups as memory allows.
+        fused: use Liger-Kernel's norm, rotary embedding and gated activations where it is installed, on CUDA, and for
+            modules of which they were found to compute the same (fused.py).
         verify: compare loss and gradients of one tiny batch with plain backpropagation now; costs two steps on it.
     Returns:
         The same model.
@@ -75,7 +78,7 @@ def stream_backprop(
     """
     settings = StreamSettings(
         chunk_size=chunk_size, logits_chunk=logits_chunk, mlp_chunk=mlp_chunk, offload=offload,
-        keep_attention=keep_attention, backend=backend, head_groups=head_groups,
+        keep_attention=keep_attention, backend=backend, head_groups=head_groups, fused=fused,
     )  # fmt: skip
     causal_lm = find_causal_lm(model)
     stream_backprop_disable(model)

@@ -20,6 +20,8 @@ from transformers import AttentionInterface
 NAME = "fourfold_stream"
 # The attribute of a causal language model that streams.
 ATTRIBUTE = "fourfold_stream"
+# The function of a model's file that rotates queries and keys.
+ROTARY = "apply_rotary_pos_emb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ PATCHES = (
     Patch("forward of each decoder layer", "enabled", "the layer runs in chunks; its hooks still run once a pass"),
     Patch("forward of each attention module", "enabled", "a layer's forward is cut in two at its attention module"),
     Patch("forward of each nn.Linear in a layer", "enabled", "weights' gradients are added in place, chunk by chunk"),
+    Patch("forward of each norm and gated MLP in a layer", "enabled", "a fused kernel of the same is faster"),
     Patch("forward of each router", "enabled", "the load-balancing loss needs each chunk's router logits"),
     Patch("forward of the final norm and the head", "enabled", "both run in chunks, inside their hooks' one call"),
     Patch("forward of the token embedding", "enabled", "its output is looked up again in backward, not kept"),
@@ -51,6 +54,7 @@ PATCHES = (
     Patch(f"{ATTRIBUTE} of the causal language model", "enabled", "finds, and undoes, what is listed here"),
     Patch(f"attention function {NAME!r}", "enabled", "transformers' registry is how its modules find ours"),
     Patch("config._attn_implementation_internal", "call", "masks and attention functions are chosen by this name"),
+    Patch("apply_rotary_pos_emb of a model's file", "call", "the same of rotary embeddings, which are no module"),
     Patch("parameters of a layer or norm", "call", "hooks on them must see the sum over chunks, once, not each chunk"),
     Patch("switches of a layer's modules", "call", "backward recomputes with the forward's training mode and adapters"),
     Patch("gradient_checkpointing of a layer", "call", "a streamed layer must not checkpoint each of its chunks"),
@@ -179,6 +183,25 @@ def attention_function(config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = before
+
+
+# The names that an attention module's code sees, and what is to stand there for its rotary embedding.
+Rotary = tuple[dict[str, Any], Callable[..., Any]]
+
+
+@contextmanager
+def fused_rotary(rotary: Rotary | None) -> Iterator[None]:
+    """An attention module's code with another rotary embedding; None is its own."""
+    if rotary is None:
+        yield
+        return
+    names, function = rotary
+    before = names[ROTARY]
+    names[ROTARY] = function
+    try:
+        yield
+    finally:
+        names[ROTARY] = before
 
 
 @contextmanager

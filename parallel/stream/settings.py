@@ -27,6 +27,7 @@ class StreamSettings:
     keep_attention: bool | int = False
     backend: str | None = None
     head_groups: Auto = "auto"
+    fused: bool = True
     host: HostStore = field(default_factory=HostStore, compare=False, repr=False)
     """Where offloaded tensors wait; whoever replaces a field shares it."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.stream.attention import row_masks
+from fourfold.parallel.stream.fused import liger
 from fourfold.parallel.stream.layer import Current, LayerStream
 from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.patching import attention_function
@@ -40,10 +41,10 @@ def stream_layers(
     run: StreamRun,
 ) -> Tensor:  # fmt: skip
     """hidden [B, S_local, d] after the layers; each is called, hooks and all, once."""
-    current = Current()
+    current, fused = Current(), liger() if settings.fused else None
     with current.entered(run):
         for index, layer in enumerate(layers):
-            stream = LayerStream(layer, current, keep=settings.keeps(index, len(layers)))
+            stream = LayerStream(layer, current, keep=settings.keeps(index, len(layers)), fused=fused)
             with attention_function(stream.attention.config), stream.patched():
                 hidden = layer(hidden, **arguments)
     return hidden

@@ -23,6 +23,7 @@ from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.calls import BaseCall, LabelledCall
 from fourfold.parallel.stream.checks import final_norm, is_plain_linear, own_end, projection_of
+from fourfold.parallel.stream.fused import liger
 from fourfold.parallel.stream.head import Head
 from fourfold.parallel.stream.kept_inputs import Lookup, can_look_up_again
 from fourfold.parallel.stream.layer import Current, LayerStream
@@ -66,10 +67,11 @@ class Streaming:
     def enable(self) -> None:
         """Patch the model, once: see patching.PATCHES."""
         recorder = (self.model._can_record_outputs or {}).get("router_logits")
+        fused = liger() if self.settings.fused else None
         for index, layer in enumerate(self.layers):
             keep = self.settings.keeps(index, len(self.layers))
             router = getattr(recorder, "target_class", None)
-            LayerStream(layer, self.current, keep=keep, router=router).patch(self.patches)
+            LayerStream(layer, self.current, keep=keep, router=router, fused=fused).patch(self.patches)
             self.patches.gather_whole(layer)
         self.patches.add(self.model, self._model_forward, method=True)
         self.patches.add(self.base, self._base_forward, method=True)

@@ -118,3 +118,22 @@ def test_memory_is_as_the_closed_form_says(settings):
     closed = {"keep_attention": settings.get("keep_attention", False), "offload": "offload" in settings}
     said = stream_memory(model.config, seq_len, itemsize=2, device_type="cuda", **sizes, **closed).total_bytes
     assert abs(found - said) <= 0.1 * said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_kernels_are_no_further_from_fp64_than_plain(family, dtype):
+    pytest.importorskip("liger_kernel")
+    ids = batch(2, 85).cuda()
+    check(tiny(family).cuda().to(dtype), {"input_ids": ids, "labels": ids}, head_groups=2, fused=True)
+
+
+def test_a_layer_takes_ligers_kernels_where_they_are_installed():
+    pytest.importorskip("liger_kernel")
+    from fourfold.parallel.stream.fused import liger
+
+    model, ids = stream_backprop(tiny("qwen3").cuda().bfloat16()), batch(2, 85).cuda()
+    model(input_ids=ids, labels=ids).loss.backward()
+    fused = liger()
+    assert fused is not None
+    assert min(fused.taken().values()) >= 1

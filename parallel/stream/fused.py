@@ -1,0 +1,207 @@
+"""Fused kernels for what surrounds matrix products in a layer: norms, rotary embeddings, gated activations.
+
+In a model's own code each of these is some ten kernels in fp32 on a GPU, and copies between them: at 32k tokens more of
+a streamed layer's time than its matrix products beside attention. Liger-Kernel has each as one Triton kernel; where it
+is installed, and tensors are on CUDA, its kernels take the place of the modules' own forwards while the model streams.
+
+What is computed stays the model's: a kernel is taken for a class of modules only after it gave that class's own output
+and gradients for a few random numbers, within the rounding of their dtype. Everything else keeps its own code.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.parallel.stream.patching import ROTARY, Rotary, swapped_parameters
+
+# What a kernel's output and gradients may differ by from the module's own, relative L2: some roundings of the dtype.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Forms of RMS norm among transformers' models: (added to the weight, whether the weight multiplies before rounding).
+NORMS: tuple[tuple[float, str], ...] = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"))
+TRIED_ROWS = 3
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Kernels of one kind of device.
+
+    Attributes:
+        device_type: where they run.
+        rms_norm: (x, weight, eps, added to the weight, casting mode) to x's shape.
+        silu_mul, gelu_mul: activation(a) * b.
+        rotary: (q [B, H, S, D], k, cos [1 or B, S, D], sin) to both, rotated; may overwrite q and k.
+    """
+
+    device_type: str
+    rms_norm: Callable[[Tensor, Tensor, float, float, str], Tensor]
+    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    gelu_mul: Callable[[Tensor, Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@lru_cache(maxsize=1)
+def liger() -> "Fused | None":
+    """Liger-Kernel's, or None where it or Triton is not installed. Not yet run here: no GPU was at hand."""
+    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
+        return None
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.rope import LigerRopeFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
+        return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, False)  # type: ignore[no-any-return]
+
+    return Fused(
+        Kernels("cuda", rms_norm, LigerSiLUMulFunction.apply, LigerGELUMulFunction.apply, LigerRopeFunction.apply)
+    )
+
+
+@dataclass(slots=True)
+class Fused:
+    """Kernels, and for which classes of modules they were found to compute the same."""
+
+    kernels: Kernels
+    _norms: dict[tuple[type, torch.dtype, torch.dtype], tuple[float, str] | None] = field(default_factory=dict)
+    _gates: dict[tuple[type, type, torch.dtype], Callable[[Tensor, Tensor], Tensor] | None] = field(
+        default_factory=dict
+    )
+    _rotary: dict[tuple[Any, torch.dtype, int], bool] = field(default_factory=dict)
+
+    def replacement(self, module: nn.Module) -> Callable[..., Any] | None:
+        """What takes the place of the module's forward, called with that forward first; None leaves it."""
+        norm = type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor)
+        if norm and _epsilon(module) is not None:
+            return lambda plain, x: self._norm(module, plain, x)
+        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
+        if all(isinstance(part, nn.Module) for part in parts) and len(list(module.children())) == 4:
+            return lambda plain, x: self._gate(module, plain, x)
+        return None
+
+    def rotary(self, attention: nn.Module) -> Rotary | None:
+        """(names that the module's code sees, what is to stand there for its rotary embedding); None leaves it."""
+        names: dict[str, Any] = getattr(type(attention).forward, "__globals__", {})
+        plain = names.get(ROTARY)
+        if plain is None:
+            return None
+
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+            usual = not args and not kwargs and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
+            if usual and self._here(q) and self._same_rotary(plain, q, k, (cos, sin)):
+                return self.kernels.rotary(q, k, cos.to(q.dtype), sin.to(q.dtype))
+            return plain(q, k, cos, sin, *args, **kwargs)
+
+        return names, rotate
+
+    def taken(self) -> dict[str, int]:
+        """For how many classes of norms, gated activations and rotary embeddings a kernel was taken so far."""
+        return {
+            "norms": sum(form is not None for form in self._norms.values()),
+            "gates": sum(kernel is not None for kernel in self._gates.values()),
+            "rotary": sum(self._rotary.values()),
+        }
+
+    def _here(self, x: Tensor) -> bool:
+        return x.device.type == self.kernels.device_type and x.dtype in TOLERANCES
+
+    def _norm(self, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        eps = _epsilon(module)
+        if eps is None or not self._here(x):
+            return plain(x)
+
+        def normed(form: tuple[float, str]) -> Callable[[Tensor], Tensor]:
+            return lambda y: self.kernels.rms_norm(y, module.weight, eps, *form)
+
+        key = (type(module), x.dtype, module.weight.dtype)
+        if key not in self._norms:
+            errors = {form: _difference(plain, normed(form), x, module) for form in NORMS}
+            self._norms[key] = _best(errors, x.dtype)
+        form = self._norms[key]
+        return plain(x) if form is None else normed(form)(x)
+
+    def _gate(self, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if not self._here(x):
+            return plain(x)
+
+        def gated(kernel: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda y: module.down_proj(kernel(module.gate_proj(y), module.up_proj(y)))
+
+        key = (type(module), type(module.act_fn), x.dtype)
+        if key not in self._gates:
+            found = (self.kernels.silu_mul, self.kernels.gelu_mul)
+            errors = {kernel: _difference(plain, gated(kernel), x, module) for kernel in found}
+            self._gates[key] = _best(errors, x.dtype)
+        kernel = self._gates[key]
+        return plain(x) if kernel is None else gated(kernel)(x)
+
+    def _same_rotary(self, plain: Callable[..., Any], q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
+        key = (plain, q.dtype, q.shape[-1])
+        if key not in self._rotary:
+            cos, sin = (angle[:, -TRIED_ROWS:] for angle in angles)
+            heads = [_random((1, 2, cos.shape[1], q.shape[-1]), q) for _ in range(2)]
+            cos, sin = cos[:1], sin[:1]
+            error = _worst(
+                lambda a, b: plain(a, b, cos, sin),
+                lambda a, b: self.kernels.rotary(a.clone(), b.clone(), cos.to(a.dtype), sin.to(a.dtype)),
+                heads,
+            )
+            self._rotary[key] = error <= TOLERANCES[q.dtype]
+        return self._rotary[key]
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """What a norm adds to the mean square; None where it does not say."""
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return float(found) if isinstance(found, float | int) else None
+
+
+def _best(errors: Mapping[Choice, float], dtype: torch.dtype) -> Choice | None:
+    """The choice with the least error, if that is rounding."""
+    found = min(errors, key=lambda choice: errors[choice])
+    return found if errors[found] <= TOLERANCES[dtype] else None
+
+
+def _difference(
+    plain: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], like: Tensor, module: nn.Module
+) -> float:
+    """How far apart the two are for a few random rows such as `like` has, and their gradients."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    x = _random((1, TRIED_ROWS, like.shape[-1]), like)
+    # Leaves in the parameters' places: nobody's hooks are to see gradients of this.
+    with swapped_parameters(module, parameters) as leaves:
+        return _worst(lambda y: (plain(y),), lambda y: (fused(y),), [x], leaves)
+
+
+def _random(shape: Sequence[int], like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
+
+
+def _worst(
+    plain: Callable[..., Sequence[Tensor]], fused: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor] = (),
+) -> float:  # fmt: skip
+    """The largest relative L2 difference of outputs and of gradients of inputs and parameters; inf, if one has none."""
+    results = []
+    for function in (plain, fused):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            outs = function(*leaves)
+            given = [_random(out.shape, out) for out in outs]
+            grads = torch.autograd.grad(outs, [*leaves, *parameters], given, allow_unused=True)
+        results.append([*(out.detach() for out in outs), *grads])
+    errors = [0.0]
+    for expected, found in zip(*results, strict=True):
+        if expected is None or found is None:
+            errors.append(0.0 if expected is found else math.inf)
+        else:
+            difference = float((found.double() - expected.double()).norm())
+            errors.append(difference / max(float(expected.double().norm()), 1e-30))
+    return max(errors) if all(math.isfinite(error) for error in errors) else math.inf

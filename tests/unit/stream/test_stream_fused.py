@@ -1,0 +1,144 @@
+"""Fused kernels take the place of a model's own code where they compute the same, and nowhere else.
+
+The kernels here are plain torch, on a CPU: Liger-Kernel's have the same arguments and run on CUDA (tests/gpu).
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+from fourfold.parallel.stream import streaming
+from fourfold.parallel.stream.fused import Fused, Kernels, liger
+from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
+from fourfold.parallel.testing.compare import assert_gradients, gradients
+from fourfold.parallel.testing.tiny_models import FAMILIES, batch, tiny
+
+TOLERANCE = 2e-6
+CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
+
+
+class Calls:
+    """Kernels of plain torch, and how often each was called."""
+
+    def __init__(self) -> None:
+        self.count = dict.fromkeys(("rms_norm", "silu_mul", "gelu_mul", "rotary"), 0)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
+        self.count["rms_norm"] += 1
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if casting == "llama":
+            return (weight + offset) * wide.to(x.dtype)
+        return (wide * (weight.float() + offset)).to(x.dtype)
+
+    def silu_mul(self, a: Tensor, b: Tensor) -> Tensor:
+        self.count["silu_mul"] += 1
+        return F.silu(a) * b
+
+    def gelu_mul(self, a: Tensor, b: Tensor) -> Tensor:
+        self.count["gelu_mul"] += 1
+        return F.gelu(a, approximate="tanh") * b
+
+    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        self.count["rotary"] += 1
+        half = q.shape[-1] // 2
+        rotated = [
+            x * cos.unsqueeze(1) + torch.cat([-x[..., half:], x[..., :half]], -1) * sin.unsqueeze(1) for x in (q, k)
+        ]
+        return rotated[0], rotated[1]
+
+    def kernels(self) -> Kernels:
+        return Kernels("cpu", self.rms_norm, self.silu_mul, self.gelu_mul, self.rotary)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Calls:
+    found = Calls()
+    monkeypatch.setattr(streaming, "liger", lambda: Fused(found.kernels()))
+    return found
+
+
+@pytest.mark.parametrize("head_groups", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_plain_gradients(family, head_groups, calls):
+    model, ids = tiny(family), batch(2, 21)
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS, head_groups=head_groups)
+    assert_gradients(gradients(model, model(input_ids=ids, labels=ids).loss), plain, TOLERANCE)
+    stream_backprop_disable(model)
+    used = {name for name, count in calls.count.items() if count > 4}
+    # Phi has layer norms and a plain MLP; Phi-3's and the experts' MLPs are their own.
+    expected = {"rms_norm", "rotary", "gelu_mul" if family.startswith("gemma") else "silu_mul"}
+    if family in ("phi3", "mixtral", "qwen3_moe"):
+        expected.discard("silu_mul")
+    assert used == ({"rotary"} if family == "phi" else expected)
+
+
+@pytest.mark.parametrize("wrong", ["rms_norm", "silu_mul", "rotary"])
+def test_a_kernel_that_computes_something_else_is_not_taken(wrong, calls, monkeypatch):
+    kernels, seen = calls.kernels(), []
+    right = getattr(kernels, wrong)
+
+    def off(*arguments):
+        seen.append(wrong)
+        found = right(*arguments)
+        return tuple(x * 1.001 for x in found) if wrong == "rotary" else found * 1.001
+
+    monkeypatch.setattr(streaming, "liger", lambda: Fused(replace(kernels, **{wrong: off})))
+    model, ids = tiny("llama"), batch(2, 21)
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS)
+    for _ in range(2):
+        assert_gradients(gradients(model, model(input_ids=ids, labels=ids).loss), plain, TOLERANCE)
+    assert 1 <= len(seen) <= 3  # it was tried, once in each form
+    others = {name: count for name, count in calls.count.items() if name not in (wrong, "gelu_mul")}
+    assert min(others.values()) > 4
+
+
+def test_what_was_taken_is_told(calls, monkeypatch):
+    fused = Fused(calls.kernels())
+    monkeypatch.setattr(streaming, "liger", lambda: fused)
+    model, ids = stream_backprop(tiny("qwen3"), **CHUNKS), batch(2, 21)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert fused.taken() == {"norms": 1, "gates": 1, "rotary": 1}
+
+
+def test_nothing_of_it_is_left():
+    found = Calls()
+    before = modeling_llama.apply_rotary_pos_emb
+    model, ids = tiny("llama"), batch(2, 21)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "liger", lambda: Fused(found.kernels()))
+        stream_backprop(model, **CHUNKS)
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert modeling_llama.apply_rotary_pos_emb is before
+    stream_backprop_disable(model)
+    assert [name for name, module in model.named_modules() if "forward" in vars(module)] == []
+    count = dict(found.count)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert found.count == count
+
+
+def test_a_try_runs_no_hook_and_leaves_no_gradient(calls):
+    model, ids, seen = tiny("llama"), batch(2, 21), []
+    model.model.layers[0].input_layernorm.weight.register_hook(seen.append)
+    stream_backprop(model, **CHUNKS)
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    assert calls.count["rms_norm"] > 0
+    assert seen == []
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == []
+
+
+def test_off_when_told_off_and_where_liger_is_not(calls):
+    model, ids = tiny("llama"), batch(2, 21)
+    stream_backprop(model, **CHUNKS, fused=False)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert set(calls.count.values()) == {0}
+    if not torch.cuda.is_available():
+        found = liger()
+        assert found is None or found.kernels.device_type == "cuda"
