@@ -13,12 +13,12 @@ from fourfold.layouts.inputs.reading import whole
 from fourfold.layouts.output.export import (
     TARGETS,
     deepspeed_config,
-    megatron_arguments,
     mpi_script,
     slurm_script,
     torchrun_script,
     torchtitan_config,
 )
+from fourfold.layouts.output.megatron import megatron_arguments
 
 
 def export(

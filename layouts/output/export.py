@@ -8,8 +8,21 @@ from typing import Any
 
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.parallel.grid import layer_ranges
 
+TORCHTITAN = "0.2"
+"""The release of torchtitan whose configuration this is."""
+FLAVORS: dict[str, dict[str, tuple[int, ...]]] = {
+    "llama3": {
+        "8B": (32, 4096, 32, 8, 14336, 128256), "70B": (80, 8192, 64, 8, 28672, 128256),
+        "405B": (126, 16384, 128, 8, 53248, 128256),
+    },
+    "qwen3": {
+        "0.6B": (28, 1024, 16, 8, 3072, 151936), "1.7B": (28, 2048, 16, 8, 6144, 151936),
+        "4B": (36, 2560, 32, 8, 9728, 151936), "8B": (36, 4096, 32, 8, 12288, 151936),
+        "14B": (40, 5120, 40, 8, 17408, 151936), "32B": (64, 5120, 64, 8, 25600, 151936),
+    },
+}  # fmt: skip
+"""Its models: layers, width, heads, heads of keys, feed-forward, vocabulary."""
 TARGETS = ("megatron", "deepspeed", "torchtitan", "torchrun", "slurm", "mpi")
 
 
@@ -17,91 +30,6 @@ def _refuse(target: str, layout: Layout, **absent: bool) -> None:
     for name, present in absent.items():
         if present:
             raise ValueError(f"{target} has no {name.replace('_', ' ')}, which {layout} uses: fix it to its default")
-
-
-def megatron_arguments(layout: Layout, model: ModelConfig) -> list[str]:
-    """Arguments of Megatron-LM's pretrain_gpt.py, model and layout.
-
-    Raises:
-        ValueError: StreamBP, offloading, ZeRO 2 or 3, every-k checkpointing, heads exchanged in cp, stages between the
-            first and the last that differ.
-    """
-    _refuse(
-        "megatron", layout, StreamBP=layout.checkpointing == "stream", offloading=layout.offload,
-        ZeRO_2_or_3=layout.zero_stage >= 2, asynchronous_pipeline=layout.asynchronous,
-        checkpointing_every_few_layers=layout.checkpoint_every > 1, head_exchange=layout.cp_heads > 1,
-    )  # fmt: skip
-    ends = _uneven_ends(layout, model)
-    words: dict[str, Any] = {
-        "num-layers": model.num_layers, "hidden-size": model.hidden_size, "ffn-hidden-size": model.ffn_size
-        or model.expert_ffn_size, "num-attention-heads": model.num_heads, "kv-channels": model.head_dim,
-        "seq-length": layout.seq_len, "max-position-embeddings": max(layout.seq_len, model.max_seq_len),
-        "vocab-size": model.vocab_size, "make-vocab-size-divisible-by": 1,
-        "normalization": "RMSNorm" if model.norm_params == 1 else "LayerNorm",
-        "position-embedding-type": "rope" if model.rotary else "learned_absolute",
-        "tensor-model-parallel-size": layout.tp, "pipeline-model-parallel-size": layout.pp,
-        "context-parallel-size": layout.cp, "micro-batch-size": layout.micro_batch,
-        "global-batch-size": layout.global_batch,
-    }  # fmt: skip
-    flags = ["bf16", "use-flash-attn", "use-mcore-models"]
-    if model.gated_mlp:
-        flags.append("swiglu")
-    if not model.mlp_bias:
-        flags.append("disable-bias-linear")
-    if not model.tied_embeddings:
-        flags.append("untie-embeddings-and-output-weights")
-    if model.num_kv_heads != model.num_heads:
-        flags.append("group-query-attention")
-        words["num-query-groups"] = model.num_kv_heads
-    if layout.sequence_parallel:
-        flags += ["sequence-parallel", "tp-comm-overlap"]  # as priced
-    if layout.zero_stage == 1:
-        flags += ["use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather"]
-    if ends:
-        words["decoder-first-pipeline-num-layers"], words["decoder-last-pipeline-num-layers"] = ends
-    if layout.vp > 1:
-        words["num-layers-per-virtual-pipeline-stage"] = model.num_layers // (layout.pp * layout.vp)
-    if layout.checkpointing == "full":
-        words |= {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
-    elif layout.checkpointing == "selective":
-        words["recompute-granularity"] = "selective"
-    if model.num_experts:
-        words |= {
-            "num-experts": model.num_experts, "moe-router-topk": model.experts_per_token,
-            "expert-model-parallel-size": layout.ep,
-        }  # fmt: skip
-    arguments = [f"--{flag}" for flag in flags]
-    for key, value in words.items():
-        arguments += [f"--{key}", str(value)]
-    return arguments
-
-
-def _uneven_ends(layout: Layout, model: ModelConfig) -> tuple[int, int] | None:
-    """Layers of the first and last stage where megatron must be told them; None where all stages have as many.
-
-    Raises:
-        ValueError: stages between them that differ, or chunks that do.
-    """
-    if layout.vp > 1:
-        if model.num_layers % (layout.pp * layout.vp):
-            raise ValueError(
-                f"megatron cuts chunks evenly: {model.num_layers} layers are no multiple of pp={layout.pp} x "
-                f"vp={layout.vp}"
-            )
-        return None
-    sizes = _stage_sizes(layout, model)
-    if len(set(sizes[1:-1])) > 1:
-        raise ValueError(
-            f"megatron cuts the layers between first and last stage evenly, and {layout} has stages of {sizes} layers: "
-            "choose another pp, or embedding_counts_as and head_counts_as"
-        )
-    return (sizes[0], sizes[-1]) if len(set(sizes)) > 1 else None
-
-
-def _stage_sizes(layout: Layout, model: ModelConfig) -> list[int]:
-    return [
-        len(s) for s in layer_ranges(model.num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)
-    ]
 
 
 def _torchtitan_less(layout: Layout, model: ModelConfig) -> tuple[int, int]:
@@ -117,49 +45,20 @@ def _torchtitan_less(layout: Layout, model: ModelConfig) -> tuple[int, int]:
     return layout.embedding_counts_as + (0 < extra < layout.pp - 1), layout.head_counts_as
 
 
-def megatron_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
-    """The same as fields of megatron.core's TransformerConfig."""
-    megatron_arguments(layout, model)  # refuses what is not there
-    fields: dict[str, Any] = {
-        "num_layers": model.num_layers, "hidden_size": model.hidden_size, "num_attention_heads": model.num_heads,
-        "num_query_groups": model.num_kv_heads, "kv_channels": model.head_dim, "ffn_hidden_size": model.ffn_size
-        or model.expert_ffn_size, "gated_linear_unit": model.gated_mlp, "add_bias_linear": model.mlp_bias,
-        "normalization": "RMSNorm" if model.norm_params == 1 else "LayerNorm",
-        "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
-        "context_parallel_size": layout.cp, "sequence_parallel": layout.sequence_parallel,
-        "tp_comm_overlap": layout.sequence_parallel, "bf16": True,
-    }  # fmt: skip
-    if layout.pp > 1:
-        fields["pipeline_dtype"] = "bfloat16"
-    ends = _uneven_ends(layout, model)
-    if ends:
-        fields["num_layers_in_first_pipeline_stage"], fields["num_layers_in_last_pipeline_stage"] = ends
-    if layout.vp > 1:
-        fields["virtual_pipeline_model_parallel_size"] = layout.vp
-    if layout.checkpointing == "full":
-        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif layout.checkpointing == "selective":
-        fields["recompute_granularity"] = "selective"
-    if model.num_experts:
-        fields |= {
-            "num_moe_experts": model.num_experts, "moe_router_topk": model.experts_per_token,
-            "expert_model_parallel_size": layout.ep,
-        }  # fmt: skip
-    return fields
-
-
 def deepspeed_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON: batch sizes, precision, ZeRO stage.
+    """DeepSpeed's JSON: batch sizes, precision, ZeRO stage, partitioned or offloaded activations.
 
     Gradient clipping is set, because DeepSpeed's own default of 1.0 would apply otherwise.
 
     Raises:
-        ValueError: tp, pp or cp above 1 (DeepSpeed takes them from the model's code, not from this file), StreamBP.
+        ValueError: what DeepSpeed takes from the model's code and not from this file: tp, pp, cp or ep above 1, which
+            layers are checkpointed and what of them; and StreamBP.
     """
     _refuse(
         "deepspeed's JSON", layout, tensor_parallelism=layout.tp > 1, pipeline=layout.pp > 1,
-        context_parallelism=layout.cp > 1, StreamBP=layout.checkpointing == "stream",
-        asynchronous_pipeline=layout.asynchronous,
+        context_parallelism=layout.cp > 1, expert_parallelism=layout.ep > 1,
+        StreamBP=layout.checkpointing == "stream", selective_checkpointing=layout.checkpointing == "selective",
+        checkpointing_every_few_layers=layout.checkpoint_every > 1, asynchronous_pipeline=layout.asynchronous,
     )  # fmt: skip
     zero: dict[str, Any] = {"stage": layout.zero_stage}
     if layout.zero_stage:
@@ -175,16 +74,35 @@ def deepspeed_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
     return config
 
 
-def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
-    """torchtitan's TOML: [training], [parallelism], [activation_checkpoint].
+def _flavor(model: ModelConfig) -> dict[str, str]:
+    """torchtitan's name of this very model: it builds what is on its list, not what a config says.
 
     Raises:
-        ValueError: StreamBP, offloading, ZeRO 1 or 2, tp without sequence parallelism (torchtitan always has it).
+        ValueError: it has no such model.
+    """
+    sizes = (model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads, model.ffn_size, model.vocab_size)
+    for name, flavors in FLAVORS.items():
+        for flavor, dimensions in flavors.items():
+            if sizes == dimensions and model.qk_norm == (name == "qwen3"):
+                return {"name": name, "flavor": flavor}
+    known = ", ".join(f"{name} {flavor}" for name, flavors in FLAVORS.items() for flavor in flavors)
+    raise ValueError(f"torchtitan has no model of {model.name}'s dimensions; it has {known}")
+
+
+def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
+    """torchtitan's TOML: [training], [parallelism], [activation_checkpoint], of TORCHTITAN.
+
+    Raises:
+        ValueError: StreamBP, offloading, ZeRO 1 or 2, tp without sequence parallelism (torchtitan always has it), and
+            replicas without sharding beside tp, pp or cp (its replicas are DDP, which it has on one axis alone).
     """
     _refuse(
         "torchtitan", layout, StreamBP=layout.checkpointing == "stream", offloading=layout.offload,
         ZeRO_1_or_2=layout.zero_stage in (1, 2), asynchronous_pipeline=layout.asynchronous,
+        head_exchange=layout.cp_heads > 1,
         tensor_parallelism_without_sequence_parallelism=layout.tp > 1 and not layout.sequence_parallel,
+        replicas_without_sharding_beside_other_axes=layout.zero_stage == 0
+        and (layout.cp > 1 or (layout.dp > 1 and layout.tp * layout.pp > 1)),
     )  # fmt: skip
     sharded = layout.zero_stage == 3
     checkpoint: dict[str, Any] = {"mode": layout.checkpointing}
@@ -204,8 +122,16 @@ def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
         parallelism["pipeline_parallel_first_stage_less_layers"] = first
         parallelism["pipeline_parallel_last_stage_less_layers"] = last
         parallelism["pipeline_parallel_microbatch_size"] = layout.micro_batch
+    if layout.vp > 1:
+        if model.num_layers % (layout.pp * layout.vp):
+            raise ValueError(
+                f"torchtitan cuts chunks evenly: {model.num_layers} layers are no multiple of pp={layout.pp} x "
+                f"vp={layout.vp}"
+            )
+        parallelism["pipeline_parallel_layers_per_stage"] = model.num_layers // (layout.pp * layout.vp)
     local = layout.micro_batch if layout.pp == 1 else layout.global_batch // layout.dp
     return {
+        "model": _flavor(model),
         "training": {
             "local_batch_size": local, "global_batch_size": layout.global_batch, "seq_len": layout.seq_len,
             "mixed_precision_param": "bfloat16", "mixed_precision_reduce": "float32",

@@ -14,10 +14,9 @@ from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.output.export import (
     deepspeed_config,
-    megatron_arguments,
-    megatron_config,
     torchtitan_config,
 )
+from fourfold.layouts.output.megatron import megatron_arguments, megatron_config
 
 LLAMA = load_model("llama-3.1-70b")
 THREE_D = Layout(dp=8, pp=4, tp=8, vp=2, sequence_parallel=True, zero_stage=1, global_batch=512, seq_len=8192)
