@@ -22,10 +22,14 @@ _NEIGHBOUR_LOST = re.compile(
 )
 
 
-def refuse(error: ValueError) -> NoReturn:
-    """Print `error` in one line from one rank and end this process with exit code 2."""
+def refuse(error: Exception, *, patience_s: float = _PATIENCE_S) -> NoReturn:
+    """Print `error` in one line from one rank and end this process with exit code 2.
+
+    Args:
+        patience_s: for which ranks but the first wait before they speak themselves.
+    """
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(_PATIENCE_S)  # ended here, if rank 0 has found the fault too
+        time.sleep(patience_s)  # ended here, if rank 0 has found the fault too
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_REFUSED)
 
@@ -49,6 +53,9 @@ def leave(code: int) -> NoReturn:
 
     Threads of process groups that are still there then end the process with SIGABRT, after a good training.
     """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and code == 0:
+        mpi.Finalize()  # what some launchers of MPI take a missing call of for a failure
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

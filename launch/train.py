@@ -26,6 +26,8 @@ def main() -> None:
         run_training(read_options(sys.argv[1:]), activity)
     except ValueError as error:
         refuse(error)
+    except FloatingPointError as error:  # of a pipeline that never drains only the last stage knows it
+        refuse(error, patience_s=2.0)
     except (RuntimeError, ConnectionError) as error:
         if not lost_neighbour(error):
             raise

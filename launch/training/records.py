@@ -47,9 +47,13 @@ class Log:
 
     def add(self, event: str, **fields: Any) -> None:
         """One line; what is no finite number is null, which JSON has and NaN it has not."""
-        told = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in fields.items()}
+        told = {name: None if _is_no_number(value) else value for name, value in fields.items()}
         self._file.write(json.dumps({"event": event, "time": time.time(), **told}) + "\n")
         self._file.flush()
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def write_result(out: Path, layout: Layout, result: TrainResult, **facts: Any) -> None:

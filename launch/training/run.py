@@ -52,6 +52,8 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     layout, model = chosen_layout(options)
     settings, resume = _settings(options), Resume(choice=options.resume, anyway=options.resume_anyway)
     check_world(layout, model)
+    if not options.timeout_minutes > 0:
+        raise ValueError(f"timeout_minutes={options.timeout_minutes}: give minutes above 0")
     sources, pretrained = found_sources(options), model_folder(options)
     out = Path(options.out) if options.out is not None else None
     if out is None and (options.checkpoint_every or resume):
@@ -72,7 +74,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     checkpoints = None
     if out is not None:
         compared = comparable_settings(parallel_model.stage.config.to_dict(), layout, settings)
-        compared |= {"data": corpus.identity}
+        compared |= {"data": corpus.identity, "precision": parallel_model.precision}
         checkpoints = Checkpoints(folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints)
     teller = Teller(options, layout, model, settings, gauge)
     run = TrainingRun(

@@ -63,7 +63,6 @@ class TrainSettings:
 _NOT_THE_MODELS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 _COMPARED = (
     "steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "max_norm", "seed",
-    "precision",
 )  # fmt: skip
 
 

@@ -36,7 +36,9 @@ def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 
 def resume_from_step_two(axes: dict, options: dict, folder: str) -> list[float]:
     if dist.get_rank() == 0:
         shutil.rmtree(Path(folder) / "step_00000004")
-        (Path(folder) / "partial_00000003").mkdir()  # a stop in the middle of a save leaves this
+        # Stops in the middle of a save and of a removal leave these.
+        (Path(folder) / "partial_00000003").mkdir()
+        shutil.copytree(Path(folder) / "step_00000002", Path(folder) / "removed_step_00000001")
     dist.barrier()
     return run(axes, options, folder, True)
 
@@ -56,6 +58,7 @@ def test_resume_under_another_layout(ranks, tmp_path, written, read):
     losses = ranks(2)(run, *written, folder, False)[0]
     # Steps 1 and 3 end at saved states; both kept. Only the first is used, so steps 2 and 3 are taken again.
     again = ranks(2)(resume_from_step_two, *read, folder)[0]
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["step_00000002", "step_00000004"]
     assert again == pytest.approx(losses[2:], rel=1e-5)
 
 
