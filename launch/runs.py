@@ -18,6 +18,7 @@ COLUMNS = (
     "activation_checkpointing", "kernel", "sequence_parallel", "precision", "step_time_s", "mfu", "hfu",
     "tflops_per_gpu", "tflops_kind", "tokens_per_s_per_gpu", "mem_gib", "oom", "status", "source", "notes",
     "stream_chunks", "embedding_counts_as", "head_counts_as", "schedule", "mitigation", "software",
+    "sharded_accumulation",
 )  # fmt: skip
 
 _PRECISIONS = {"fp32": "fp32", "bf16-mixed": "bf16", "bf16": "bf16", "fp64": "fp64"}
@@ -68,6 +69,7 @@ def run_row(
         "head_counts_as": layout.head_counts_as,
         "software": "fourfold-cuda" if result["device"] == "cuda" else "fourfold-cpu",
         "schedule": layout.schedule, "mitigation": layout.mitigation if layout.asynchronous else "",
+        "sharded_accumulation": layout.sharded_accumulation,
     }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def explain(
 ) -> None:
     """Show where a layout's step time and memory go, its schedule, and what each neighbouring layout would change."""
     model, machine = load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node)
-    runner = load_software(software) if software else software_for(machine, space)
+    runner = load_software(software) if software else None
     request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
     if layout:
         priced = _price(layout, model, machine, request, runner)
@@ -77,6 +77,7 @@ def explain(
     table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("change", "step", "GiB", "why"):
         table.add_column(name)
+    runner = runner or software_for(machine, space, priced.layout.precision)
     for near in neighbours(priced, model, machine, software=runner):
         step = f"{near.priced.step_s / priced.step_s - 1:+.1%}" if near.priced else "-"
         memory = f"{near.priced.peak_bytes / GIB:.3g}" if near.priced else "-"
@@ -99,7 +100,7 @@ def compare(
     """Set two layouts side by side: every term of the step, every part of the memory."""
     model, machine = load_model(config), cluster_in_nodes(cluster, gpus, gpus_per_node)
     request = SearchRequest(num_devices=gpus, global_batch=global_batch, seq_len=seq_len, space=space)
-    runner = load_software(software) if software else software_for(machine, space)
+    runner = load_software(software) if software else None
     a, b = (_price(words, model, machine, request, runner) for words in (first, second))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -120,12 +121,13 @@ def compare(
 
 
 def _price(
-    words: str, model: ModelConfig, cluster: Cluster, request: SearchRequest, software: Software
+    words: str, model: ModelConfig, cluster: Cluster, request: SearchRequest, software: Software | None
 ) -> PricedLayout:
     layout = parse_layout(
         words, num_devices=request.num_devices, global_batch=request.global_batch, seq_len=request.seq_len
     )
-    return price(model, cluster, [layout], software=software)[0]
+    runner = software or software_for(cluster, request.space, layout.precision)
+    return price(model, cluster, [layout], software=runner)[0]
 
 
 def _bars(title: str, parts: dict[str, float], text: Callable[[float], str]) -> Table:

@@ -10,7 +10,7 @@ from rich.console import Console
 from fourfold.layouts.cost.asynchronous import convergence_text
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
-from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout, write_layout_file
+from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import load_software
 from fourfold.layouts.output.report import write_report
@@ -19,7 +19,7 @@ from fourfold.layouts.search.rank import Plan, advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
-_WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
+_WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES, "precision": PRECISIONS}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult, refuse_no_more_steps
-from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at
+from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at, precision_of
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.decoder import pipeline_decoder
@@ -84,14 +84,14 @@ class AsynchronousModel:
             mitigation=layout.mitigation,
             scheduler=rate_schedule(layout, settings),
             checkpointing=layout.checkpointing,
-            precision=settings.precision,
+            precision=precision_of(layout, settings),
             seed=settings.seed,
             embedding_counts_as=layout.embedding_counts_as,
             head_counts_as=layout.head_counts_as,
         )
         self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
         self.device = next(self.stage.parameters()).device
-        self.precision = settings.precision or ("bf16-mixed" if self.device.type == "cuda" else "fp32")
+        self.precision = precision_of(layout, settings) or ("bf16-mixed" if self.device.type == "cuda" else "fp32")
         replica_rows = layout.global_batch // layout.dp
         start = mesh.get_local_rank("dp") * replica_rows
         self.rows = slice(start, start + replica_rows)

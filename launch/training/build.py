@@ -17,7 +17,7 @@ from fourfold.launch.training.async_loop import AsynchronousModel, held_out_loss
 from fourfold.launch.training.loop import held_out_loss, make_optimizer
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.pretrained import load_pretrained
-from fourfold.launch.training.settings import TrainSettings
+from fourfold.launch.training.settings import TrainSettings, precision_of
 from fourfold.layouts.inputs.layout import Layout, check_runnable
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
@@ -78,7 +78,8 @@ def exported_loss(folder: Path, layout: Layout, settings: TrainSettings, mesh: D
     What a training reports of the model that it leaves: read back from where it was left.
     """
     config = load_model(folder).config
-    model = _parallel_model(layout, config, mesh, replace(settings, precision="fp32", evaluate_every=0))
+    layout, settings = replace(layout, precision="auto"), replace(settings, precision="fp32", evaluate_every=0)
+    model = _parallel_model(layout, config, mesh, settings)
     load_pretrained(folder, model)
     if isinstance(model, AsynchronousModel):
         return held_out_loss_asynchronously(model, held_out, settings.held_out_batches)
@@ -100,7 +101,8 @@ def _parallel_model(
         checkpointing=layout.checkpointing,
         stream=_chunks(layout),
         zero_stage=layout.zero_stage,
-        precision=settings.precision,
+        precision=precision_of(layout, settings),
+        sharded_accumulation=layout.sharded_accumulation,
         seed=settings.seed,
         embedding_counts_as=layout.embedding_counts_as,
         head_counts_as=layout.head_counts_as,

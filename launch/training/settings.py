@@ -75,8 +75,21 @@ def comparable_settings(config: Mapping[str, Any], layout: Layout, settings: Tra
     model = {f"model.{name}": value for name, value in config.items() if name not in _NOT_THE_MODELS}
     batch = {"global_batch": layout.global_batch, "seq_len": layout.seq_len}
     flat = {**model, **batch, **{name: getattr(settings, name) for name in _COMPARED}}
+    flat["precision"] = precision_of(layout, settings)
     kept: dict[str, Any] = json.loads(json.dumps(flat, default=str))
     return kept
+
+
+def precision_of(layout: Layout, settings: TrainSettings) -> str | None:
+    """What parallelize takes: the training's word or the layout's; None where both leave it to the device.
+
+    Raises:
+        ValueError: two different words.
+    """
+    said = None if layout.precision == "auto" else layout.precision
+    if said and settings.precision not in (None, said):
+        raise ValueError(f"precision={settings.precision}, but the layout says precision={said}: give one of them")
+    return settings.precision or said
 
 
 def learning_rate_at(step: int, settings: TrainSettings) -> float:

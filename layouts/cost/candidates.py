@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, SCHEDULES, Layout
+from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, PRECISIONS, SCHEDULES, Layout
 
 Column = NDArray[Any]
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
@@ -20,15 +20,16 @@ FLUSHED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
 _DEFAULTS: dict[str, Any] = {
     "dp": 1, "pp": 1, "cp": 1, "tp": 1, "micro_batch": 1, "checkpointing": NONE, "zero_stage": 0, "vp": 1, "ep": 1,
     "cp_heads": 1, "sequence_parallel": False, "checkpoint_every": 1, "stream_chunks": 1, "offload": False,
-    "embedding_counts_as": 0, "head_counts_as": 0, "schedule": np.int8(FLUSHED),
+    "embedding_counts_as": 0, "head_counts_as": 0, "schedule": np.int8(FLUSHED), "sharded_accumulation": False,
 }  # fmt: skip
+_SHARED = ("global_batch", "seq_len", "mitigation", "precision")
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    """Columns of equal length; `checkpointing` and `schedule` as indices of their words. Batch, length and mitigation
-    are one for all."""
+    """Columns of equal length; `checkpointing` and `schedule` as indices of their words. Batch, length,
+    mitigation and precision are one for all."""
 
     dp: Column
     pp: Column
@@ -47,43 +48,54 @@ class Candidates:
     embedding_counts_as: Column
     head_counts_as: Column
     schedule: Column
+    sharded_accumulation: Column
     global_batch: int
     seq_len: int
     mitigation: str = MITIGATION
+    precision: str = PRECISIONS[0]
 
     def __len__(self) -> int:
         return len(self.dp)
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> "Candidates":
-        """The columns of some layouts; all must have the same global batch, sequence length and mitigation."""
-        batches = {(layout.global_batch, layout.seq_len, layout.mitigation) for layout in layouts}
-        assert len(batches) == 1, f"layouts of several batches or mitigations: {batches}"
-        columns: dict[str, Column] = {}
+        """The columns of some layouts; all must have the same batch, length, mitigation and precision."""
+        batches = {tuple(getattr(layout, name) for name in _SHARED) for layout in layouts}
+        assert len(batches) == 1, f"layouts of several {', '.join(_SHARED)}: {batches}"
+        columns: dict[str, Any] = {}
         for name in _DEFAULTS:
             values = [getattr(layout, name) for layout in layouts]
             columns[name] = np.array([_WORDS[name].index(v) for v in values] if name in _WORDS else values)
-        batch, seq_len, mitigation = batches.pop()
-        return cls(global_batch=batch, seq_len=seq_len, mitigation=mitigation, **columns)
+        return cls(**dict(zip(_SHARED, batches.pop(), strict=True)), **columns)
 
     @classmethod
     def from_columns(
-        cls, columns: Mapping[str, Column], *, global_batch: int, seq_len: int, mitigation: str = MITIGATION
+        cls,
+        columns: Mapping[str, Column],
+        *,
+        global_batch: int,
+        seq_len: int,
+        mitigation: str = MITIGATION,
+        precision: str = PRECISIONS[0],
     ) -> "Candidates":
         """Columns by name; a name that is left out has its default."""
         length = len(next(iter(columns.values())))
         full = {name: columns.get(name, np.full(length, default)) for name, default in _DEFAULTS.items()}
-        return cls(global_batch=global_batch, seq_len=seq_len, mitigation=mitigation, **full)
+        return cls(global_batch=global_batch, seq_len=seq_len, mitigation=mitigation, precision=precision, **full)
 
     def take(self, rows: Column) -> "Candidates":
         """The rows of a mask or of indices."""
         columns = {name: getattr(self, name)[rows] for name in _DEFAULTS}
-        return Candidates(global_batch=self.global_batch, seq_len=self.seq_len, mitigation=self.mitigation, **columns)
+        return Candidates(**self._shared(), **columns)
 
     def layout(self, row: int) -> Layout:
         values: dict[str, Any] = {name: getattr(self, name)[row].item() for name in _DEFAULTS}
         values |= {name: words[values[name]] for name, words in _WORDS.items()}
-        return Layout(global_batch=self.global_batch, seq_len=self.seq_len, mitigation=self.mitigation, **values)
+        return Layout(**self._shared(), **values)
+
+    def _shared(self) -> dict[str, Any]:
+        """What is one for all."""
+        return {name: getattr(self, name) for name in _SHARED}
 
     @property
     def num_micro_batches(self) -> Column:
@@ -110,4 +122,4 @@ class Candidates:
         return self.dp * self.cp
 
 
-assert set(_DEFAULTS) | {"global_batch", "seq_len", "mitigation"} == {entry.name for entry in fields(Layout)}
+assert set(_DEFAULTS) | set(_SHARED) == {entry.name for entry in fields(Layout)}

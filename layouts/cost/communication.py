@@ -118,7 +118,9 @@ def reduction_seconds(pricing: Pricing, backward: Column) -> Column:
     zero0 = beyond_overlap(reduce_s, backward, overlap)
     zero12 = scattered + beyond_overlap(gather_s, forward, overlap)
     each_micro_batch = beyond_overlap(2 * gather_s, forward + backward, software.zero3_overlap)
-    zero3 = layouts.num_micro_batches * each_micro_batch + scattered
+    # Reduced once a step, or after every micro-batch's backward.
+    reductions = np.where(layouts.sharded_accumulation, layouts.num_micro_batches, 1)
+    zero3 = layouts.num_micro_batches * each_micro_batch + reductions * scattered
     return np.select([layouts.zero_stage == 0, layouts.zero_stage == 3], [zero0, zero3], zero12)
 
 

@@ -176,7 +176,7 @@ def _gradients(pricing: Pricing, changing: Column) -> tuple[Column, Column]:
     """Gradients at the peak, and the copy of them in the buckets of data parallelism."""
     layouts, software, held = pricing.layouts, pricing.software, _held(pricing)
     several = layouts.num_micro_batches > 1
-    whole_between = (layouts.zero_stage == 3) & several & software.accumulates_whole
+    whole_between = (layouts.zero_stage == 3) & several & software.accumulates_whole & ~layouts.sharded_accumulation
     gradients = np.where(whole_between, held, _sharded(pricing, 2)) * software.grad_bytes
     if not software.fresh_gradients:
         return gradients, np.zeros_like(gradients)

@@ -13,9 +13,9 @@ from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
-from fourfold.layouts.inputs.layout import Layout, check
+from fourfold.layouts.inputs.layout import PRECISIONS, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Software
+from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Software, load_software
 
 GIB = float(1 << 30)
 FITS, SAFE = 0.5, 0.95
@@ -82,11 +82,22 @@ class PricedLayout:
         return self.time_parts_s["optimizer"]
 
 
-def software_for(cluster: Cluster, space: str = "runtime") -> Software:
-    """The software that runs a layout of this space on this cluster."""
-    if cluster.device.type == "cpu":
-        return RUNTIME_CPU
-    return MEGATRON if space == "full" else RUNTIME_CUDA
+def software_for(cluster: Cluster, space: str = "runtime", precision: str = PRECISIONS[0]) -> Software:
+    """The software that runs a layout of this space on this cluster, in this precision.
+
+    Raises:
+        ValueError: a precision whose speed no measurement of this device tells.
+    """
+    kind = cluster.device.type
+    usual, software = ("fp32", RUNTIME_CPU) if kind == "cpu" else ("bf16-mixed", RUNTIME_CUDA)
+    if precision in (PRECISIONS[0], usual):
+        return MEGATRON if space == "full" and kind != "cpu" else software
+    if precision == "bf16" and kind != "cpu" and space != "full":
+        return load_software("fourfold-bf16")
+    raise ValueError(
+        f"precision={precision} on {cluster.device.name}: only {usual} was measured there"
+        f"{'' if kind == 'cpu' else ', and bf16 in the runtime space follows from it'}; plan with one of these"
+    )
 
 
 def price(
@@ -110,7 +121,7 @@ def price(
             layouts=Candidates.of(layouts),
             model=model,
             cluster=cluster,
-            software=software or software_for(cluster),
+            software=software or software_for(cluster, precision=layouts[0].precision),
             constants=constants or load_constants(),
         )
     )

@@ -136,6 +136,7 @@ def _run(number: int, row: Mapping[str, str], environment: Environment | None = 
         embedding_counts_as=_whole(row, "embedding_counts_as", default=embedding_counts_as, least=0),
         head_counts_as=_whole(row, "head_counts_as", default=head_counts_as, least=0),
         schedule=row.get("schedule") or SCHEDULES[0], mitigation=row.get("mitigation") or MITIGATION,
+        sharded_accumulation=row.get("sharded_accumulation", "").lower() == "true",
         global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
     )  # fmt: skip
     check(layout, model)

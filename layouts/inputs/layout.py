@@ -11,11 +11,13 @@ from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.reading import MOST, read_toml, shown
 from fourfold.parallel.decoder.limits import CHECKPOINTING as CHECKPOINTING
 from fourfold.parallel.decoder.limits import FORMS, RUNTIME, SHAPES, Choice, DecoderFacts, broken, decoder_facts, refuse
+from fourfold.parallel.decoder.limits import PRECISIONS as OTHER_PRECISIONS
 from fourfold.parallel.decoder.limits import SCHEDULES as SCHEDULES
 from fourfold.parallel.grid import AXES, Grid, layer_ranges
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 MITIGATION = "lwpv+sc"
+PRECISIONS = ("auto", *OTHER_PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +58,12 @@ class Layout:
     drains, 2bw at every step. What a step is (global_batch sequences) stays."""
     mitigation: str = MITIGATION
     """What an asynchronous schedule does about its delays; Mitigation.named has the words."""
+    precision: str = PRECISIONS[0]
+    """Of weights and products, never taken from the model's config: auto (fp32 on a CPU, bf16-mixed on CUDA); fp32;
+    bf16-mixed (fp32 weights, gradients and optimizer states, products in bf16); bf16 (all of them); fp64."""
+    sharded_accumulation: bool = False
+    """ZeRO 3 with several micro-batches: each one's gradients are reduced and sharded, instead of whole ones kept until
+    the last. Less memory for more traffic."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -75,7 +83,7 @@ class Layout:
             raise ValueError(f"checkpointing={shown(self.checkpointing)}: choose one of {', '.join(CHECKPOINTING)}")
         if isinstance(self.zero_stage, bool) or self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={shown(self.zero_stage)}: choose 0, 1, 2 or 3")
-        for name in ("sequence_parallel", "offload"):
+        for name in ("sequence_parallel", "offload", "sharded_accumulation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give true or false")
         if self.schedule not in SCHEDULES:
@@ -84,6 +92,8 @@ class Layout:
             raise ValueError(f"mitigation={shown(self.mitigation)}: a word such as {MITIGATION!r}")
         if self.mitigation != MITIGATION:
             Mitigation.named(self.mitigation)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={shown(self.precision)}: choose one of {', '.join(PRECISIONS)}")
         refuse(FORMS, DecoderFacts(), Choice.of(self))
 
     @property
@@ -128,7 +138,7 @@ class Layout:
         )
         words += [f"vp{self.vp}"] * (self.vp > 1) + [f"ep{self.ep}"] * (self.ep > 1)
         words += [f"heads{self.cp_heads}"] * (self.cp_heads > 1) + ["sp"] * self.sequence_parallel
-        words += [f"z{self.zero_stage}"] * (self.zero_stage > 0)
+        words += [f"z{self.zero_stage}"] * (self.zero_stage > 0) + ["shardacc"] * self.sharded_accumulation
         if self.checkpointing != "none":
             detail = f"/{self.checkpoint_every}" if self.checkpoint_every > 1 else ""
             detail += f"x{self.stream_chunks}" if self.checkpointing == "stream" else ""
@@ -136,6 +146,7 @@ class Layout:
         words += ["offload"] * self.offload
         if self.asynchronous:
             words.append(self.schedule + f"/{self.mitigation}" * (self.mitigation != MITIGATION))
+        words += [self.precision] * (self.precision != PRECISIONS[0])
         return " ".join(words)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 import re
 from typing import Any
 
-from fourfold.layouts.inputs.layout import CHECKPOINTING, SCHEDULES, Layout
+from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES, Layout
 
 _NUMBERS = {
     "dp": "dp", "pp": "pp", "cp": "cp", "tp": "tp", "mb": "micro_batch", "vp": "vp", "ep": "ep", "heads": "cp_heads",
     "z": "zero_stage",
 }  # fmt: skip
-_FLAGS = {"sp": "sequence_parallel", "offload": "offload"}
+_FLAGS = {"sp": "sequence_parallel", "offload": "offload", "shardacc": "sharded_accumulation"}
 
 
 def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: int) -> Layout:
@@ -25,6 +25,8 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         cut = re.fullmatch(r"less(\d{1,12})\+(\d{1,12})", word)
         if word in _FLAGS:
             fields[_FLAGS[word]] = True
+        elif word in PRECISIONS:
+            fields["precision"] = word
         elif word.split("/")[0] in SCHEDULES:
             fields["schedule"], _, mitigation = word.partition("/")
             fields |= {"mitigation": mitigation} if mitigation else {}
@@ -37,8 +39,8 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         elif number and number[1] in _NUMBERS:
             fields[_NUMBERS[number[1]]] = int(number[2])
         else:
-            known = ", ".join([*(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES])
-            raise ValueError(f"layout {words!r}: {word!r} is none of {known}")
+            known = [*(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES, *PRECISIONS]
+            raise ValueError(f"layout {words!r}: {word!r} is none of {', '.join(known)}")
     rest = fields.get("pp", 1) * fields.get("cp", 1) * fields.get("tp", 1)
     if "dp" not in fields and rest and num_devices % rest == 0:
         fields["dp"] = num_devices // rest

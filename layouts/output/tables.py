@@ -113,6 +113,8 @@ _WORDS = (
     (r"heads\d+", "headsN: N of the cp ranks exchange heads instead of passing keys round the ring"),
     (r"sp", "sp: sequence parallelism in tp"),
     (r"z\d", "zN: ZeRO stage N (1 optimizer states sharded, 2 gradients too, 3 weights too)"),
+    (r"shardacc", "shardacc: gradients are reduced and sharded after every micro-batch, not once a step"),
+    (r"fp32|bf16-mixed|bf16|fp64", "fp32, bf16-mixed, bf16, fp64: the precision, where it is not the device's own"),
     (r"selective", "selective: the attention core is recomputed in backward"),
     (r"full(/\d+)?", "full/N: every N-th layer (every one without /N) is recomputed in backward"),
     (r"stream(x\d+)?", "streamxN: StreamBP in N chunks of the sequence"),

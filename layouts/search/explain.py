@@ -54,7 +54,10 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
             yield "chunks /2", {"stream_chunks": layout.stream_chunks // 2}
     for stage in (0, 1, 3):
         if stage != layout.zero_stage:
-            yield f"ZeRO {stage}", {"zero_stage": stage}
+            yield f"ZeRO {stage}", {"zero_stage": stage, "sharded_accumulation": False}
+    if layout.zero_stage == 3 and layout.num_micro_batches > 1:
+        when = "once a step" if layout.sharded_accumulation else "at every micro-batch"
+        yield f"gradients sharded {when}", {"sharded_accumulation": not layout.sharded_accumulation}
     if layout.tp > 1:
         yield (
             f"sequence parallelism {'off' if layout.sequence_parallel else 'on'}",

@@ -83,8 +83,10 @@ def rank_layouts(
         raise ValueError(
             f"no layout of {request.num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
         )
+    if software is None:
+        software = software_for(cluster, request.space, candidates.precision)
     pricing = Pricing(
-        layouts=candidates, model=model, cluster=cluster, software=software or software_for(cluster, request.space),
+        layouts=candidates, model=model, cluster=cluster, software=software,
         constants=constants or load_constants(),
     )  # fmt: skip
     found = _scan(pricing)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fourfold.layouts.cost.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
 from fourfold.layouts.cost.stages import layers_of
-from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, facts_of
+from fourfold.layouts.inputs.layout import MITIGATION, PRECISIONS, SCHEDULES, facts_of
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.decoder.limits import (
@@ -190,12 +190,18 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
         if full or name in fix:
             expand(name, values)
     _expand_chunks(table, seq_len, fix, least=1 if full else LEAST_CHUNK)
+    if not full or "sharded_accumulation" in fix:
+        _expand_accumulation(table, fix)
     _expand_cuts(table, model, fix)
     if request.asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
         expand("schedule", range(len(SCHEDULES)))
     mitigation = fix.get("mitigation", MITIGATION)
     candidates = Candidates.from_columns(
-        table.columns, global_batch=global_batch, seq_len=seq_len, mitigation=mitigation
+        table.columns,
+        global_batch=global_batch,
+        seq_len=seq_len,
+        mitigation=mitigation,
+        precision=fix.get("precision", PRECISIONS[0]),
     )
     return candidates, reasons | table.reasons
 
@@ -224,6 +230,20 @@ def _expand_chunks(table: _Space, seq_len: int, fix: Mapping[str, Any], *, least
         streamed, tokens = table.columns["checkpointing"] == STREAM, seq_len // table.columns["cp"]
         whole = ~streamed | (tokens // table.columns["stream_chunks"] >= least)
         table.keep(whole, f"StreamBP's chunks have fewer than {least} tokens")
+
+
+def _expand_accumulation(table: _Space, fix: Mapping[str, Any]) -> None:
+    """Give ZeRO 3 with several micro-batches both ways to add up gradients, the others the plain one; in place."""
+    if "sharded_accumulation" in fix:
+        table.expand("sharded_accumulation", [fix["sharded_accumulation"]])
+        return
+    columns = table.columns
+    both = (columns["zero_stage"] == 3) & (columns["pp"] == 1) & (table.choice.num_micro_batches > 1)
+    counts = np.where(both, 2, 1)
+    table.columns = {key: np.repeat(column, counts) for key, column in columns.items()}
+    sharded = np.zeros(len(table), dtype=bool)
+    sharded[np.cumsum(counts)[both] - 1] = True
+    table.columns["sharded_accumulation"] = sharded
 
 
 def _expand_cuts(table: _Space, model: ModelConfig, fix: Mapping[str, Any]) -> None:

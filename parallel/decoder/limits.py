@@ -77,6 +77,7 @@ class Choice:
     embedding_counts_as: Any = 0
     head_counts_as: Any = 0
     schedule: Any = DRAINED
+    sharded_accumulation: Any = False
 
     @classmethod
     def of(cls, layout: Any) -> "Choice":
@@ -236,6 +237,13 @@ FORMS: tuple[Limit, ...] = (
         message=_BATCH,
     ),
     UNEVEN_CUT,
+    Limit(
+        fields=("zero_stage", "sharded_accumulation"),
+        allows=lambda model, layout: (layout.sharded_accumulation == 0) | (layout.zero_stage == 3),
+        reason="gradients are sharded at every micro-batch with ZeRO 3",
+        message="sharded_accumulation=true with zero_stage={layout.zero_stage}: gradients are sharded with ZeRO 3; "
+        "choose zero_stage=3, or false",
+    ),
     _whole_stage("cp", 1),
     _whole_stage("tp", 1),
     _whole_stage("vp", 1),
@@ -319,6 +327,14 @@ RUNTIME: tuple[Limit, ...] = (
         reason="offload",
         message="offload=true with checkpointing={layout.checkpointing_word!r}: fourfold's runtime moves the inputs of "
         "layers that stream; choose checkpointing='stream', or offload=false",
+    ),
+    Limit(
+        fields=("pp", "sharded_accumulation"),
+        # torch's pipeline stages reduce gradients at the last backward of a step only.
+        allows=lambda model, layout: (layout.sharded_accumulation == 0) | (layout.pp == 1),
+        reason="gradients are sharded at every micro-batch with pp=1",
+        message="sharded_accumulation=true with pp={layout.pp}: a pipeline stage reduces gradients once a step; "
+        "choose pp=1, or false",
     ),
     Limit(
         fields=("checkpointing",),

@@ -47,6 +47,7 @@ class StepOptions:
 
     micro_batch: int | None
     zero_stage: int
+    sharded_accumulation: bool
     precision: Precision
     ring: dist.ProcessGroup | None
 
@@ -229,10 +230,10 @@ class ParallelModel:
         return shard_sequence(input_ids, place, dim=1), shard_labels(labels, place)
 
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        """Micro-batches one after the other; gradients travel with the last."""
+        """Micro-batches one after the other; gradients travel with the last, or with each where they are sharded."""
         pairs = list(zip(self._cut(inputs), self._cut(targets), strict=True))
         for index, (part, target) in enumerate(pairs):
-            with self._gradient_sync(index == len(pairs) - 1):
+            with self._gradient_sync(index == len(pairs) - 1 or self._options.sharded_accumulation):
                 loss = self._loss(self._run(part, target), target)
                 loss.backward()  # type: ignore[no-untyped-call]
             yield loss.detach()

@@ -46,6 +46,7 @@ def parallelize(
     zero_stage: int = 0,
     precision: str | None = None,
     dtype: torch.dtype | None = None,
+    sharded_accumulation: bool = False,
     seed: int = 0,
     embedding_counts_as: int = 0,
     head_counts_as: int = 0,
@@ -70,6 +71,8 @@ def parallelize(
             of them in bf16; "fp64". None takes fp32 on a CPU and bf16-mixed on CUDA, whatever dtype the model's config
             or weights have, but fp64 for a model made so by hand (`model.double()`).
         dtype: the older way to say it: torch.bfloat16 means bf16-mixed.
+        sharded_accumulation: with zero_stage=3 and several micro-batches, reduce and shard each one's gradients. Else
+            whole gradients are kept until the last: less traffic, and the model's size in memory. Needs pp=1.
         seed: of the weights of a model on the meta device; the weights of any other are kept.
         embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     Returns:
@@ -90,6 +93,7 @@ def parallelize(
         **{axis: mesh[axis].size() for axis in AXES},
         checkpointing=as_number("checkpointing", checkpointing),
         zero_stage=zero_stage,
+        sharded_accumulation=sharded_accumulation,
         embedding_counts_as=embedding_counts_as,
         head_counts_as=head_counts_as,
     )
@@ -122,7 +126,13 @@ def parallelize(
     kept = {id(parameter) for parameter in stage.parameters()}
     mark_replaced(parameter for parameter in before if id(parameter) not in kept)
     take_over(model)
-    options = StepOptions(micro_batch=micro_batch, zero_stage=zero_stage, precision=stored, ring=ring)
+    options = StepOptions(
+        micro_batch=micro_batch,
+        zero_stage=zero_stage,
+        sharded_accumulation=sharded_accumulation,
+        precision=stored,
+        ring=ring,
+    )
     return ParallelModel(stage, mesh, replicas, options, model)
 
 

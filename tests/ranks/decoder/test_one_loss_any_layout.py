@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
 from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.data_parallel import CountCollectives
 
 
 @pytest.mark.parametrize("mesh_shape", [{"dp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2}], ids=str)
@@ -87,6 +88,32 @@ def test_two_ranks(ranks, mesh_shape, options):
 def test_an_uneven_pipeline(ranks, less):
     cut = {"embedding_counts_as": less[0], "head_counts_as": less[1]}
     assert_one_loss(ranks(2), {"pp": 2}, masked=True, micro_batch=1, checkpointing="full", **cut)
+
+
+@pytest.mark.parametrize("mesh_shape", [{}, {"dp": 2}, {"cp": 2}, {"tp": 2}], ids=str)
+@pytest.mark.parametrize("checkpointing", ["none", "stream"])
+def test_gradients_sharded_at_every_micro_batch(ranks, mesh_shape, checkpointing):
+    if checkpointing == "stream" and "tp" in mesh_shape:
+        pytest.skip("chunks of cut matrices are refused")
+    how = {"zero_stage": 3, "micro_batch": 1, "checkpointing": checkpointing, "sharded_accumulation": True}
+    assert_one_loss(ranks(2 if mesh_shape else 1), mesh_shape, masked=True, **how)
+
+
+def reductions(sharded: bool) -> int:
+    """Reduce-scatters of a step of two micro-batches over 4 layers and the ends."""
+    model = parallelize(
+        tiny_model(), init_mesh(dp=2, device_type="cpu"), zero_stage=3, micro_batch=1, sharded_accumulation=sharded
+    )
+    ids, labels = batches(False)[0]
+    rows = model.batch_rows(GLOBAL_BATCH)
+    with CountCollectives() as collectives:
+        model.forward_backward(ids[rows], labels[rows])
+    return sum(count for name, count in collectives.calls.items() if "reduce_scatter" in name)
+
+
+def test_gradients_are_reduced_once_a_step_or_once_a_micro_batch(ranks):
+    assert ranks(2)(reductions, False) == [5, 5]
+    assert ranks(2)(reductions, True) == [10, 10]
 
 
 FOUR = [

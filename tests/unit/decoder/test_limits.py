@@ -28,7 +28,7 @@ VALUES = {
     "ep": (1, 2, 3), "cp_heads": (1, 2), "zero_stage": (0, 1, 2, 3), "sequence_parallel": (False, True),
     "checkpoint_every": (1, 2), "checkpointing": range(4), "offload": (False, True), "stream_chunks": (1, 4),
     "embedding_counts_as": (0, 1), "head_counts_as": (0, 2), "schedule": range(4), "global_batch": (12,),
-    "seq_len": (64,),
+    "seq_len": (64,), "sharded_accumulation": (False, True),
 }  # fmt: skip
 MODELS = [
     DecoderFacts(family="llama", num_layers=4, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64),
@@ -144,3 +144,35 @@ def test_a_preset_s_facts_are_those_of_its_config():
     for name in ("llama-3.1-8b", "qwen3-8b"):
         model = load_model(name)
         assert facts_of(model) == limits.decoder_facts(model.config)
+
+
+def test_gradients_sharded_at_every_micro_batch_take_less_memory_and_more_time():
+    model = load_model("llama-3.1-8b")
+    fix = {"zero_stage": 3, "checkpointing": "full", "micro_batch": 1, "pp": 1, "cp": 1, "tp": 1}
+    batch = {"num_devices": 8, "global_batch": 64, "seq_len": 2048}
+    both = {p.layout.sharded_accumulation: p for p in plan(model, fix=fix, **batch).layouts}
+    assert both.keys() == {False, True}
+    whole, shards = (both[kind].memory_parts_bytes["gradients"] for kind in (False, True))
+    assert whole == pytest.approx(4 * model.num_params, rel=0.01)
+    assert shards == pytest.approx(whole / 8, rel=0.01)
+    assert both[True].step_s > both[False].step_s
+    assert str(both[True].layout) == "dp8 mb1 z3 shardacc full"
+    once = plan(model, fix={**fix, "micro_batch": 8}, **batch).layouts
+    assert [p.layout.sharded_accumulation for p in once] == [False]
+
+
+def test_a_precision_is_priced_where_it_was_measured():
+    model, batch = load_model("llama-3.2-1b"), {"num_devices": 4, "global_batch": 8, "seq_len": 2048}
+    usual, said, pure = (
+        plan(model, fix={"dp": 4, "zero_stage": 0, "micro_batch": 1, "checkpointing": "none", **fix}, **batch).layouts[
+            0
+        ]
+        for fix in ({}, {"precision": "bf16-mixed"}, {"precision": "bf16"})
+    )
+    assert (said.step_s, said.peak_bytes) == (usual.step_s, usual.peak_bytes)
+    # Weights and two moments: 4 + 8 bytes a parameter, or 2 + 4.
+    kept = ("weights", "optimizer")
+    assert [sum(p.memory_parts_bytes[part] for part in kept) / model.num_params for p in (usual, pure)] == [12, 6]
+    assert str(pure.layout).endswith(" bf16")
+    with pytest.raises(ValueError, match=r"precision=fp32 on .*: only bf16-mixed was measured there"):
+        plan(model, fix={"precision": "fp32"}, **batch)

@@ -157,10 +157,11 @@ def test_the_legend_says_every_word_that_a_name_can_have():
         Layout(pp=4, embedding_counts_as=1, head_counts_as=2, checkpointing="selective", **batch),
         Layout(pp=2, vp=2, tp=2, sequence_parallel=True, cp=2, cp_heads=2, ep=2, **batch),
         Layout(checkpointing="stream", stream_chunks=4, offload=True, **batch),
+        Layout(dp=2, zero_stage=3, sharded_accumulation=True, **batch),
         Layout(pp=2, schedule="2bw", mitigation="sc", **batch),
     ]  # fmt: skip
-    for priced in price(load_model("mixtral-8x7b"), load_cluster("H100-80GB"), layouts[:4]) + price(
-        LLAMA, load_cluster("H100-80GB"), layouts[4:]
+    for priced in price(load_model("mixtral-8x7b"), load_cluster("H100-80GB"), layouts[:5]) + price(
+        LLAMA, load_cluster("H100-80GB"), layouts[5:]
     ):
         for word in str(priced.layout).split():
             name = re.match(r"[a-z]+|\d[a-z]+\d?", word)

@@ -38,6 +38,8 @@ def test_null_values_of_a_config_are_left_out(tmp_path):
         ({"dp": "2"}, "dp='2'"),
         ({"checkpointing": "some"}, "checkpointing='some': choose one of none"),
         ({"zero_stage": 4}, "zero_stage=4: choose 0, 1, 2 or 3"),
+        ({"precision": "fp16"}, "precision='fp16': choose one of auto, fp32, bf16-mixed, bf16, fp64"),
+        ({"sharded_accumulation": True}, "sharded_accumulation=true with zero_stage=0: .*choose zero_stage=3"),
         ({"speed": 9}, r"\[layout\] has 'speed', which no layout has: remove it"),
         ({"seq_len": None}, r"\[layout\] has no 'seq_len': add it"),
     ],
@@ -88,6 +90,8 @@ def test_heads_experts_and_stages_must_fit():
         Layout(pp=4, schedule="1f1b-async", mitigation="stash+sc", global_batch=8, seq_len=64),
         Layout(pp=4, schedule="2bw", mitigation="none", global_batch=8, seq_len=64),
         Layout(pp=4, embedding_counts_as=1, head_counts_as=12, global_batch=8, seq_len=64),
+        Layout(dp=2, zero_stage=3, sharded_accumulation=True, precision="bf16", global_batch=8, seq_len=64),
+        Layout(precision="bf16-mixed", checkpointing="full", global_batch=8, seq_len=64),
     ],
 )
 def test_a_printed_name_reads_back(layout):
