@@ -12,9 +12,13 @@ not import torch, because the planner must answer without it.
     RUNTIME   what fourfold's own runtime has: four families, no interleaving, no tied embeddings across stages
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
+
+from fourfold.parallel.decoder.facts import LENGTH_DEPENDENT_ROPE
+from fourfold.parallel.decoder.facts import DecoderFacts as DecoderFacts
+from fourfold.parallel.decoder.facts import decoder_facts as decoder_facts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the decoders that `parallelize` cuts; a test compares each with one process."""
@@ -27,28 +31,6 @@ DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
 
 PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64")
 """Dtypes of weights and of matrix products; decoder.precision has their meanings."""
-
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderFacts:
-    """What of a decoder the limits depend on; counts as in a Hugging Face config.
-
-    With the defaults RUNTIME and FORMS judge a layout by itself, for any model. A model known by its sizes alone
-    (a published run) has no family.
-    """
-
-    family: str = ""
-    num_layers: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    ffn_size: int = 0
-    vocab_size: int = 0
-    num_experts: int = 0
-    tied_embeddings: bool = False
-    attention_dropout: float = 0.0
-    rope_type: str = "default"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,7 +284,7 @@ RUNTIME: tuple[Limit, ...] = (
         message="attention_dropout={model.attention_dropout} is not supported: set it to 0.0",
     ),
     Limit(
-        allows=lambda model, layout: model.rope_type not in _LENGTH_DEPENDENT_ROPE,
+        allows=lambda model, layout: model.rope_type not in LENGTH_DEPENDENT_ROPE,
         reason="rope_type {model.rope_type!r}",
         message="rope_type={model.rope_type!r} computes frequencies from the length a rank sees and is not supported: "
         "use 'default', 'linear', 'llama3' or 'yarn'",
@@ -360,37 +342,6 @@ RUNTIME: tuple[Limit, ...] = (
         for stage in (1, 2)
     ),
 )
-
-
-def decoder_facts(config: Any) -> DecoderFacts:
-    """The facts of a Hugging Face config: an object of transformers, or the mapping of a config.json.
-
-    A field that a mapping lacks has here the neutral value, not the family's default: `layouts` knows those.
-    """
-
-    def read(name: str, default: Any) -> Any:
-        value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-        return default if value is None else value
-
-    heads = read("num_attention_heads", 1)
-    return DecoderFacts(
-        family=read("model_type", ""),
-        num_layers=read("num_hidden_layers", 1),
-        num_heads=heads,
-        num_kv_heads=read("num_key_value_heads", heads),
-        ffn_size=read("intermediate_size", 1),
-        vocab_size=read("vocab_size", 1),
-        tied_embeddings=read("tie_word_embeddings", False),
-        attention_dropout=read("attention_dropout", 0.0),
-        rope_type=_rope_type(read("rope_parameters", None) or read("rope_scaling", None) or {}),
-    )
-
-
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    """Of parameters for all layers, or for each kind of layer: then the one that depends on the length, if any does."""
-    tables = [table for table in rope.values() if isinstance(table, Mapping)] or [rope]
-    types = [str(table.get("rope_type") or table.get("type") or "default") for table in tables]
-    return next((kind for kind in types if kind in _LENGTH_DEPENDENT_ROPE), types[0])
 
 
 def broken(limits: Iterable[Limit], model: DecoderFacts, layout: Choice) -> Iterator[Limit]:
