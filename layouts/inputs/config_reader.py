@@ -7,7 +7,7 @@ one that is null is as if the model did not have it.
 from collections.abc import Mapping
 from typing import Any
 
-from fourfold.layouts.inputs.reading import MOST, shown
+from fourfold.layouts.inputs.reading import MOST, number, shown
 
 Config = Mapping[str, Any]
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
@@ -49,6 +49,17 @@ class ConfigReader:
         if not isinstance(value, bool):
             raise self.refuse(f"{key}={shown(value)}, but it is true or false")
         return value
+
+    def check_shared(self) -> None:
+        """Refuse what no family can have in the fields that a runtime reads besides those of a count."""
+        for key in ("rope_parameters", "rope_scaling"):
+            value = self.get(key)
+            if value is not None and not isinstance(value, Mapping):
+                raise self.refuse(f"{key}={shown(value)}, but it is an object with a rope_type")
+        for key in ("attention_dropout", "rope_theta", "partial_rotary_factor"):
+            value = self.get(key)
+            if value is not None:
+                number(value, f"{self.name}: {key}", zero=True)
 
     def layers_in(self, key: str, num_layers: int) -> list[int]:
         """A list of layers' numbers; those past the last layer count for nothing."""

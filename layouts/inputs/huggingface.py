@@ -30,7 +30,9 @@ def model_from_config(config: Config, *, name: str = "") -> ModelConfig:
                 f"{title}: model_type={shown(kind)} is not a decoder-only language model; these are: {known}"
             )
         raise ValueError(f"{title}: model_type={shown(kind)} is not known here; these are: {known}")
-    fields = READERS[family](ConfigReader(config, title, DEFAULTS[family]))
+    read = ConfigReader(config, title, DEFAULTS[family])
+    read.check_shared()
+    fields = READERS[family](read)
     return ModelConfig(name=title, config=dict(config), **fields)
 
 

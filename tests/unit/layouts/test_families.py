@@ -165,6 +165,10 @@ def test_kimi_is_deepseek_under_its_own_name():
         ("llama", {"hidden_size": 2**40}, "hidden_size=1099511627776, but it is at most"),
         ("llama", {"vocab_size": 10**400}, "vocab_size=1000"),
         ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1]}, "not a list of 6 numbers"),
+        ("llama", {"rope_scaling": 1}, "rope_scaling=1, but it is an object"),
+        ("llama", {"rope_parameters": []}, "rope_parameters=.., but it is an object"),
+        ("llama", {"attention_dropout": "x"}, "attention_dropout='x'"),
+        ("llama", {"rope_theta": float("nan")}, "rope_theta=nan"),
     ],
     ids=str,
 )
