@@ -14,6 +14,7 @@ from fourfold.launch.cli import app
 from fourfold.parallel.pipeline.mitigation import _WORDS
 from fourfold.parallel.pipeline.schedule import NAMES, PipelineSchedule
 from fourfold.parallel.stream.patching import PATCHES
+from fourfold.parallel.testing.tiny_models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = sorted((ROOT / "benchmarks").glob("*/README.md"))
@@ -71,6 +72,12 @@ def test_the_architecture_shows_every_patch():
 def test_the_pipeline_guide_names_every_schedule_and_mitigation():
     text = (ROOT / "docs" / "pipeline.md").read_text()
     assert [name for name in (*NAMES, *_WORDS) if name != "none" and f"`{name}`" not in text] == []
+
+
+def test_the_table_of_families_has_every_tested_one_and_no_difference():
+    text = (ROOT / "docs" / "families.md").read_text()
+    assert [family for family in FAMILIES if f"\n| {family} |" not in text] == []
+    assert "differs" not in text
 
 
 def test_the_drawn_schedules_are_what_the_code_draws():
