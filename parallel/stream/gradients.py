@@ -192,13 +192,15 @@ class SummedLinears:
         if any(linear is skipped for skipped in self._skipped):
             return _no_output(linear, x, rows)
         sums, weight, bias = self._sums, linear.weight, linear.bias
-        # Under autocast the dtypes of forward and backward are autograd's business.
-        autograds = sums is None or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type)
-        if autograds or not torch.is_grad_enabled() or sums is None or sums.index(weight) is None:
+        casts = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if casts else weight.dtype
+        # Autocast casts every other dtype to its own, but for fp64.
+        usable = torch.float64 not in (x.dtype, weight.dtype) if casts else x.dtype == dtype
+        if sums is None or not usable or not torch.is_grad_enabled() or sums.index(weight) is None:
             if rows is None:
                 return plain(x)
             return F.linear(x, weight[rows], None if bias is None else bias[rows])
-        out: Tensor = _SummedLinear.apply(x, weight, bias, sums, linear, rows)  # type: ignore[no-untyped-call]
+        out: Tensor = _SummedLinear.apply(x.to(dtype), weight, bias, sums, linear, rows)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -222,7 +224,8 @@ class _SummedLinear(torch.autograd.Function):
             return _no_output(linear, x, rows)
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
-        return F.linear(x, weight, bias)
+        # Under autocast x is in its dtype, and the weight is cast again in backward, not kept.
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -234,7 +237,8 @@ class _SummedLinear(torch.autograd.Function):
             ctx.sums.add(ctx.bias_index, flat.sum(0), ctx.rows)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
-        return grad @ (weight if ctx.rows is None else weight[ctx.rows]), None, None, None, None, None
+        weight = weight if ctx.rows is None else weight[ctx.rows]
+        return grad @ weight.to(grad.dtype), None, None, None, None, None
 
 
 def find_unread(out: Tensor) -> set[nn.Linear]:

@@ -38,6 +38,7 @@ def model_on_cuda(layers: int) -> nn.Module:
 def check(model: nn.Module, inputs: dict[str, Any], steps: int = 1, **settings: Any) -> None:
     """Against fp64, streamed gradients are off by at most FACTOR times what plain ones are."""
     exact_model = copy.deepcopy(model).double()
+    exact_model.config._experts_implementation = "eager"  # grouped products of experts know no fp64
     exact = gradients(exact_model, exact_model(**inputs).loss)
     plain = worst_error(gradients(model, model(**inputs).loss), exact)
     stream_backprop(model, **settings)
@@ -56,8 +57,13 @@ def test_no_further_from_fp64_than_plain(dtype, offload, keep_attention, cut):
     check(model, inputs, steps=2, offload=offload, keep_attention=keep_attention, **cut)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# In bf16 a router's choice of experts is not that of fp64, for plain backpropagation as for streamed: nothing to bound.
+CASES = [(family, torch.float32) for family in FAMILIES] + [
+    (family, torch.bfloat16) for family in FAMILIES if family not in ("mixtral", "qwen3_moe")
+]
+
+
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_every_family(family, dtype):
     ids = batch(2, 85).cuda()
     check(tiny(family).cuda().to(dtype), {"input_ids": ids, "labels": ids}, head_groups=2, chunk_size=32, mlp_chunk=24)
@@ -120,8 +126,7 @@ def test_memory_is_as_the_closed_form_says(settings):
     assert abs(found - said) <= 0.1 * said
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_fused_kernels_are_no_further_from_fp64_than_plain(family, dtype):
     pytest.importorskip("liger_kernel")
     ids = batch(2, 85).cuda()

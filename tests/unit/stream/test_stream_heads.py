@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fourfold.parallel.attention.backends import BACKENDS
 from fourfold.parallel.stream.heads_layer import HeadsRun
 from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
 from fourfold.parallel.testing.compare import assert_gradients, gradient_errors, gradients
@@ -190,3 +191,56 @@ def test_groups_below_zero_are_refused():
     for groups in (-1, True, "all"):
         with pytest.raises(ValueError, match="head_groups="):
             stream_backprop(tiny("llama"), head_groups=groups)
+
+
+@pytest.mark.parametrize("settings", [HEADS, {**HEADS, "head_groups": 0}])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama, tied"])
+def test_autocast_is_no_worse_than_plain_against_fp64(family, settings):
+    model, ids = tiny(family), batch(2, 40)
+    exact_model = copy.deepcopy(model).double()
+    exact = gradients(exact_model, exact_model(input_ids=ids, labels=ids).loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = gradient_errors(gradients(model, model(input_ids=ids, labels=ids).loss), exact)
+        stream_backprop(model, **settings)
+        loss = model(input_ids=ids, labels=ids).loss
+    found = gradients(model, loss)
+    assert {grad.dtype for grad in found.values()} == {torch.float32}
+    assert max(gradient_errors(found, exact).values()) <= 1.5 * max(plain.values())
+
+
+class Counted:
+    """The CPU's kernel, called as a GPU's is, and how often; see attention.keys_a_call."""
+
+    name, leaf = "counted", 0
+
+    def __init__(self) -> None:
+        self.calls = []
+
+    def refusal(self, q, k):
+        return None
+
+    def forward(self, q, k, v, *, causal, scale):
+        self.calls.append(("forward", q.shape[2], causal))
+        return BACKENDS["cpu_flash"].forward(q, k, v, causal=causal, scale=scale)
+
+    def backward(self, grad_out, saved, *, causal, scale):
+        self.calls.append(("backward", saved.q.shape[2], causal))
+        return BACKENDS["cpu_flash"].backward(grad_out, saved, causal=causal, scale=scale)
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_a_group_is_one_call_of_a_gpus_kernel(keep_attention):
+    backend, ids = Counted(), batch(1, 21)
+    check(
+        tiny("llama", num_hidden_layers=1), {"input_ids": ids, "labels": ids}, backend=backend,
+        keep_attention=keep_attention,
+    )  # fmt: skip
+    forwards = 2 if keep_attention else 4
+    assert backend.calls == [("forward", 21, True)] * forwards + [("backward", 21, True)] * 2
+    # A packed document is one call, too.
+    documents = Counted()
+    positions = torch.cat([torch.arange(9), torch.arange(12)]).unsqueeze(0)
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions, "use_cache": False}
+    check(tiny("llama", num_hidden_layers=1), inputs, backend=documents, keep_attention=True)
+    lengths = [("forward", 9, True), ("forward", 12, True)] * 2 + [("backward", 9, True), ("backward", 12, True)] * 2
+    assert documents.calls == lengths
