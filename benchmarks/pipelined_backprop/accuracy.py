@@ -29,20 +29,34 @@ from fourfold.parallel import PipelinedBackpropEmulator
 from fourfold.parallel.pipeline import scale_adam_hyperparameters, scale_hyperparameters
 
 TABLE = Path(__file__).with_name("accuracy.csv")
-METHODS = {  # the name in the tables: (delays of lock-step pipelined backpropagation?, mitigation)
-    "no delay": (False, "none"),
-    "PB": (True, "none"),
-    "PB+stash": (True, "stash"),
-    "PB+SC": (True, "sc"),
-    "PB+LWPv": (True, "lwpv"),
-    "PB+LWPv+SC": (True, "lwpv+sc"),
-    "PB+LWPw": (True, "lwpw"),
-    "PB+LWPw+SC": (True, "lwpw+sc"),
-    "PB+SpecTrain": (True, "spectrain"),
-    "PB+PipeMare": (True, "pipemare-lr+pipemare-dc"),
+METHODS = {  # the name in the tables: (delays, mitigation); lock-step pipelined backpropagation's grow with depth
+    "no delay": ("none", "none"),
+    "PB": ("lockstep", "none"),
+    "PB+stash": ("lockstep", "stash"),
+    "PB+SC": ("lockstep", "sc"),
+    "PB+LWPv": ("lockstep", "lwpv"),
+    "PB+LWPv+SC": ("lockstep", "lwpv+sc"),
+    "PB+LWPw": ("lockstep", "lwpw"),
+    "PB+LWPw+SC": ("lockstep", "lwpw+sc"),
+    "PB+SpecTrain": ("lockstep", "spectrain"),
+    "PB+PipeMare": ("lockstep", "pipemare-lr+pipemare-dc"),
+    "PB+Nesterov": ("lockstep", "nesterov+stash"),
+    "PB+rotation": ("lockstep", "rotate"),
+    "PB+rotation+LWPv+SC": ("lockstep", "rotate+lwpv+sc"),
+    "PB+EF": ("lockstep", "ef"),
+    # 2bw: one update everywhere, and a backward with its forward's weights, whatever the depth.
+    "2bw": ("2bw", "stash"),
+    "2bw+EF": ("2bw", "stash+ef"),
+    "2bw+SC": ("2bw", "stash+sc"),
+    "2bw+LWPv+SC": ("2bw", "stash+lwpv+sc"),
+    "2bw+rotation": ("2bw", "stash+rotate"),
 }
 MAIN = ("no delay", "PB", "PB+stash", "PB+SC", "PB+LWPv", "PB+LWPv+SC")
 FEW = ("no delay", "PB", "PB+LWPw", "PB+LWPv+SC")
+DEEP = (
+    "no delay", "PB", "PB+LWPv+SC", "PB+LWPw+SC", "PB+Nesterov", "PB+EF", "2bw", "2bw+EF", "2bw+SC", "2bw+LWPv+SC",
+)  # fmt: skip
+ROTATED = ("PB+rotation", "PB+rotation+LWPv+SC", "2bw+rotation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +90,10 @@ def tasks(scale: float, images: str) -> list[Task]:
         text(optimizer="NAdamW", lr=3e-3, methods=FEW),
         text(optimizer="Muon", lr=0.02, momentum=0.95, methods=FEW),
         text(optimizer="SGDM", lr=0.3, methods=FEW),
+        # 16 stages: the embedding, 14 blocks, the head.
+        text(name="decoder16-text", optimizer="AdamW", lr=3e-3, methods=(*DEEP, *ROTATED)),
+        text(name="decoder16-text", optimizer="Muon", lr=0.02, momentum=0.95, methods=DEEP),
+        text(name="decoder16-text", optimizer="SGDM", lr=0.3, methods=DEEP),
     ]
 
 
@@ -127,7 +145,10 @@ def image_run(task: Task, method: str, seeds: Sequence[int], images: data.Images
 def text_run(task: Task, method: str, seeds: Sequence[int], text: Tensor) -> list[float]:
     """Loss in nats a byte on the last tenth of the text, which is not trained on, for each seed."""
     cut = len(text) * 9 // 10
-    stages = models.decoder(models.Draws(seeds, separate=task.optimizer == "Muon"))
+    # Muon and basis rotation treat a weight as a matrix: there every seed's is one of its own.
+    draws = models.Draws(seeds, separate=task.optimizer == "Muon" or task.name == "decoder16-text")
+    deep = {"layers": 14, "width": 32, "heads": 2} if task.name == "decoder16-text" else {}
+    stages = models.decoder(draws, **deep)
     stream = data.windows(text[:cut], length=64, size=task.size, steps=task.steps, seeds=seeds)
     trainer = train(task, method, stages, stream)
     held_out = data.windows(text[cut:], length=64, size=64, steps=12, seeds=[1234] * len(seeds))
@@ -137,13 +158,14 @@ def text_run(task: Task, method: str, seeds: Sequence[int], text: Tensor) -> lis
 def train(
     task: Task, method: str, stages: list[nn.Module], stream: Iterator[tuple[Tensor, Tensor]]
 ) -> PipelinedBackpropEmulator:
-    delayed, mitigation = METHODS[method]
+    delays, mitigation = METHODS[method]
+    given = {"none": [0] * len(stages), "2bw": [1] * len(stages)}
     trainer = PipelinedBackpropEmulator(
         stages,
         optimizer=make_optimizer(task),
         loss_fn=lambda logits, target: models.loss_per_seed(logits, target).sum(),
         mitigation=mitigation,
-        delays=None if delayed else [0] * len(stages),
+        delays=given.get(delays),
         scheduler=decay(task.steps),
     )
     trainer.run(stream)
@@ -227,7 +249,6 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * given.minutes
-    images = data.fashion_mnist(given.fashion_mnist) if given.fashion_mnist else data.digits()
     text = data.library_bytes()
     finished = done(given.table)
     for task in tasks(given.scale, "fashion" if given.fashion_mnist else "digits"):
@@ -242,7 +263,11 @@ def main() -> None:
                 continue
             start = time.process_time()
             textual = task.name.startswith("decoder")
-            values = text_run(task, method, seeds, text) if textual else image_run(task, method, seeds, images)
+            if textual:
+                values = text_run(task, method, seeds, text)
+            else:  # read only where needed: the digits come with scikit-learn
+                folder = given.fashion_mnist
+                values = image_run(task, method, seeds, data.fashion_mnist(folder) if folder else data.digits())
             for seed, value in zip(seeds, values, strict=True):
                 row = measurement(
                     benchmark="pipelined_backprop/accuracy", provider="fourfold", case=case,

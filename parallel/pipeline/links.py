@@ -23,6 +23,7 @@ each direction has a group of its own, and so have even and odd links, hence a r
 one direction only; headers go over gloo, beside. (NCCL has not been run with more than one device.)
 """
 
+import ctypes
 import pickle
 import time
 from collections import deque
@@ -46,7 +47,7 @@ Groups = tuple[dist.ProcessGroup, dist.ProcessGroup]  # of even and odd links, a
 Description = tuple[list[TensorSpec], Structure]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Incoming:
     """A receive that is posted: the header, and the tensors where they could be foreseen."""
 
@@ -95,6 +96,7 @@ class PipeLinks:
         self._known: dict[tuple[str, str], _Announced] = {}  # by purpose ("train", "evaluate") and direction
         self._activation: _Incoming | None = None
         self._gradient: _Incoming | None = None
+        self._receives: list[_Incoming] = []  # posted and not yet taken
 
     def expect_activation(self, purpose: str) -> None:
         """Post the receive of the next activation from the stage before, or of the end of its stream."""
@@ -130,6 +132,7 @@ class PipeLinks:
         if incoming.tensors is None:
             self._post_tensors(incoming, known.description[0], self.stage - 1, "down")
         self._wait_all(incoming.works, self.stage - 1, what)
+        self._receives.remove(incoming)
         return incoming.tensors or [], known.description
 
     def send_activation(
@@ -170,11 +173,22 @@ class PipeLinks:
             self._activation = self._expect(self.stage - 1, "down")
         incoming, self._activation = self._activation, None
         kind, _, _ = self._header(incoming, self.stage - 1, "down", "the end of the stream")
-        if kind != _END:
+        if kind == _END:
+            self._receives.remove(incoming)
+        else:
             raise ValueError(
                 f"stage {self.stage}'s stream ended after {count} micro-batches, but stage {self.stage - 1}'s goes on: "
                 "give every stage a stream of the same length"
             )
+
+    def confirm(self) -> None:
+        """After a stream: wait until the stage after has taken all of it, or says why not."""
+        if self.stage > 0:
+            self._send_header((_END, 0, 0.0), self.stage - 1, "up", "the end of the stream")
+        if self.stage < self.num_stages - 1:
+            incoming = self._expect(self.stage + 1, "up")
+            self._header(incoming, self.stage + 1, "up", "the end of the stream")
+            self._receives.remove(incoming)
 
     def expect_gradient(self, like: Sequence[TensorSpec]) -> None:
         """Post the receive of the next gradient from the stage after, which has the shape of what was sent to it."""
@@ -188,6 +202,7 @@ class PipeLinks:
         what = f"the gradient of micro-batch {micro_batch}"
         _, _, weight = self._header(incoming, self.stage + 1, "up", what)
         self._wait_all(incoming.works, self.stage + 1, what)
+        self._receives.remove(incoming)
         return incoming.tensors or [], weight
 
     def send_gradient(self, tensors: Sequence[Tensor], weight: float, micro_batch: int) -> None:
@@ -209,6 +224,7 @@ class PipeLinks:
                     self._send_bytes(data, stage, direction, "its failure")
                 except PipelineError:  # that neighbour is gone as well
                     continue
+        _abandon(self._sends, self._receives)
 
     def drain(self) -> None:
         """Wait until everything sent has left."""
@@ -225,7 +241,9 @@ class PipeLinks:
 
     def _expect(self, stage: int, direction: str) -> _Incoming:
         header = torch.empty(3, dtype=torch.float64)
-        return _Incoming(header, self._post(dist.irecv, header, stage, (direction, "header"), "a message"))
+        incoming = _Incoming(header, self._post(dist.irecv, header, stage, (direction, "header"), "a message"))
+        self._receives.append(incoming)
+        return incoming
 
     def _header(self, incoming: _Incoming, stage: int, direction: str, what: str) -> tuple[int, int, float]:
         """Wait for a header. Raises PipelineError where it says that its sender has failed."""
@@ -301,6 +319,15 @@ class PipeLinks:
             return PipelineError(f"{who} sent nothing in time: stage {self.stage} stops at {what} ({error})")
         leave_note(f"{who} is gone, says stage {self.stage}")
         return PipelineError(f"{who} is gone: stage {self.stage} stops at {what} ({error})")
+
+
+_ABANDONED: list[Any] = []
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_ABANDONED))  # also beyond the interpreter's end
+
+
+def _abandon(*works: Any) -> None:
+    """Never free these: gloo waits, in the destructor of a message that nobody will ever match, for ever."""
+    _ABANDONED.extend(works)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

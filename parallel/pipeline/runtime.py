@@ -179,6 +179,7 @@ class PipelinedBackprop:
                 links.send_end(stream.length)
             if not self.is_first:
                 links.take_end("evaluate", stream.length)
+            links.confirm()
             links.drain()
         self._length = stream.length
         return losses
@@ -238,6 +239,7 @@ class _Run:
         """After the last action: the stream of the stage before has ended as well, and all messages have left."""
         if not self.pipeline.is_first:
             self.links.take_end("train", self.stream.length)
+        self.links.confirm()
         self.pipeline._norms.finish()
         self.links.drain()
 
