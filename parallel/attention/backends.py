@@ -121,10 +121,12 @@ def attend_block(
     """
     queries, keys = slice(*block.q), slice(*block.k)
     tensors = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-    if block.shape != "anticausal":
-        return backend.forward(*tensors, causal=block.shape == "causal", scale=scale)
-    out, lse = backend.forward(*_flipped(tensors), causal=True, scale=scale)
-    return out.flip(2), lse.flip(2)
+    # The dtype is the caller's choice: autocast would compute a kernel's own fp32 products in another.
+    with torch.autocast(q.device.type, enabled=False):
+        if block.shape != "anticausal":
+            return backend.forward(*tensors, causal=block.shape == "causal", scale=scale)
+        out, lse = backend.forward(*_flipped(tensors), causal=True, scale=scale)
+        return out.flip(2), lse.flip(2)
 
 
 def attend_block_backward(
@@ -134,10 +136,11 @@ def attend_block_backward(
     queries, keys = (slice(None), slice(None), slice(*block.q)), (slice(None), slice(None), slice(*block.k))
     grad_out, q, k, v = grad_out[queries], saved.q[queries], saved.k[keys], saved.v[keys]
     here = SavedAttention(q, k, v, saved.out[queries], saved.lse[queries])
-    if block.shape != "anticausal":
-        return backend.backward(grad_out, here, causal=block.shape == "causal", scale=scale)
-    dq, dk, dv = backend.backward(grad_out.flip(2), SavedAttention(*_flipped(here)), causal=True, scale=scale)
-    return dq.flip(2), dk.flip(2), dv.flip(2)
+    with torch.autocast(q.device.type, enabled=False):
+        if block.shape != "anticausal":
+            return backend.backward(grad_out, here, causal=block.shape == "causal", scale=scale)
+        dq, dk, dv = backend.backward(grad_out.flip(2), SavedAttention(*_flipped(here)), causal=True, scale=scale)
+        return dq.flip(2), dk.flip(2), dv.flip(2)
 
 
 def _flipped(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ comes every later chunk has added its share to the gradient of its keys: one bac
                3 ##  ##  ##  \\      makes those of 2 final, and so on.     \\ triangle   ## rectangle
 
 transformers' modules reach this file through `stream_attention_forward`, which hands each chunk's q, k and v to the
-`ChunkCall` that the layer passed down as an argument: what a chunk does with its attention is decided there.
+`ChunkCall` that came as an argument: what a chunk does with its attention is decided there.
 """
 
 from collections.abc import Sequence
@@ -313,7 +313,7 @@ def stream_attention_forward(
     """transformers' attention function: a chunk's [B, H, chunk, D] in, [B, chunk, H, D] out.
 
     Args:
-        stream_call: what the layer passed down.
+        stream_call: what the layer of this module is doing.
         arguments: transformers' other ones: scaling, dropout, sliding_window, softcap, s_aux.
     """
     if stream_call is None or attention_mask is not None:

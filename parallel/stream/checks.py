@@ -4,14 +4,16 @@ What is not understood is refused, never streamed wrongly. A model whose end is 
 hook of the user's) keeps its end: its layers stream, and its own code does the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fourfold.parallel.stream.kept_inputs import weights_are_sharded
 from fourfold.parallel.stream.patching import Patches, hooks_of, plain_parameter
 
 # Model types that are tested against plain backpropagation; others are refused.
@@ -24,12 +26,14 @@ FRAMEWORKS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers."
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, FSDP, peft or DeepSpeed wrappers."""
+    """The transformers model inside DDP, FSDP, peft or DeepSpeed wrappers: one with a head of some kind."""
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    found = [module for module in found if module.get_output_embeddings() is not None]
-    if not found:
+    heads = [module for module in found if module.get_output_embeddings() is not None]
+    # Classifiers and reward models: a base model with a small head of their own.
+    heads += [module for module in found if module.base_model is not module]
+    if not heads:
         raise ValueError(f"{type(model).__name__} holds no transformers causal language model")
-    return found[0]
+    return heads[0]
 
 
 def final_norm(base: nn.Module) -> nn.Module:
@@ -40,18 +44,32 @@ def final_norm(base: nn.Module) -> nn.Module:
     return norm
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model whose layers streaming would not reproduce, or cannot cut."""
+def check_model(model: PreTrainedModel, *, any_type: bool = False) -> None:
+    """Raises ValueError for a model whose layers streaming would not reproduce, or cannot cut.
+
+    Args:
+        any_type: admit model types that are not tested: they will be verified.
+    """
     name, config = type(model).__name__, model.config
-    if config.model_type not in SUPPORTED:
+    if config.model_type not in SUPPORTED and not any_type:
         raise ValueError(
-            f"{name}: model type {config.model_type!r} is not among the tested {', '.join(sorted(SUPPORTED))}"
+            f"{name}: model type {config.model_type!r} is not among the tested {', '.join(sorted(SUPPORTED))}; "
+            "verify='first' admits it if a first tiny batch has plain backpropagation's gradients"
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"{name} attends both ways: streaming needs causal attention")
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         raise ValueError(f"{name} is sharded already: call stream_backprop before fully_shard; tp is not supported")
-    layers = getattr(model.base_model, "layers", None)
+    check_layers(model)
+    for layer in cast(nn.ModuleList, model.base_model.layers):
+        attention = cast(nn.Module, layer.self_attn)
+        if not any(each.kind is Parameter.VAR_KEYWORD for each in signature(attention.forward).parameters.values()):
+            raise ValueError(f"{name}: its {type(attention).__name__} takes no further arguments: streaming needs one")
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raises ValueError for layers that streaming cannot cut."""
+    name, layers = type(model).__name__, getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{name}: its base model has no list of layers")
     for layer in layers:
@@ -67,8 +85,8 @@ def check_model(model: PreTrainedModel) -> None:
             )
 
 
-def projection_of(model: PreTrainedModel) -> nn.Module:
-    """The head that computes logits now: where peft saves a head of its own, that one."""
+def projection_of(model: PreTrainedModel) -> nn.Module | None:
+    """The head that computes logits now: where peft saves a head of its own, that one. None: no language model's."""
     head = cast(nn.Module, model.get_output_embeddings())
     saved = getattr(head, "modules_to_save", None)
     if not isinstance(saved, nn.ModuleDict):
@@ -78,9 +96,32 @@ def projection_of(model: PreTrainedModel) -> nn.Module:
     return wrapper.original_module if wrapper.disable_adapters or not active else saved[active[0]]
 
 
-def is_plain_linear(head: nn.Module) -> bool:
+def is_plain_linear(head: nn.Module | None) -> bool:
     """Whether the head is x @ weight.T + bias, with a weight of its own."""
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and plain_parameter(head, "weight")
+
+
+def unverifiable(model: PreTrainedModel) -> str | None:
+    """Why the model cannot be compared with itself, plain, on a tiny batch here and now; None where it can."""
+    layers = cast(nn.ModuleList, model.base_model.layers)
+    if getattr(cast(Any, layers[0]).self_attn, "ring_settings", None) is not None:
+        return "a rank of a ring holds a shard, which has no plain counterpart"
+    if weights_are_sharded(model) or any(type(p) not in (nn.Parameter, Tensor) for p in model.parameters()):
+        return "its weights are sharded"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "it has no weights yet"
+    if any(not _from_framework(hook) for module in model.modules() for hook in hooks_of(module)):
+        return "it has hooks, which would see the comparison"
+    return None
+
+
+def inner_hook(layers: Iterable[nn.Module]) -> str | None:
+    """The class of a module inside a layer that has a hook of the user's; None where no module has."""
+    for layer in layers:
+        for module in layer.modules():
+            if module is not layer and any(not _from_framework(hook) for hook in hooks_of(module)):
+                return type(module).__name__
+    return None
 
 
 def own_end(model: PreTrainedModel, norm: nn.Module, patches: Patches) -> str | None:
@@ -90,14 +131,17 @@ def own_end(model: PreTrainedModel, norm: nn.Module, patches: Patches) -> str | 
         norm: the final norm.
         patches: streaming's, which do not count.
     """
-    base, head = cast(nn.Module, model.base_model), cast(nn.Module, model.get_output_embeddings())
-    projection = projection_of(model)
-    if not type(model).__name__.removeprefix("FSDP").endswith("ForCausalLM"):
-        return f"{type(model).__name__} is no ...ForCausalLM"
+    base, projection = cast(nn.Module, model.base_model), projection_of(model)
+    head = cast(nn.Module, model.get_output_embeddings())
+    if projection is None:
+        return f"{type(model).__name__} is no causal language model"
     for module, name in ((model, "model"), (base, "base model"), (norm, "final norm")):
         if not type(module).forward.__module__.startswith(("transformers.models.", "torch.nn.modules.")):
             return f"the {name}'s forward is {type(module).__name__}'s own"
-    for module, name in ((model, "model"), (base, "base model"), (norm, "final norm"), (projection, "head")):
+    # What was wrapped around the model's patched forward since has its say before and after streaming's end.
+    if not patches.was_stock(model):
+        return "the model's forward was replaced"
+    for module, name in ((base, "base model"), (norm, "final norm"), (projection, "head")):
         if not patches.stock(module):
             return f"the {name}'s forward was replaced"
     if not is_plain_linear(projection):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from fourfold.parallel.attention.kernels import accumulation_dtype, widen
 from fourfold.parallel.stream.patching import Patches, accumulates_now
@@ -305,3 +306,11 @@ def entered_autocast(settings: tuple[str, torch.dtype] | None) -> Iterator[None]
     else:
         with torch.autocast(settings[0], dtype=settings[1]):
             yield
+
+
+def own_saved_tensors() -> saved_tensors_hooks:
+    """While entered, autograd keeps what it saves as it is: for graphs that begin and end inside a forward.
+
+    The hooks of a torch.utils.checkpoint around the model would run the whole model again for each of them.
+    """
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.parallel.attention.kernels import accumulation_dtype, widen
-from fourfold.parallel.stream.gradients import once
+from fourfold.parallel.stream.gradients import entered_autocast, once, own_saved_tensors
 from fourfold.parallel.stream.head_chunk import HeadChunk, HeadParts, HeadSums, TokenGradients, head_sums, slices
 
 
@@ -32,6 +33,15 @@ class Head(HeadParts):
         """
         rows = targets.flatten().ge(0).nonzero().flatten()
         return HeadStatistics.apply(hidden, targets, rows, self, mean, *self.parameters())  # type: ignore[no-any-return, no-untyped-call]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] in the projection's dtype (autocast's where it is on), for some of the last layer's output."""
+        projection = self.projection
+        with entered_autocast(self.autocast):
+            logits = F.linear(self.normalise(hidden), projection.weight, projection.bias)
+            if self.scale != 1.0:
+                logits = logits * self.scale
+            return logits if self.soft_cap is None else (logits / self.soft_cap).tanh() * self.soft_cap
 
     def loss(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         """-weight * the sum of the targets' log-probabilities, a fp32 scalar; `weight` is one too, on hidden's device.
@@ -142,7 +152,7 @@ class HeadLoss(torch.autograd.Function):
         # Of each token: its highest logit and the exponentials' sum, for add_tiles.
         peaks, totals = (torch.zeros((len(labels), 1), dtype=dtype, device=hidden.device) for _ in range(2))
         everything, share = slice(0, head.projection.out_features), -weight.to(dtype)
-        with head_sums(head, parameters, in_backward=False) as sums:
+        with head_sums(head, parameters, in_backward=False) as sums, own_saved_tensors():
             for index in torch.split(rows, head.chunk):
                 chunk = HeadChunk(head, flat[index], labels[index])
                 logits, slope = chunk.logits(everything)

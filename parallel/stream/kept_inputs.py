@@ -54,8 +54,15 @@ def can_look_up_again(module: nn.Module, model: nn.Module) -> bool:
     if type(module) is not nn.Embedding or module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         return False
     weight = module.weight
-    whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size() and not hasattr(weight, "ds_id")
-    return weight.is_leaf and whole and not any(isinstance(part, FSDPModule) for part in model.modules())
+    whole = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return weight.is_leaf and whole and not weights_are_sharded(model)
+
+
+def weights_are_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed's ZeRO-3 gathers the weights for a module's forward and drops them after."""
+    if any(isinstance(part, FSDPModule) for part in model.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 class _Lookup(torch.autograd.Function):

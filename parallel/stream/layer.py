@@ -1,8 +1,8 @@
 """One decoder layer whose own code computes a chunk of the sequence: up to its attention module's output, and from it.
 
 Nothing here knows of gradients (layer_run.py does). The layer's forward is called twice for a chunk and cut at its
-attention module, whose new forward looks at the `stream_call` among its arguments: a ChunkCall makes it attend and
-leave the layer (Stop), an Attended makes it return at once what it gave before, and the layer runs on to its end.
+attention module, whose new forward does as the layer's call says: a ChunkCall makes it attend and leave the layer
+(Stop), an Attended makes it return at once what it gave before, and the layer runs on to its end.
 The second call is made for smaller chunks, because what follows attention is wider than the layer's input.
 """
 
@@ -108,6 +108,9 @@ class TakeInput:
             self._forward(hidden, call)
 
 
+AttentionCall = ChunkCall | Attended | TakeInput | HeadsOutput
+
+
 class LayerStream:
     """A decoder layer that runs in chunks whenever a pass is under way.
 
@@ -131,6 +134,7 @@ class LayerStream:
         self._rotary = None if fused is None else fused.rotary(self.attention)
         self._router_logits: list[Tensor] | None = None
         self._router_index = 0
+        self._call: AttentionCall | None = None
         self.linears: SummedLinears | None = None
 
     def patch(self, patches: Patches) -> None:
@@ -177,7 +181,7 @@ class LayerStream:
         narrowed = _narrowed(arguments, call.start, x.shape[1])
         try:
             with self.linears.without(self._projections(call.unread)):
-                self._plain(x, **narrowed, stream_call=call)
+                self._run(call, x, narrowed)
         except Stop as stop:
             return stop.output
         raise ValueError(f"{type(self.layer).__name__} does not call its self_attn: streaming cannot use it")
@@ -195,7 +199,7 @@ class LayerStream:
         """What the layer hands its attention module for the chunk x [B, chunk, d] at token `start`."""
         taken = TakeInput()
         with suppress(Stop):
-            self._plain(x, **_narrowed(arguments, start, x.shape[1]), stream_call=taken)
+            self._run(taken, x, _narrowed(arguments, start, x.shape[1]))
         if taken.hidden is None:
             raise ValueError(f"{type(self.layer).__name__} does not call its self_attn: streaming cannot use it")
         return taken
@@ -224,7 +228,7 @@ class LayerStream:
         if routing is not None:
             self._router_logits, self._router_index = logits, routing.index
         try:
-            out = self._plain(x, **_narrowed(arguments, start, x.shape[1]), stream_call=call)
+            out = self._run(call, x, _narrowed(arguments, start, x.shape[1]))
         finally:
             self._router_logits = None
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -241,24 +245,27 @@ class LayerStream:
         with self.patched(), without_checkpointing(self.layer):
             return run.layer(self, hidden_states, kwargs)
 
-    def _attention_forward(
-        self,
-        plain: Callable[..., Any],
-        *args: Any,
-        stream_call: ChunkCall | Attended | TakeInput | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if stream_call is None:
+    def _run(self, call: AttentionCall, x: Tensor, arguments: Mapping[str, Any]) -> Any:
+        """The layer's own forward, whose attention module does as `call` says."""
+        before, self._call = self._call, call
+        try:
+            return self._plain(x, **arguments)
+        finally:
+            self._call = before
+
+    def _attention_forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._call
+        if call is None:
             return plain(*args, **kwargs)
-        if isinstance(stream_call, Attended):
-            return stream_call.output, None
-        if isinstance(stream_call, TakeInput):
-            stream_call.take(plain, args, kwargs, self._rotary)
+        if isinstance(call, Attended):
+            return call.output, None
+        if isinstance(call, TakeInput):
+            call.take(plain, args, kwargs, self._rotary)
             raise Stop
-        if isinstance(stream_call, HeadsOutput):
-            return plain(*args, stream_call=stream_call, **kwargs)
+        if isinstance(call, HeadsOutput):
+            return plain(*args, stream_call=call, **kwargs)
         with fused_rotary(self._rotary):
-            out = plain(*args, stream_call=stream_call, **kwargs)
+            out = plain(*args, stream_call=call, **kwargs)
         raise Stop(out[0])
 
     def _router_forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

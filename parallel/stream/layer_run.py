@@ -69,6 +69,8 @@ class StreamRun:
         """What computes this layer of x [B, T, d]."""
         return _Layer
 
+    # Outside of compiled graphs: a compiled layer runs as it is while it streams.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def layer(self, stream: LayerStream, x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The layer's output for x [B, T, d]; `arguments` are the layer's other keyword arguments."""
         parameters = [p for p in dict.fromkeys(stream.layer.parameters()) if p.requires_grad]
@@ -167,8 +169,13 @@ class LayerRun:
 
         Raises:
             ValueError: attention's output was kept, and weights have changed since, as far as autograd counts it:
-                queries and keys would be of others.
+                queries and keys would be of others. Or parameters were frozen since: torch would drop their gradients.
         """
+        if not all(parameter.requires_grad for parameter in self.parameters):
+            raise ValueError(
+                f"parameters of a {type(self.stream.layer).__name__} were frozen between forward and backward, as peft "
+                "does to an adapter that is disabled or exchanged: their gradients would be lost; run backward before"
+            )
         try:
             tensors: tuple[Tensor, ...] = ctx.saved_tensors
         except RuntimeError as error:

@@ -19,8 +19,7 @@ from fourfold.parallel.stream.checks import causal_lm as find_causal_lm
 from fourfold.parallel.stream.checks import check_model
 from fourfold.parallel.stream.patching import ATTRIBUTE, register_attention
 from fourfold.parallel.stream.settings import StreamSettings
-from fourfold.parallel.stream.streaming import Streaming
-from fourfold.parallel.stream.verify import verify_gradients
+from fourfold.parallel.stream.streaming import Streaming, Verify
 from fourfold.parallel.stream.work_space import Auto
 
 
@@ -35,7 +34,7 @@ def stream_backprop(
     backend: str | None = None,
     head_groups: Auto = "auto",
     fused: bool = True,
-    verify: bool = False,
+    verify: Verify = None,
 ) -> nn.Module:
     """Make `model(input_ids, labels=labels).loss.backward()` stream; call it before DDP, FSDP2, DeepSpeed or Trainer.
 
@@ -66,11 +65,15 @@ def stream_backprop(
             queries. "auto": 0 on a CPU, by heads elsewhere, as few groups as memory allows.
         fused: use Liger-Kernel's norm, rotary embedding and gated activations where it is installed, on CUDA, and for
             modules of which they were found to compute the same (fused.py).
-        verify: compare loss and gradients of one tiny batch with plain backpropagation now; costs two steps on it.
+        verify: compare loss and gradients of one tiny batch with plain backpropagation; costs two steps on it. True:
+            now. "first": before the first pass that asks for a gradient; it admits model types that are not tested.
+            None: then too, where nothing could notice (whole weights, no hooks, no ring), and with wide bounds, which
+            a right model keeps in any precision. False: never.
     Returns:
         The same model.
     Raises:
-        ValueError: a model that is not understood, or settings out of range; with verify, gradients that differ.
+        ValueError: a model that is not understood, or settings out of range; with verify, gradients that differ (of the
+            first call, where it is then).
     Cost: per layer beside checkpointing's, keys and values once more. With cp, q, k, v and attention's output of a
         layer's whole shard, with their gradients, are there at a time, and without keep_attention the ring's forward
         messages travel once more.
@@ -82,14 +85,14 @@ def stream_backprop(
     )  # fmt: skip
     causal_lm = find_causal_lm(model)
     stream_backprop_disable(model)
-    check_model(causal_lm)
+    check_model(causal_lm, any_type=verify == "first")
     register_attention(stream_attention_forward)
-    streaming = Streaming(causal_lm, settings)
+    streaming = Streaming(causal_lm, settings, verify)
     causal_lm.__dict__[ATTRIBUTE] = streaming
     try:
         streaming.enable()
-        if verify:
-            verify_gradients(causal_lm, streaming.small_chunks, streaming.paused)
+        if verify is True:
+            streaming.verify()
     except BaseException:
         stream_backprop_disable(model)
         raise

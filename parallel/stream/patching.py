@@ -6,7 +6,7 @@ attention function or calls a private function of torch. Lasting changes are mad
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from types import MethodType
@@ -63,6 +63,8 @@ PATCHES = (
     Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
     Patch("Tensor._use_count", "read", "a gradient that a hook or autograd.grad holds must not be overwritten"),
     Patch("Tensor._version", "read", "a tensor that is changed while it is copied to the host must not be used"),
+    Patch("Tensor._make_wrapper_subclass", "read", "logits that nobody reads need a shape without memory"),
+    Patch("torch._C.DisableTorchFunctionSubclass", "read", "the shape of such a tensor is read without computing it"),
     Patch("Tensor._backward_hooks", "read", "a hook that waits for a gradient must see all of it, not zeros"),
 )
 
@@ -109,10 +111,13 @@ class Patches:
 
     def stock(self, module: nn.Module) -> bool:
         """Whether the module's forward is its class's own, but for ours."""
-        now, (patched, before) = module.__dict__.get("forward"), self._forwards.get(module, (None, None))
-        if now is patched:
-            now = before
-        return now is None or getattr(now, "__func__", None) is type(module).forward
+        patched = self._forwards.get(module, (None, None))[0]
+        now = module.__dict__.get("forward")
+        return self.was_stock(module) if now is patched else _of_class(module, now)
+
+    def was_stock(self, module: nn.Module) -> bool:
+        """Whether it was its class's own when it was patched, whatever was wrapped around ours since."""
+        return _of_class(module, self._forwards.get(module, (None, None))[1])
 
     def add(self, module: nn.Module, replacement: Callable[..., Any], *, method: bool = False) -> None:
         """Let module.forward be replacement(plain, ...); nothing if it is already one of these.
@@ -154,12 +159,19 @@ class Patches:
         self._forwards, self._leaves = {}, []
 
 
+def _of_class(module: nn.Module, forward: Any) -> bool:
+    """Whether what stands in the module's own attributes, if anything, is its class's forward."""
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
 def _bound(module: nn.Module, plain: Callable[..., Any], replacement: Callable[..., Any]) -> MethodType:
     # Dynamo would trace into autograd functions that change modules while they run; it goes around this one.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:  # a copy of the module alone
             return type(module).forward(self, *args, **kwargs)
+        if args and args[0] is module:  # Accelerate's unwrapping binds what is bound once more
+            args = args[1:]
         return replacement(plain, *args, **kwargs)
 
     # Not functools.wraps: Accelerate and inspect follow __wrapped__, past this function to the plain one.
@@ -315,3 +327,13 @@ def held_once(tensor: Tensor) -> bool:
 def num_changes(tensor: Tensor) -> int:
     """How often the tensor was changed in place."""
     return tensor._version
+
+
+def tensor_without_memory(kind: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of the subclass `kind` that has this shape and no storage."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+
+
+def untouched() -> AbstractContextManager[None]:
+    """While entered, functions of torch treat a tensor of a subclass as any other."""
+    return torch._C.DisableTorchFunctionSubclass()  # type: ignore[no-any-return, attr-defined]

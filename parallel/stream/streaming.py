@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from inspect import signature
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,30 @@ from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.calls import BaseCall, LabelledCall
-from fourfold.parallel.stream.checks import final_norm, is_plain_linear, own_end, projection_of
+from fourfold.parallel.stream.checks import (
+    check_layers,
+    final_norm,
+    inner_hook,
+    is_plain_linear,
+    own_end,
+    projection_of,
+    unverifiable,
+)
 from fourfold.parallel.stream.fused import liger
 from fourfold.parallel.stream.head import Head
-from fourfold.parallel.stream.kept_inputs import Lookup, can_look_up_again
+from fourfold.parallel.stream.kept_inputs import Lookup, can_look_up_again, weights_are_sharded
 from fourfold.parallel.stream.layer import Current, LayerStream
 from fourfold.parallel.stream.layer_run import StreamRun
+from fourfold.parallel.stream.logits import LazyLogits
 from fourfold.parallel.stream.patching import Patches, attention_function, refuse_copy
 from fourfold.parallel.stream.ring_layer import RingRun, around_ring
 from fourfold.parallel.stream.router import Routing
 from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
 from fourfold.parallel.stream.statistics import TokenStatistics
+from fourfold.parallel.stream.verify import ASKED, BY_ITSELF, Bounds, is_exact, projected, verify_gradients
 
 Plain = Callable[..., Any]
+Verify = bool | Literal["first"] | None
 
 
 class Streaming:
@@ -43,14 +55,20 @@ class Streaming:
     Args:
         model: a causal language model that checks.check_model has passed.
         settings: its chunks.
+        verify: as stream_backprop's, but for True, which is its own affair.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: StreamSettings) -> None:
+    def __init__(self, model: PreTrainedModel, settings: StreamSettings, verify: Verify = False) -> None:
         self.model, self.settings = model, settings
+        # Whether the first pass that asks for a gradient compares a tiny batch with plain backpropagation first.
+        self._verify: Verify = "first" if verify == "first" else verify is None
+        self._verifying = False
         self.base = cast(nn.Module, model.base_model)
         self.layers = list(cast(nn.ModuleList, self.base.layers))
         self.norm = final_norm(self.base)
         self.patches, self.current = Patches(), Current()
+        recorder = (model._can_record_outputs or {}).get("router_logits")
+        self._router: type[nn.Module] | None = getattr(recorder, "target_class", None)
         self._paused = False
         self._said: set[str] = set()
         self._head_was_plain = is_plain_linear(projection_of(model))
@@ -66,12 +84,10 @@ class Streaming:
 
     def enable(self) -> None:
         """Patch the model, once: see patching.PATCHES."""
-        recorder = (self.model._can_record_outputs or {}).get("router_logits")
         fused = liger() if self.settings.fused else None
         for index, layer in enumerate(self.layers):
             keep = self.settings.keeps(index, len(self.layers))
-            router = getattr(recorder, "target_class", None)
-            LayerStream(layer, self.current, keep=keep, router=router, fused=fused).patch(self.patches)
+            LayerStream(layer, self.current, keep=keep, router=self._router, fused=fused).patch(self.patches)
             self.patches.gather_whole(layer)
         self.patches.add(self.model, self._model_forward, method=True)
         self.patches.add(self.base, self._base_forward, method=True)
@@ -103,9 +119,12 @@ class Streaming:
 
     def _patch_ends(self) -> None:
         """Patch norm, head and embedding: those that are there now, for peft puts others in their place."""
-        ends = (self.norm, projection_of(self.model), cast(nn.Module, self.model.get_input_embeddings()))
+        ends = (self.norm, projection_of(self.model), self.model.get_input_embeddings())
         for module in ends:
-            self.patches.add(module, lambda plain, *args, _at=module, **kwargs: self._end(_at, plain, *args, **kwargs))
+            if module is not None:
+                self.patches.add(
+                    module, lambda plain, *args, _at=module, **kwargs: self._end(_at, plain, *args, **kwargs)
+                )
 
     def _end(self, module: nn.Module, plain: Plain, *args: Any, **kwargs: Any) -> Any:
         return self._instead.get(module, plain)(*args, **kwargs)
@@ -113,16 +132,19 @@ class Streaming:
     @contextmanager
     def _doing(self, module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
         """Meanwhile the end `module` does this instead of its own forward."""
-        self._instead[module] = function
+        before, self._instead[module] = self._instead.get(module), function
         try:
             yield
         finally:
-            del self._instead[module]
+            if before is None:
+                del self._instead[module]
+            else:
+                self._instead[module] = before
 
     def _model_forward(self, plain: Plain, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self._names[self.model], args, strict=False)) | kwargs
         labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
-        if self._paused or not labelled:
+        if self._paused or not labelled or projection_of(self.model) is None:
             return plain(*args, **kwargs)
         self._check_unchanged()
         why = own_end(self.model, self.norm, self.patches)
@@ -130,12 +152,17 @@ class Streaming:
             return self._with_labels(LabelledCall.of(arguments))
         if arguments.get("return_token_statistics"):
             raise ValueError(f"{why}: token statistics need transformers' own end of the model")
-        self._warn(f"{why}: the layers stream, and the model's own code does the rest, with whole logits")
+        self._warn(f"{why}: layers stream, and norm, head and loss are left to that code, which may make whole logits")
         return plain(*args, **kwargs)
 
     def _base_forward(self, plain: Plain, *args: Any, **kwargs: Any) -> Any:
-        if self.current.run is not None or self._paused or not self.base.training or not torch.is_grad_enabled():
+        training = self.base.training or self._verifying
+        if self.current.run is not None or self._paused or not training or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
+        embeddings = kwargs.get("inputs_embeds")
+        if not any(p.requires_grad for p in self.base.parameters()) and not getattr(embeddings, "requires_grad", False):
+            return plain(*args, **kwargs)
+        self._check_unchanged()
         call = BaseCall.of(dict(zip(self._names[self.base], args, strict=False)) | kwargs)
         why = call.refusal(self.model)
         if why is None and self._asks_for_routing(call):
@@ -164,13 +191,25 @@ class Streaming:
         auxiliary = None if run.routing is None else run.routing.loss(place)
         if call.return_token_statistics:
             return self._statistics(head, hidden, targets, auxiliary)
-        loss = self._at_the_end(hidden, lambda x: head.loss(x, targets, call.weight(targets)))
+        wanted = not self.model.training if call.return_logits is None else call.return_logits
+        loss, logits = self._at_the_end(hidden, lambda x: self._loss_and_logits(head, x, call, targets, wanted))
         if run.routing is None or auxiliary is None:
-            return (loss,) if call.return_dict is False else CausalLMOutputWithPast(loss=loss)
-        loss = loss + run.routing.coefficient * auxiliary
-        if call.return_dict is False:
-            return loss, auxiliary
-        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=auxiliary)
+            out = CausalLMOutputWithPast(loss=loss, logits=logits)
+        else:
+            loss = loss + run.routing.coefficient * auxiliary
+            out = MoeCausalLMOutputWithPast(loss=loss, aux_loss=auxiliary, logits=logits)
+        return out.to_tuple() if call.return_dict is False else out
+
+    def _loss_and_logits(
+        self, head: Head, hidden: Tensor, call: LabelledCall, targets: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        loss, weight = head.loss(hidden, targets, call.weight(targets)), head.projection.weight
+        if not wanted:
+            return loss, None
+        if weights_are_sharded(self.model):  # and whole only now
+            return loss, head.logits(hidden)
+        dtype = weight.dtype if head.autocast is None else head.autocast[1]
+        return loss, LazyLogits(hidden, head.logits, head.projection.out_features, dtype)
 
     def _statistics(self, head: Head, hidden: Tensor, targets: Tensor, auxiliary: Tensor | None) -> TokenStatistics:
         found = self._at_the_end(hidden, lambda x: head.statistics(x, targets))
@@ -186,7 +225,7 @@ class Streaming:
 
     def _at_the_end(self, hidden: Tensor, function: Callable[[Tensor], Any]) -> Any:
         """function(hidden), run as the norm's and the projection's forward: with their hooks, and so their weights."""
-        projection = projection_of(self.model)
+        projection = cast(nn.Module, projection_of(self.model))
         with self._doing(projection, function), self._doing(self.norm, projection.__call__):
             return self.norm(hidden)
 
@@ -210,6 +249,13 @@ class Streaming:
     def _new_run(self, call: BaseCall) -> StreamRun:
         """What all layers share in the pass that this call begins."""
         self._patch_ends()
+        hooked = None if self._verifying else inner_hook(self.layers)
+        if hooked is not None:
+            self._warn(
+                f"{hooked} in a layer has a hook: it sees chunks of the sequence, and those again in backward; what it "
+                "does must be done to each token by itself"
+            )
+        self._verify_first()
         device, masks = call.tokens.device, row_masks(call.attention_mask, call.position_ids, call.shape)
         run = new_run(self.settings, self.model.config, masks, call.shape, device, self.model.dtype)
         embedding = cast(nn.Embedding, self.model.get_input_embeddings())
@@ -221,6 +267,50 @@ class Streaming:
         if call.ring_seq_len is not None or call.ring_cu_seqlens is not None:
             raise ValueError("a shard of a sequence (ring_seq_len): call use_ring_attention(model, group) first")
         return run
+
+    def verify(self, bounds: Bounds = ASKED) -> None:
+        """Raises ValueError where a tiny batch has other gradients streamed than plain."""
+        self._verifying = True
+        try:
+            verify_gradients(self.model, self._tiny_loss, self.small_chunks, self.paused, bounds=bounds)
+        finally:
+            self._verifying = False
+
+    def _tiny_loss(self, ids: Tensor) -> Tensor:
+        """The loss to verify: the model's, or, where its end is not transformers' own, of its last hidden states.
+
+        The classes' own forwards are called: nothing that is wrapped around the model or hooked to it may notice.
+        """
+        plain: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if hasattr(self.model.config, "output_router_logits"):
+            plain["output_router_logits"] = False
+        checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
+        if not checkpointing and own_end(self.model, self.norm, self.patches) is None:
+            labelled = LabelledCall(input_ids=ids, labels=ids, output_router_logits=False)
+            model: Any = type(self.model)
+            out = model.forward(self.model, labels=ids, **plain) if self._paused else self._with_labels(labelled)
+            return cast(Tensor, out.loss)
+        base: Any = partial(type(self.base).forward, self.base)
+        call = BaseCall(input_ids=ids, output_router_logits=False)
+        out = base(**plain) if self._paused else self._hidden(base, self._new_run(call), call)
+        return projected(out.last_hidden_state).sum()
+
+    def _verify_first(self) -> None:
+        """The comparison that comes before the first pass with a gradient, where it was asked for or costs nothing.
+
+        By itself it runs where nobody could notice but by the time it takes, and only a mistake can fail.
+        """
+        asked = self._verify == "first"
+        if not self._verify or self._verifying or not torch.is_grad_enabled():
+            return
+        why = unverifiable(self.model)
+        if not asked and why is None and self._router is not None and not is_exact(self.model):
+            why = "a rounding may send a token to another expert"
+        if why is None:
+            self.verify(ASKED if asked else BY_ITSELF)
+        elif asked:
+            raise ValueError(f"verify='first': {why}; give verify=True before that, or verify=False")
+        self._verify = False
 
     def _asks_for_routing(self, call: BaseCall) -> bool:
         wanted = call.output_router_logits
@@ -240,6 +330,9 @@ class Streaming:
 
     def _check_unchanged(self) -> None:
         """Refuse modules put in place of those that were understood: their work would be left out."""
+        check_layers(self.model)
+        if list(cast(nn.ModuleList, self.base.layers)) != self.layers:
+            raise ValueError("the model's layers are others than stream_backprop found: call stream_backprop again")
         head: Any = self.model.get_output_embeddings()
         replaced = self._head_was_plain and not is_plain_linear(projection_of(self.model))
         if final_norm(self.base) is not self.norm or (replaced and not type(head).__module__.startswith("peft.")):

@@ -225,7 +225,9 @@ def test_without_labels_the_model_is_as_before_and_disabling_undoes():
     stream_backprop(model, **CHUNKS)
     assert torch.equal(model(input_ids=ids).logits, logits)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
-    assert model(input_ids=ids, labels=ids).logits is None
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).logits[:, 2:], logits[:, 2:])
+    assert model.train()(input_ids=ids, labels=ids).logits is None
+    model.eval()
     with torch.no_grad():
         assert not model(input_ids=ids, labels=ids).loss.requires_grad
     stream_backprop_disable(model)

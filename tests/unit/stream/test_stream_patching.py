@@ -69,7 +69,7 @@ def test_nothing_is_patched_again_while_a_step_runs():
 def test_an_exception_leaves_the_model_whole(when):
     model, ids = tiny("llama"), batch(2, 21)
     plain = gradients(model, model(input_ids=ids, labels=ids).loss)
-    stream_backprop(model, **CHUNKS)
+    stream_backprop(model, **CHUNKS, verify=False)
     before, name = attributes(model), model.config._attn_implementation
     calls, layer = [], model.model.layers[1]
     own = layer.mlp.forward

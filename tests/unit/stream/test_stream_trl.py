@@ -1,0 +1,156 @@
+"""TRL's trainers with their defaults around a streaming model: every layer streams, and losses are the plain run's.
+
+TRL calls the base model itself, gives it no labels, and has a head of its own.
+"""
+
+import contextlib
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.streamed_layers import counted_layers
+from torch import nn
+
+from fourfold.parallel.stream import stream_backprop
+from fourfold.parallel.testing.tiny_models import batch, tiny
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+CHUNKS = {"chunk_size": 8, "mlp_chunk": 3}
+# Three updates of fp32, each a rounding apart.
+LOSS_TOLERANCE = 1e-5
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(94))])}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def text(ids: Any) -> str:
+    return " ".join(f"w{int(index) % 94}" for index in ids)
+
+
+def common(folder: Any, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": STEPS, "logging_steps": 1,
+        "report_to": [], "save_strategy": "no", "optim": "sgd", "learning_rate": 0.1, "use_cpu": True, "bf16": False,
+        "lr_scheduler_type": "constant", "dataloader_pin_memory": False, "disable_tqdm": True, **changes,
+    }  # fmt: skip
+
+
+def sft(model, tokenizer, folder, **changes):
+    rows = [{"text": text(row[: 9 + 2 * index])} for index, row in enumerate(batch(6, 24))]
+    settings = trl.SFTConfig(**common(folder, **{"max_length": 24, **changes}))
+    return trl.SFTTrainer(
+        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def completion_only(model, tokenizer, folder):
+    rows = [{"prompt": text(row[:7]), "completion": text(row[7:])} for row in batch(6, 21)]
+    settings = trl.SFTConfig(**common(folder, max_length=24))
+    return trl.SFTTrainer(
+        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def dpo(model, tokenizer, folder):
+    rows = [
+        {"prompt": text(row[:7]), "chosen": text(row[7:15]), "rejected": text(row[15:])} for row in batch(6, 24)
+    ]  # fmt: skip
+    settings = trl.DPOConfig(**common(folder))
+    return trl.DPOTrainer(
+        model,
+        ref_model=tiny("llama"),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+
+
+def reward(model, tokenizer, folder):
+    rows = [{"chosen": text(row[:15]), "rejected": text(row[15:])} for row in batch(6, 24)]
+    settings = trl.RewardConfig(**common(folder))
+    return trl.RewardTrainer(
+        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+
+
+def grpo(model, tokenizer, folder):
+    rows = [{"prompt": text(row)} for row in batch(6, 7)]
+    settings = trl.GRPOConfig(**common(folder, num_generations=2, max_completion_length=9))
+    return trl.GRPOTrainer(
+        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        reward_funcs=lambda completions, **kwargs: [float(len(set(each))) for each in completions],
+    )  # fmt: skip
+
+
+TRAINERS = {
+    "sft": sft,
+    "sft, packed": lambda *given: sft(*given, packing=True),
+    "sft, padding-free": lambda *given: sft(*given, padding_free=True, max_length=None),
+    "sft, label smoothing": lambda *given: sft(*given, label_smoothing_factor=0.1),
+    "sft, completions only": completion_only,
+    "dpo": dpo,
+    "grpo": grpo,
+    "reward": reward,
+}
+
+
+def classifier() -> nn.Module:
+    config = tiny("llama").config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return transformers.LlamaForSequenceClassification(config).train()
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Accelerate remembers the first accelerator's settings in the process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def run(trainer: Any) -> list[float]:
+    torch.manual_seed(0)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("order", ["streaming first", "trainer first"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_layer_streams_and_losses_are_the_plain_runs(name, order, tokenizer, tmp_path):
+    def start(model: nn.Module) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return TRAINERS[name](model, tokenizer, tmp_path)
+
+    plain_model, model = (classifier() if name == "reward" else tiny("llama") for _ in range(2))
+    plain = run(start(plain_model))
+    if order == "streaming first":
+        stream_backprop(model, **CHUNKS)
+    trainer = start(model)
+    if order == "trainer first":
+        stream_backprop(model, **CHUNKS)
+    checkpointing = pytest.warns(UserWarning, match="streaming replaces it")
+    with counted_layers() as layers, checkpointing if trainer.args.gradient_checkpointing else contextlib.nullcontext():
+        streamed = run(trainer)
+    assert len(layers) == 2 * STEPS
+    assert streamed == pytest.approx(plain, rel=LOSS_TOLERANCE, abs=1e-6)
+    for (key, mine), theirs in zip(model.named_parameters(), plain_model.parameters(), strict=True):
+        assert (mine - theirs).norm() <= LOSS_TOLERANCE * theirs.norm(), key
