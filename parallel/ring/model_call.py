@@ -64,7 +64,7 @@ class ModelCalls:
                 "a cache of keys (use_cache, past_key_values, generate) around a ring: each rank would cache its own "
                 "shard's; call stop_ring_attention(model) before generating, and use_ring_attention again after it"
             )
-        kwargs |= dict(zip(signature(model.forward).parameters, args, strict=False))
+        kwargs |= _by_name(model, args)
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if not isinstance(tokens, Tensor):
             return (), kwargs  # the model says what it misses
@@ -139,6 +139,15 @@ class ModelCalls:
                 f"cu_seqlens to shard_batch, with sharding={sharding!r}"
             ), 0
         return None, int(distance[0, 0]) if ends is None else 0
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """A call's arguments by position, by the names that the model's class gives them."""
+    given = signature(type(model).forward).parameters.values()
+    names = [parameter.name for parameter in given if parameter.kind is parameter.POSITIONAL_OR_KEYWORD][1:]
+    if len(args) > len(names):
+        raise ValueError(f"{type(model).__name__} takes {len(names)} arguments by position: give the others by name")
+    return dict(zip(names, args, strict=False))
 
 
 def _missing(kwargs: Mapping[str, Any]) -> str | None:

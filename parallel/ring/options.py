@@ -40,6 +40,10 @@ class RingSettings:
     group: dist.ProcessGroup | None
     options: RingOptions = RingOptions()
 
+    def __deepcopy__(self, memo: object) -> "RingSettings":
+        """Itself: a copy of a model is in the same group, of which there are no copies."""
+        return self
+
 
 def shared_sequence(q: Tensor, k: Tensor, place: Place, options: RingOptions) -> ShardedSequence:
     """The whole sequence, with every rank's shard checked against it as far as this rank can know."""

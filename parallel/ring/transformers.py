@@ -11,12 +11,13 @@ do (dropout, padding masks, soft caps, caches, layers that mix tokens otherwise)
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.attention import ring_attend
@@ -76,6 +77,7 @@ def use_ring_attention(
         waits to read position ids and the label count.
     """
     stop_ring_attention(model)
+    model = _inner(model)
     size = place_in(group).size
     if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "set_attn_implementation"):
         raise ValueError(
@@ -107,6 +109,7 @@ def use_ring_attention(
 
 def stop_ring_attention(model: nn.Module) -> None:
     """Undo use_ring_attention: the model attends as before, and takes whole batches; without a ring, nothing."""
+    model = _inner(model)
     before: _Before | None = model.__dict__.pop(ATTRIBUTE, None)
     if before is None:
         return
@@ -116,12 +119,23 @@ def stop_ring_attention(model: nn.Module) -> None:
         del module.ring_settings
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model in peft's or anybody's wrapper; the model itself where there is none."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
 def _check_config(model: nn.Module, config: Any) -> None:
     """Refuse what no trial of a few tokens shows."""
     if getattr(config, "attention_chunk_size", None):
         raise ValueError(f"attention_chunk_size={config.attention_chunk_size}: the ring has windows, but no chunks")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} has an encoder and a decoder: the ring has no cross-attention")
+    targets = {"labels", "start_positions"} & set(signature(type(model).forward).parameters)
+    if targets and model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise ValueError(
+            f"{type(model).__name__} makes its loss of something else than next tokens: use_ring_attention on its "
+            "base_model, and make the loss of what the shards give"
+        )
 
 
 def _attention_modules(model: nn.Module, config: Any) -> list[nn.Module]:

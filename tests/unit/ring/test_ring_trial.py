@@ -192,3 +192,26 @@ def test_generating_around_a_ring_names_the_cache_and_the_mend():
     answer = complaint(model.generate, torch.arange(9)[None], max_new_tokens=2)
     assert "a cache of keys" in answer
     assert "call stop_ring_attention(model) before generating" in answer
+
+
+def test_wrappers_are_looked_into():
+    """peft's model takes any arguments by position; the ring knows them by the names of the model inside."""
+    peft = pytest.importorskip("peft")
+    inner = tiny_model("Llama")
+    wrapped = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    ids = torch.arange(9)[None]
+    before = wrapped(ids, labels=ids).loss
+    use_ring_attention(wrapped, None)
+    assert inner.config._attn_implementation == "fourfold_ring"
+    assert torch.allclose(wrapped(ids, labels=ids).loss, before, rtol=1e-5)
+    stop_ring_attention(wrapped)
+    assert inner.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_losses_of_something_else_than_next_tokens_are_refused(task):
+    """The last token's label is another token's on every rank, and a span's ends lie on two; their bases are taken."""
+    model = getattr(transformers, f"LlamaFor{task}")(tiny_model("Llama").config)
+    answer = complaint(use_ring_attention, model, None)
+    assert f"LlamaFor{task} makes its loss of something else than next tokens" in answer
+    use_ring_attention(model.base_model, None)
