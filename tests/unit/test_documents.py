@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from fourfold.launch.cli import app
+from fourfold.layouts.inputs.layout import PRECISIONS, SCHEDULES
+from fourfold.layouts.inputs.layout_words import _FLAGS, _NUMBERS
 from fourfold.parallel.pipeline.mitigation import _WORDS
 from fourfold.parallel.pipeline.schedule import NAMES, PipelineSchedule
 from fourfold.parallel.stream.patching import PATCHES
@@ -86,6 +88,14 @@ def test_the_drawn_schedules_are_what_the_code_draws():
     assert len(shown) == 2
     for name, num_stages, count, drawing in shown:
         assert PipelineSchedule.named(name, int(num_stages)).program(int(count)).drawn() == drawing
+
+
+def test_the_legend_has_every_word_of_a_layouts_name():
+    legend = (ROOT / "README.md").read_text().split("How to read a layout's name")[1].split("## ")[0]
+    told = re.findall(r"`([\w+/-]+)`", legend)
+    shown = {*told, *(re.sub(r"\d.*", "", word) for word in told)}  # mb of `mb2`
+    words = {*_NUMBERS, *_FLAGS, *PRECISIONS[1:], *SCHEDULES[1:], "full", "streamx", "less"}
+    assert words - shown == set()
 
 
 def test_the_readme_names_every_command():
