@@ -1,11 +1,12 @@
 """The pool itself: results in rank order, a failure shown and survived, a hang ended."""
 
+import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.rank_pool import RankFailure
+from support.rank_pool import MOST_THREADS, RankFailure
 
 
 def add_ranks(offset: int) -> float:
@@ -22,6 +23,20 @@ def fail_on_last_rank() -> None:
 
 def test_results_come_back_from_every_rank(ranks):
     assert ranks(2)(add_ranks, 10) == [21.0, 21.0]
+
+
+def make_groups(count: int) -> int:
+    for _ in range(count):
+        group = dist.new_group()
+        dist.barrier(group)
+    return os.getpid()
+
+
+def test_a_world_that_gathered_threads_is_replaced(ranks):
+    before = ranks(2)(make_groups, MOST_THREADS)
+    after = ranks(2)(make_groups, 0)
+    assert not set(before) & set(after)
+    assert ranks(2)(make_groups, 0) == after
 
 
 def test_a_failing_rank_is_named_and_the_pool_recovers(ranks):

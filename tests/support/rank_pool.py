@@ -5,7 +5,7 @@ has torch loaded, and then runs one test body after another. A body is a functio
 `body(*args)` on every rank with `torch.distributed` initialised, and its returned values come back in rank order.
 
 The first rank that raises ends the call: its own traceback is shown, the other ranks (which may be waiting for it) are
-killed, and the next call starts a fresh world.
+killed, and the next call starts a fresh world. So does one after a world has gathered too many threads.
 """
 
 import contextlib
@@ -20,6 +20,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+# Of one rank. gloo keeps a group's threads for as long as the process lives, each wakes up many times a second, and
+# every mesh that a body makes has several groups: after some hundred bodies the threads alone fill the machine.
+MOST_THREADS = 64
 
 
 class RankFailure(AssertionError):
@@ -45,7 +49,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
                 answer: tuple[bool, Any] = (True, body(*args))
             except BaseException:
                 answer = (False, traceback.format_exc())
-            pipe.send(answer)
+            pipe.send((*answer, len(os.listdir("/proc/self/task"))))
 
 
 class RankPool:
@@ -65,6 +69,7 @@ class RankPool:
         if not self._processes:
             self._start()
         results: dict[int, Any] = {}
+        num_threads = 0
         deadline = time.monotonic() + timeout_s
         try:
             for pipe in self._pipes:
@@ -78,15 +83,18 @@ class RankPool:
                 for pipe in ready:
                     rank = waiting[pipe]  # type: ignore[index]
                     try:
-                        succeeded, value = pipe.recv()  # type: ignore[union-attr]
+                        succeeded, value, threads = pipe.recv()  # type: ignore[union-attr]
                     except EOFError:
                         raise RankFailure(f"rank {rank} of {self.world_size} died without an answer") from None
                     if not succeeded:
                         raise RankFailure(f"rank {rank} of {self.world_size} raised\n{value}")
                     results[rank] = value
+                    num_threads = max(num_threads, threads)
         except BaseException:
             self.close()
             raise
+        if num_threads > MOST_THREADS:
+            self.close()
         return [results[rank] for rank in range(self.world_size)]
 
     def _start(self) -> None:
