@@ -30,7 +30,8 @@ def take_over(model: nn.Module) -> None:
     save_pretrained), load_state_dict; of the model and of the one inside it that has the layers."""
     model.__dict__[_MARK] = True
     for module in (model, cast(nn.Module, cast(Any, model).model)):
-        module.register_forward_pre_hook(_refuse)
+        # First of all hooks: the ring's own would judge the call by a batch that this model never sees again.
+        module.register_forward_pre_hook(_refuse, prepend=True)
         module.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
