@@ -326,7 +326,10 @@ ctypes.pythonapi.Py_IncRef(ctypes.py_object(_ABANDONED))  # also beyond the inte
 
 
 def _abandon(*works: Any) -> None:
-    """Never free these: gloo waits, in the destructor of a message that nobody will ever match, for ever."""
+    """Keep messages that nobody will match until the process ends.
+
+    Ranks that freed them were seen to hang; that gloo waits in their destructors is inferred, not shown.
+    """
     _ABANDONED.extend(works)
 
 
