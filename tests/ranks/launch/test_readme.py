@@ -29,6 +29,15 @@ def commands_of(text: str) -> list[str]:
 
 
 COMMANDS = commands_of(README)
+SHORT_TRAINING = """
+model = "launch/data/byte-llama.json"
+data = "text.txt"
+layout = "dp2"
+global_batch = 2
+seq_len = 32
+steps = 2
+out = "out"
+"""
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -52,6 +61,9 @@ def test_command(command, tmp_path):
 def test_a_guides_commands_one_after_the_other(guide, tmp_path):
     for folder in ("launch", "examples"):  # as in the root, where the guide's reader is
         (tmp_path / folder).symlink_to(ROOT / folder)
+    # The training file that stands in a guide names texts and weights of its reader's; this one has its own.
+    (tmp_path / "text.txt").write_text("One line of text after the other.\n" * 400)
+    (tmp_path / "train.toml").write_text(SHORT_TRAINING)
     for command in commands_of(guide.read_text()):
         run(command, tmp_path)
 
