@@ -28,7 +28,7 @@ from fourfold.parallel.stream.block_attention import attend_blocks, attend_block
 from fourfold.parallel.stream.gradients import ParameterSums, find_unread
 from fourfold.parallel.stream.head_groups import TRIED_TOKENS, head_cut, is_whole, project
 from fourfold.parallel.stream.layer import HeadsOutput, TakeInput, chunks_of
-from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun
+from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, with_gradients
 from fourfold.parallel.stream.random_numbers import random_numbers
 
 
@@ -88,8 +88,8 @@ class _HeadsLayer(torch.autograd.Function):
             with random_numbers(here.random, ("finish", start), replay=False):
                 part, *added = _finish(here, x[:, start:stop], heads_out[:, start:stop], start)
             out[:, start:stop] = part
-            for total, more in zip(statistics, added, strict=True):
-                total += more
+            if here.routing is not None:
+                here.routing.add(statistics, added, start)
             del part
         ctx.mark_non_differentiable(*statistics[1:])
         return out, *statistics
@@ -191,8 +191,7 @@ def _finish_backward(here: LayerRun, x: Tensor, heads_out: Tensor, grads: LayerG
             out, *statistics = _finish(here, piece, piece_out, start)
         if not here.unread_known:
             grads.sums.unread, here.unread_known = find_unread(out), True
-        # Of the statistics only the first, the probabilities, has a gradient.
-        outs, grad_outs = [out, *statistics[:1]], [grads.outs[0][:, start:stop], *grads.outs[1:2]]
+        outs, grad_outs = with_gradients(here, out, statistics, grads, start)
         grad_piece, grad_piece_out = grads.sums.backward(outs, [piece, piece_out], grad_outs)
         # This one first: grads.x may be the memory of outs[0], and what autograd gives may be a view of it.
         grad_out[:, start:stop] = grad_piece_out

@@ -83,7 +83,7 @@ class StreamRun:
         out: Tensor
         out, *statistics = self.function(here, x).apply(x, here, *parameters)  # type: ignore[no-untyped-call]
         if self.routing is not None and statistics:
-            self.routing.layers.append((statistics[0], statistics[1]))
+            self.routing.layers.append(tuple(statistics))
         return out
 
 
@@ -134,7 +134,7 @@ class LayerRun:
 
     def no_statistics(self, x: Tensor) -> tuple[Tensor, ...]:
         """Router statistics of no tokens; none where the layer has no router."""
-        return () if self.routing is None else self.routing.zeros(x.device)
+        return () if self.routing is None else self.routing.zeros(x)
 
     def finish(self, x: Tensor, attended: Tensor, out: Tensor, statistics: Sequence[Tensor], start: int) -> None:
         """Fill the chunk of `out` at token `start`, given its attention module's output [B, chunk, d]."""
@@ -144,8 +144,8 @@ class LayerRun:
                     x[:, first:last], attended[:, first - start : last - start], self.arguments, first, self.routing
                 )
             out[:, first:last] = part
-            for total, more in zip(statistics, added, strict=True):
-                total += more
+            if self.routing is not None:
+                self.routing.add(statistics, added, first)
 
     def save(self, ctx: Any, x: Tensor, kept: Sequence[Tensor]) -> None:
         """Keep what backward needs, on the device or in host memory.
@@ -287,14 +287,26 @@ def finish_backward(here: LayerRun, x: Tensor, attended: Tensor, grads: LayerGra
             out, *statistics = here.stream.finish(piece, piece_attended, here.arguments, first, here.routing)
         if not here.unread_known:
             grads.sums.unread, here.unread_known = find_unread(out), True
-        # Go back. Of the statistics only the first, the probabilities, has a gradient.
-        outs, grad_outs = [out, *statistics[:1]], [grads.outs[0][:, first:last], *grads.outs[1:2]]
+        # Go back.
+        outs, grad_outs = with_gradients(here, out, statistics, grads, first)
         grad_piece, grad_attended_piece = grads.sums.backward(outs, [piece, piece_attended], grad_outs)
         # This one first: where attention is only added to the rest it is a view of outs[0], which grads.x may be.
         grad_attended[:, inside] = grad_attended_piece
         grads.x[:, first:last] = grad_piece
         del out, outs, grad_outs, grad_piece, grad_attended_piece  # before the next piece's are made
     return grad_attended
+
+
+def with_gradients(
+    here: LayerRun, out: Tensor, statistics: Sequence[Tensor], grads: LayerGradients, start: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(what of the chunk at token `start` has a gradient, these gradients): its output, and of its router's part."""
+    outs, grad_outs = [out], [grads.outs[0][:, start : start + out.shape[1]]]
+    if here.routing is not None:
+        value, grad = here.routing.gradient(grads.outs[1:], statistics, start)
+        outs.append(value)
+        grad_outs.append(grad)
+    return outs, grad_outs
 
 
 def _keep(kept: tuple[Tensor, Tensor] | None, call: Attend, seq_len: int) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,13 @@ The loss is num_experts * sum_e f_e * P_e: f_e is the part of all tokens, over a
 mean probability that the routers gave it. f_e has no gradient, so the loss is linear in the probabilities: each layer
 gives their sum and the counts over its chunks, the loss is made of these few numbers once all are known, and its
 gradient, one number an expert, goes back to every chunk beside the layer's own. The mean is over all tokens, never of
-means over chunks. transformers keeps every layer's router logits over the whole sequence for the same.
+means over chunks. transformers keeps every layer's router logits over the whole sequence for the same; a caller who
+makes a loss of his own of them gets those of all chunks in one tensor.
 
 Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, as transformers' load_balancing_loss_func has them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +29,9 @@ class Routing:
         num_experts, top_k: of a layer.
         coefficient: of the loss in the model's.
         mask: [B, T], 0 at tokens that do not count; None counts all.
-        layers: for each layer that went forward, (sum of probabilities, tokens that chose), [num_experts] each.
+        whole: gather the routers' logits themselves instead of statistics.
+        layers: for each layer that went forward, (sum of probabilities, tokens that chose), [num_experts] each; or with
+            `whole`, (logits,), [B, T, num_experts].
     """
 
     router: type[nn.Module]
@@ -36,14 +40,40 @@ class Routing:
     top_k: int
     coefficient: float
     mask: Tensor | None
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    whole: bool = False
+    layers: list[tuple[Tensor, ...]] = field(default_factory=list)
 
-    def zeros(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(sum of probabilities, tokens that chose) of no tokens."""
-        return torch.zeros(self.num_experts, device=device), torch.zeros(self.num_experts, device=device)
+    def zeros(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What a layer's chunks are added to: (sum of probabilities, tokens that chose), or (logits [B, T, E],).
 
-    def statistics(self, logits: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """(sum of probabilities, tokens that chose) of the chunk at token `start`; logits [B*length, num_experts]."""
+        Args:
+            x: [B, T, d], the layer's input.
+        """
+        if self.whole:  # fp32 holds the logits of any narrower dtype exactly
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return (torch.zeros((*x.shape[:2], self.num_experts), device=x.device, dtype=dtype),)
+        return tuple(torch.zeros(self.num_experts, device=x.device) for _ in range(2))
+
+    def add(self, totals: Sequence[Tensor], chunk: Sequence[Tensor], start: int) -> None:
+        """Add what `statistics` gave for the chunk at token `start`."""
+        for total, more in zip(totals, chunk, strict=True):
+            place = total[:, start : start + more.shape[1]] if self.whole else total
+            place += more
+
+    def gradient(self, grads: Sequence[Tensor], chunk: Sequence[Tensor], start: int) -> tuple[Tensor, Tensor]:
+        """(what of the chunk's statistics has a gradient, this gradient), given those of the totals."""
+        grad = grads[0][:, start : start + chunk[0].shape[1]].to(chunk[0].dtype) if self.whole else grads[0]
+        return chunk[0], grad
+
+    def statistics(self, logits: Tensor, start: int, length: int) -> tuple[Tensor, ...]:
+        """Of the chunk at token `start`, given its logits [B*length, num_experts].
+
+        Returns:
+            (sum of probabilities, tokens that chose); only the first has a gradient. With `whole`, the logits as
+            [B, length, num_experts].
+        """
+        if self.whole:
+            return (logits.reshape(-1, length, logits.shape[-1]),)
         probabilities = logits.softmax(-1)
         chosen = probabilities.detach().topk(self.top_k, dim=-1).indices.flatten()
         probabilities = probabilities.float()
@@ -55,6 +85,12 @@ class Routing:
         counts.scatter_add_(0, chosen, weights.repeat_interleave(self.top_k))
         return probabilities.sum(0), counts
 
+    def logits(self) -> tuple[Tensor, ...]:
+        """Each layer's logits [B*T, num_experts] as transformers gives them, in fp32 where the model's are narrower."""
+        found = tuple(logits.flatten(0, 1) for (logits,) in self.layers)
+        self.layers.clear()  # they refer to the layers' graph, which refers to this
+        return found
+
     def loss(self, place: Place | None = None) -> Tensor:
         """The load-balancing loss of all layers, a fp32 scalar.
 
@@ -63,8 +99,7 @@ class Routing:
                 over the group. None: this rank's tokens are all.
         Cost: with a group, one all-reduce of num_experts numbers.
         """
-        probabilities = torch.stack([part for part, _ in self.layers]).sum(0)
-        counts = torch.stack([part for _, part in self.layers]).sum(0)
+        probabilities, counts = (torch.stack(parts).sum(0) for parts in zip(*self.layers, strict=True))
         if place is not None and place.size > 1:
             dist.all_reduce(counts, group=place.group)
         self.layers.clear()  # they refer to the layers' graph, which refers to this

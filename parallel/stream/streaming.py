@@ -166,13 +166,28 @@ class Streaming:
         call = BaseCall.of(dict(zip(self._names[self.base], args, strict=False)) | kwargs)
         why = call.refusal(self.model)
         if why is None and self._asks_for_routing(call):
-            why = "output_router_logits without labels: they are never whole while streaming"
+            why = self._why_no_router_logits(call)
         if why is not None:
             self._warn(f"this call does not stream, and takes plain backpropagation's memory: {why}")
             return plain(*args, **kwargs)
         if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             self._warn("gradient checkpointing is on, and streaming replaces it: leave it off")
-        return self._hidden(plain, self._new_run(call), call)
+        run = self._new_run(call, whole_router_logits=True)
+        out = self._hidden(plain, run, call)
+        if run.routing is not None:
+            out["router_logits"] = run.routing.logits()
+        return out
+
+    def _why_no_router_logits(self, call: BaseCall) -> str | None:
+        """Why whole router logits cannot be had of a call that has no labels; None where they can."""
+        mend = "call without output_router_logits (TRL: router_aux_loss_coef=0.0), or with labels"
+        if self._router is None:
+            return f"output_router_logits: {type(self.model).__name__} has no routers; leave it out"
+        if call.return_dict is False:
+            return f"output_router_logits with return_dict=False: {mend}"
+        if self._ring() is not None:
+            return f"output_router_logits around a ring, where no rank has those of all tokens: {mend}"
+        return None
 
     def _with_labels(self, call: LabelledCall) -> Any:
         """The model's forward with labels: transformers' arguments, and its loss."""
@@ -246,7 +261,12 @@ class Streaming:
                 stack.enter_context(self._doing(embedding, run.lookup))
             return base(use_cache=False, **inputs)
 
-    def _new_run(self, call: BaseCall) -> StreamRun:
+    def _ring(self) -> RingSettings | None:
+        """The ring that the layers attend around, if any."""
+        found: RingSettings | None = getattr(cast(Any, self.layers[0]).self_attn, "ring_settings", None)
+        return found
+
+    def _new_run(self, call: BaseCall, *, whole_router_logits: bool = False) -> StreamRun:
         """What all layers share in the pass that this call begins."""
         self._patch_ends()
         hooked = None if self._verifying else inner_hook(self.layers)
@@ -260,8 +280,10 @@ class Streaming:
         run = new_run(self.settings, self.model.config, masks, call.shape, device, self.model.dtype)
         embedding = cast(nn.Embedding, self.model.get_input_embeddings())
         usable = torch.is_grad_enabled() and can_look_up_again(embedding, self.model)
-        run = replace(run, routing=self._routing(call), lookup=Lookup(embedding) if usable else None)
-        ring: RingSettings | None = getattr(cast(Any, self.layers[0]).self_attn, "ring_settings", None)
+        run = replace(
+            run, routing=self._routing(call, whole_router_logits), lookup=Lookup(embedding) if usable else None
+        )
+        ring = self._ring()
         if ring is not None:
             return around_ring(run, ring, call.ring_seq_len, call.ring_cu_seqlens)
         if call.ring_seq_len is not None or call.ring_cu_seqlens is not None:
@@ -316,16 +338,19 @@ class Streaming:
         wanted = call.output_router_logits
         return bool(getattr(self.model.config, "output_router_logits", False) if wanted is None else wanted)
 
-    def _routing(self, call: BaseCall) -> Routing | None:
+    def _routing(self, call: BaseCall, whole: bool) -> Routing | None:
         if not self._asks_for_routing(call):
             return None
         model: Any = self.model
         recorder = (model._can_record_outputs or {}).get("router_logits")
-        if recorder is None or not hasattr(model, "router_aux_loss_coef"):
+        if recorder is None or not (whole or hasattr(model, "router_aux_loss_coef")):
             raise ValueError(f"output_router_logits: {type(model).__name__} has no routers; leave it out")
+        config = model.config
+        num_experts = getattr(config, "num_local_experts", None) or config.num_experts
         return Routing(
-            router=recorder.target_class, index=recorder.index, num_experts=model.num_experts,
-            top_k=model.num_experts_per_tok, coefficient=model.router_aux_loss_coef, mask=call.attention_mask,
+            router=recorder.target_class, index=recorder.index, num_experts=num_experts,
+            top_k=config.num_experts_per_tok, coefficient=getattr(model, "router_aux_loss_coef", 0.0),
+            mask=call.attention_mask, whole=whole,
         )  # fmt: skip
 
     def _check_unchanged(self) -> None:

@@ -102,13 +102,6 @@ def test_what_cannot_stream_says_so_once_and_is_plain(arguments, why):
     assert why in ours[0]
 
 
-def test_routers_without_labels_say_so():
-    model, ids = stream_backprop(tiny("mixtral"), **CHUNKS), batch(2, 21)
-    with pytest.warns(UserWarning, match="output_router_logits without labels"):
-        out = model(input_ids=ids, output_router_logits=True)
-    assert len(out.router_logits) == 2
-
-
 def test_nothing_streams_where_no_gradient_is_asked_for():
     model, ids = stream_backprop(tiny("llama"), **CHUNKS), batch(2, 21)
     with counted_layers() as layers:

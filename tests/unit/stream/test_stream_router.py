@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.streamed_layers import counted_layers
 
 from fourfold.parallel import stream_backprop
 from fourfold.parallel.stream import token_statistics
@@ -60,6 +61,37 @@ def test_the_noise_that_routers_see_is_repeated():
     expected = step()
     stream_backprop(model, chunk_size=64, mlp_chunk=64)  # one chunk: the noise is drawn in plain's order
     assert_gradients(step(), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("way", [{}, {"keep_attention": True}, {"head_groups": 2}], ids=str)
+@pytest.mark.parametrize(("family", "changes"), [("mixtral", {}), ("qwen3_moe", {"mlp_only_layers": [0]})])
+def test_a_caller_who_makes_the_loss_himself_gets_whole_router_logits(family, changes, way):
+    """TRL's trainers call without labels, and take the load-balancing loss, or the logits of the routers."""
+    model, ids = tiny(family, **changes, **LARGE), batch(2, 21)
+    mask = torch.ones_like(ids)
+    mask[1, 17:] = 0
+
+    def loss(out):
+        return out.logits[mask.bool()].square().mean() + 0.5 * out.aux_loss + out.router_logits[-1].square().mean()
+
+    plain = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+    expected = gradients(model, loss(plain))
+    stream_backprop(model, **CHUNKS, **way)
+    with counted_layers() as layers:
+        streamed = model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+        found = gradients(model, loss(streamed))
+    assert len(layers) == 2
+    assert [part.shape for part in streamed.router_logits] == [part.shape for part in plain.router_logits]
+    assert torch.isclose(loss(streamed), loss(plain), rtol=LOSS_TOLERANCE, atol=0)
+    assert_gradients(found, expected, TOLERANCE)
+
+
+def test_router_logits_that_cannot_be_had_are_plain_and_say_so():
+    model, ids = stream_backprop(tiny("mixtral"), **CHUNKS), batch(2, 21)
+    with counted_layers() as layers, pytest.warns(UserWarning, match="does not stream.*return_dict.*router_aux_loss"):
+        out = model.model(input_ids=ids, output_router_logits=True, return_dict=False)
+    assert layers == []
+    assert len(out[-1]) == 2
 
 
 def test_a_model_without_routers_is_refused():

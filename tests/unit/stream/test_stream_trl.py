@@ -33,9 +33,14 @@ def tokenizer():
     words = {word: index for index, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(94))])}
     plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
+    found = PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
+    found.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + ' w1 ' }}"
+        "{% endgeneration %}{% else %}{{ m['content'] + ' w2 ' }}{% endif %}{% endfor %}"
+    )
+    return found
 
 
 def text(ids: Any) -> str:
@@ -50,20 +55,40 @@ def common(folder: Any, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sft(model, tokenizer, folder, **changes):
-    rows = [{"text": text(row[: 9 + 2 * index])} for index, row in enumerate(batch(6, 24))]
+def sft(model, tokenizer, folder, rows=None, peft_config=None, **changes):
+    rows = rows or [{"text": text(row[: 9 + 2 * index])} for index, row in enumerate(batch(6, 24))]
     settings = trl.SFTConfig(**common(folder, **{"max_length": 24, **changes}))
     return trl.SFTTrainer(
-        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
-    )
+        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        peft_config=peft_config,
+    )  # fmt: skip
 
 
 def completion_only(model, tokenizer, folder):
     rows = [{"prompt": text(row[:7]), "completion": text(row[7:])} for row in batch(6, 21)]
-    settings = trl.SFTConfig(**common(folder, max_length=24))
-    return trl.SFTTrainer(
-        model, args=settings, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    return sft(model, tokenizer, folder, rows)
+
+
+def assistant_only(model, tokenizer, folder):
+    turns = [("user", 5), ("assistant", 9), ("user", 14), ("assistant", 20)]
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": text(row[end - 4 : end + index % 3])}
+                for (role, end), index in zip(turns, range(number, number + 4), strict=True)
+            ]
+        }
+        for number, row in enumerate(batch(6, 24))
+    ]
+    return sft(model, tokenizer, folder, rows, assistant_only_loss=True, packing=True, max_length=48)
+
+
+def lora(model, tokenizer, folder):
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=["lm_head"], lora_dropout=0.0
     )
+    return sft(model, tokenizer, folder, peft_config=adapters)
 
 
 def dpo(model, tokenizer, folder):
@@ -102,11 +127,23 @@ TRAINERS = {
     "sft, packed": lambda *given: sft(*given, packing=True),
     "sft, padding-free": lambda *given: sft(*given, padding_free=True, max_length=None),
     "sft, label smoothing": lambda *given: sft(*given, label_smoothing_factor=0.1),
+    "sft, uneven accumulation": lambda *given: sft(
+        *given, gradient_accumulation_steps=STEPS, per_device_train_batch_size=1
+    ),
+    "sft, neftune": lambda *given: sft(*given, neftune_noise_alpha=5.0),
     "sft, completions only": completion_only,
+    "sft, assistants only, packed": assistant_only,
+    "sft, lora": lora,
+    "sft, experts": sft,
+    "dpo, experts": dpo,
     "dpo": dpo,
     "grpo": grpo,
     "reward": reward,
 }
+
+
+def decoder(name: str) -> nn.Module:
+    return classifier() if name == "reward" else tiny("mixtral" if "experts" in name else "llama")
 
 
 def classifier() -> nn.Module:
@@ -140,7 +177,7 @@ def test_every_layer_streams_and_losses_are_the_plain_runs(name, order, tokenize
             warnings.simplefilter("ignore")
             return TRAINERS[name](model, tokenizer, tmp_path)
 
-    plain_model, model = (classifier() if name == "reward" else tiny("llama") for _ in range(2))
+    plain_model, model = (decoder(name) for _ in range(2))
     plain = run(start(plain_model))
     if order == "streaming first":
         stream_backprop(model, **CHUNKS)
@@ -150,7 +187,7 @@ def test_every_layer_streams_and_losses_are_the_plain_runs(name, order, tokenize
     checkpointing = pytest.warns(UserWarning, match="streaming replaces it")
     with counted_layers() as layers, checkpointing if trainer.args.gradient_checkpointing else contextlib.nullcontext():
         streamed = run(trainer)
-    assert len(layers) == 2 * STEPS
+    assert len(layers) == 2 * STEPS * trainer.args.gradient_accumulation_steps
     assert streamed == pytest.approx(plain, rel=LOSS_TOLERANCE, abs=1e-6)
     for (key, mine), theirs in zip(model.named_parameters(), plain_model.parameters(), strict=True):
         assert (mine - theirs).norm() <= LOSS_TOLERANCE * theirs.norm(), key
