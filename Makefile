@@ -10,8 +10,10 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 run: setup ## measure, plan, launch, train, report
 	$(BIN)/layout-advisor demo --out $(OUT)
 
+# Two workers: while the ranks of one wait for each other, the other's compute. The tests of a module share a worker, and
+# so the trainings and models that its fixtures make.
 test: setup-test ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 check: setup-test ## style, types, import directions
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Train a Hugging Face decoder as a pipeline that never drains, on packed rows of any length.
 
-    torchrun --nproc-per-node 2 examples/pipeline_decoder.py
+torchrun --nproc-per-node 2 examples/pipeline_decoder.py
 """
 
 import torch
