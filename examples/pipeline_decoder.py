@@ -1,6 +1,8 @@
 """Train a Hugging Face decoder as a pipeline that never drains, on packed rows of any length.
 
-torchrun --nproc-per-node 2 examples/pipeline_decoder.py
+    torchrun --nproc-per-node 2 examples/pipeline_decoder.py
+
+As many stages as ranks, at most one a layer.
 """
 
 import torch
@@ -12,8 +14,7 @@ from fourfold.parallel.decoder import pipeline_decoder
 
 config = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
+    num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
 dist.init_process_group("gloo")
 mesh = init_mesh(pp=dist.get_world_size(), device_type="cpu")
 with torch.device("meta"):  # each rank makes the weights of its own stage
