@@ -143,7 +143,7 @@ def parse_fix(words: list[str]) -> dict[str, Any]:
         elif key == "mitigation":
             Mitigation.named(value)
             fixed[key] = value
-        elif kinds[key] is bool:
+        elif kinds[key] is bool or key == "compile":
             if value.lower() not in _FLAGS:
                 raise ValueError(f"--fix {word}: give true or false")
             fixed[key] = _FLAGS[value.lower()]

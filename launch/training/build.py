@@ -103,6 +103,8 @@ def _parallel_model(
         zero_stage=layout.zero_stage,
         precision=precision_of(layout, settings),
         sharded_accumulation=layout.sharded_accumulation,
+        sequence_parallel=layout.sequence_parallel,
+        compile=layout.compile,
         seed=settings.seed,
         embedding_counts_as=layout.embedding_counts_as,
         head_counts_as=layout.head_counts_as,
@@ -139,7 +141,7 @@ def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: 
         tiny.pipeline.run(tiny.micro_batches(lambda: torch.zeros(layout.global_batch // layout.dp, 4).long()))
     else:
         optimizer = make_optimizer(tiny, settings)
-        tiny.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp, dtype=torch.int64))
+        tiny.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp * layout.tp, dtype=torch.int64))
         tiny.clip_grad_norm_(1.0)
         optimizer.step()
         del optimizer

@@ -22,14 +22,14 @@ _DEFAULTS: dict[str, Any] = {
     "cp_heads": 1, "sequence_parallel": False, "checkpoint_every": 1, "stream_chunks": 1, "offload": False,
     "embedding_counts_as": 0, "head_counts_as": 0, "schedule": np.int8(FLUSHED), "sharded_accumulation": False,
 }  # fmt: skip
-_SHARED = ("global_batch", "seq_len", "mitigation", "precision")
+_SHARED = ("global_batch", "seq_len", "mitigation", "precision", "compile")
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
     """Columns of equal length; `checkpointing` and `schedule` as indices of their words. Batch, length,
-    mitigation and precision are one for all."""
+    mitigation, precision and whether layers are compiled are one for all."""
 
     dp: Column
     pp: Column
@@ -53,13 +53,14 @@ class Candidates:
     seq_len: int
     mitigation: str = MITIGATION
     precision: str = PRECISIONS[0]
+    compile: bool | None = None
 
     def __len__(self) -> int:
         return len(self.dp)
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> "Candidates":
-        """The columns of some layouts; all must have the same batch, length, mitigation and precision."""
+        """The columns of some layouts; all must have the same of what is one for all."""
         batches = {tuple(getattr(layout, name) for name in _SHARED) for layout in layouts}
         assert len(batches) == 1, f"layouts of several {', '.join(_SHARED)}: {batches}"
         columns: dict[str, Any] = {}
@@ -77,11 +78,17 @@ class Candidates:
         seq_len: int,
         mitigation: str = MITIGATION,
         precision: str = PRECISIONS[0],
+        compile: bool | None = None,
     ) -> "Candidates":
         """Columns by name; a name that is left out has its default."""
         length = len(next(iter(columns.values())))
-        full = {name: columns.get(name, np.full(length, default)) for name, default in _DEFAULTS.items()}
-        return cls(global_batch=global_batch, seq_len=seq_len, mitigation=mitigation, precision=precision, **full)
+        full: dict[str, Any] = {
+            name: columns.get(name, np.full(length, default)) for name, default in _DEFAULTS.items()
+        }
+        shared: dict[str, Any] = dict(
+            zip(_SHARED, (global_batch, seq_len, mitigation, precision, compile), strict=True)
+        )
+        return cls(**shared, **full)
 
     def take(self, rows: Column) -> "Candidates":
         """The rows of a mask or of indices."""

@@ -106,7 +106,8 @@ class MeasuredKernels:
             samples = sorted(self.cluster.elementwise, key=lambda s: s.bytes)
             sizes = np.log([s.bytes for s in samples])
             rates = [s.bytes / max(s.seconds - device.operator_overhead_s, 0.1 * s.seconds) for s in samples]
-            bandwidth = np.exp(np.interp(np.log(np.maximum(each, 1.0)), sizes, np.log(rates)))
+            # At least a byte a second: nothing real is slower, and a step stays a number.
+            bandwidth = np.exp(np.interp(np.log(np.maximum(each, 1.0)), sizes, np.log(np.maximum(rates, 1.0))))
         return num_operators * (device.operator_overhead_s + each / bandwidth)
 
 

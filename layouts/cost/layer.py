@@ -221,7 +221,10 @@ def head_times(pricing: Pricing) -> Times:
 def recomputed(pricing: Pricing, forward: Column, attention_forward: Column) -> Column:
     """Seconds of forward work done again in a layer's backward, by checkpointing."""
     kind = pricing.layouts.checkpointing
-    again = np.select([kind == FULL, kind == STREAM, kind == SELECTIVE], [forward, forward, attention_forward], 0.0)
+    elementwise = pricing.software.selective == "elementwise"
+    # Estimated beside a forward that may be measured, of which it is a part.
+    selected = np.minimum(_memory_bound(pricing).forward, forward) if elementwise else attention_forward
+    again = np.select([kind == FULL, kind == STREAM, kind == SELECTIVE], [forward, forward, selected], 0.0)
     return again / pricing.layouts.checkpoint_every
 
 
@@ -265,4 +268,23 @@ def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:
         copies = 8.0 if software.attention == "eager" else 2.0
         scores = np.where(layouts.checkpointing == SELECTIVE, 0.0, _stored_scores(pricing) * copies)
         kept = kept + scores
-    return software.kept_share * kept, layouts.tokens * hidden * itemsize / split
+    layer_input = layouts.tokens * hidden * itemsize / split
+    kept = software.kept_share * kept
+    if software.selective == "elementwise":
+        kept = np.where(layouts.checkpointing == SELECTIVE, np.minimum(kept, _kept_selectively(pricing)), kept)
+    return kept, layer_input
+
+
+def _kept_selectively(pricing: Pricing) -> Column:
+    """Bytes of one micro-batch that stay where only matrix products and attention keep their outputs in a layer.
+
+    The layer's input; q, k, v before their rotary embedding; attention's output with its log-sum-exp; the outputs of
+    the output projection, of gate and up, and of down.
+    """
+    model, layouts, software = pricing.model, pricing.layouts, pricing.software
+    itemsize, tp = software.compute_bytes, layouts.tp
+    split = np.where(layouts.sequence_parallel, tp, 1)
+    ups = 2.0 if model.gated_mlp else 1.0
+    cut = (2.0 * model.q_size + 2.0 * model.kv_size + ups * active_ffn(model)) * itemsize + model.num_heads * 4.0
+    kept: Column = layouts.tokens * (cut / tp + 3.0 * model.hidden_size * itemsize / split)
+    return kept

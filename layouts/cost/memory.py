@@ -126,6 +126,11 @@ def _held(pricing: Pricing) -> Column:
 def _weights(pricing: Pricing) -> Column:
     layouts, itemsize = pricing.layouts, pricing.software.weight_bytes
     weights = _sharded(pricing, 3) * itemsize
+    if pricing.software.gathers_below_zero3:
+        # Shards that are trained, and what a step gathers of them.
+        below = (layouts.zero_stage == 1) | (layouts.zero_stage == 2)
+        gathered = _sharded(pricing, 1) * itemsize + _held(pricing) * pricing.software.gather_bytes
+        weights = np.where(below, gathered, weights)
     if layouts.any_asynchronous:
         weights = weights + _held(pricing) * weight_copies(layouts, pricing.stages.index) * itemsize
     return weights
@@ -205,7 +210,8 @@ def _casts(pricing: Pricing) -> Column:
     flight keeps its own."""
     layouts = pricing.layouts
     copies = np.where(layouts.recomputed_share > 0, 1.0, pricing.stages.in_flight)
-    return np.where(layouts.zero_stage == 3, 0.0, _held(pricing) * pricing.software.cast_bytes * copies)
+    sharded = layouts.zero_stage >= (1 if pricing.software.gathers_below_zero3 else 3)  # whose gathered ones are cast
+    return np.where(sharded, 0.0, _held(pricing) * pricing.software.cast_bytes * copies)
 
 
 def _pipeline_buffers(pricing: Pricing) -> Column:

@@ -82,13 +82,24 @@ class PricedLayout:
         return self.time_parts_s["optimizer"]
 
 
-def software_for(cluster: Cluster, space: str = "runtime", precision: str = PRECISIONS[0]) -> Software:
+def software_for(
+    cluster: Cluster, space: str = "runtime", precision: str = PRECISIONS[0], *, compiled: bool = False
+) -> Software:
     """The software that runs a layout of this space on this cluster, in this precision.
 
+    Args:
+        compiled: whether the layout asks for compiled layers.
     Raises:
-        ValueError: a precision whose speed no measurement of this device tells.
+        ValueError: a precision whose speed no measurement of this device tells, or that of compiled layers.
     """
     kind = cluster.device.type
+    if compiled and space != "full":
+        if kind == "cpu" or precision not in (PRECISIONS[0], "bf16-mixed"):
+            raise ValueError(
+                f"compile=true on {cluster.device.name} with precision={precision}: the speed of compiled layers is "
+                "known on CUDA with bf16-mixed alone; plan without it"
+            )
+        return load_software("fourfold-compiled")
     usual, software = ("fp32", RUNTIME_CPU) if kind == "cpu" else ("bf16-mixed", RUNTIME_CUDA)
     if precision in (PRECISIONS[0], usual):
         return MEGATRON if space == "full" and kind != "cpu" else software
@@ -121,10 +132,14 @@ def price(
             layouts=Candidates.of(layouts),
             model=model,
             cluster=cluster,
-            software=software or software_for(cluster, precision=layouts[0].precision),
+            software=software or _software_of(cluster, layouts[0]),
             constants=constants or load_constants(),
         )
     )
+
+
+def _software_of(cluster: Cluster, layout: Layout) -> Software:
+    return software_for(cluster, precision=layout.precision, compiled=bool(layout.compile))
 
 
 def price_candidates(pricing: Pricing) -> list[PricedLayout]:

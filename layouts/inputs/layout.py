@@ -30,7 +30,8 @@ class Layout:
     tp: int = 1
     micro_batch: int = 1
     checkpointing: str = "none"
-    """none; selective (the attention core is recomputed); full (a layer's input is kept); stream (StreamBP)."""
+    """none; selective (what is cheap is recomputed: in fourfold all but matrix products and attention, in Megatron the
+    attention core); full (a layer's input is kept); stream (StreamBP)."""
     zero_stage: int = 0
     """0: DDP; 1: optimizer states sharded over dp x cp; 2: gradients too; 3: weights too (FSDP)."""
     global_batch: int
@@ -64,6 +65,8 @@ class Layout:
     sharded_accumulation: bool = False
     """ZeRO 3 with several micro-batches: each one's gradients are reduced and sharded, instead of whole ones kept until
     the last. Less memory for more traffic."""
+    compile: bool | None = None
+    """Whether each layer runs through torch.compile; None: where the runtime does so by itself, on CUDA."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -86,6 +89,8 @@ class Layout:
         for name in ("sequence_parallel", "offload", "sharded_accumulation"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: give true or false")
+        if self.compile is not None and not isinstance(self.compile, bool):
+            raise ValueError(f"compile={shown(self.compile)}: give true or false, or leave it out")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={shown(self.schedule)}: choose one of {', '.join(SCHEDULES)}")
         if not isinstance(self.mitigation, str):
@@ -147,6 +152,7 @@ class Layout:
         if self.asynchronous:
             words.append(self.schedule + f"/{self.mitigation}" * (self.mitigation != MITIGATION))
         words += [self.precision] * (self.precision != PRECISIONS[0])
+        words += {None: [], True: ["compile"], False: ["nocompile"]}[self.compile]
         return " ".join(words)
 
     def as_dict(self) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         cut = re.fullmatch(r"less(\d{1,12})\+(\d{1,12})", word)
         if word in _FLAGS:
             fields[_FLAGS[word]] = True
+        elif word in ("compile", "nocompile"):
+            fields["compile"] = word == "compile"
         elif word in PRECISIONS:
             fields["precision"] = word
         elif word.split("/")[0] in SCHEDULES:
@@ -39,7 +41,10 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         elif number and number[1] in _NUMBERS:
             fields[_NUMBERS[number[1]]] = int(number[2])
         else:
-            known = [*(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES, *PRECISIONS]
+            known = [
+                *(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES, *PRECISIONS,
+                "compile", "nocompile",
+            ]  # fmt: skip
             raise ValueError(f"layout {words!r}: {word!r} is none of {', '.join(known)}")
     rest = fields.get("pp", 1) * fields.get("cp", 1) * fields.get("tp", 1)
     if "dp" not in fields and rest and num_devices % rest == 0:

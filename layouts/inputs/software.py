@@ -17,6 +17,7 @@ from typing import Any
 from fourfold.layouts.inputs.reading import number, read_toml, shortened, shown
 
 ATTENTION = ("flash2", "flash1", "triton", "fused", "eager")
+SELECTIVE = ("attention", "elementwise")
 FITTED = (
     "compute_share", "layer_host_s", "layer_host_tp_s", "micro_batch_s", "step_s", "dp_overlap", "tp_overlap",
     "kept_share", "logits_bytes", "bucket_bytes", "extra_peak_bytes", "checkpoint_stall_s", "extra_reserve_bytes",
@@ -50,6 +51,12 @@ class Software:
     """Whether ZeRO 3 keeps whole gradients between micro-batches, to reduce them once a step (FSDP2 without sync)."""
     fresh_gradients: bool = False
     """Gradients are made in the first backward of a step; DDP's buckets take a copy of them at the last."""
+    gathers_below_zero3: bool = False
+    """Whether ZeRO 1 and 2 shard weights between steps, and gather them for a step in `gather_bytes` (FSDP2 without
+    resharding); else they stay whole on every rank."""
+    selective: str = "attention"
+    """What selective checkpointing computes again: "attention", its core alone (Megatron), or "elementwise", all but
+    matrix products and attention."""
     pipeline_buffers: bool = False
     """Whether a stage has a receive buffer for every micro-batch of the step (torch.distributed.pipelining)."""
     tp_kept: float = 0.0
@@ -169,6 +176,8 @@ def software_from(document: Mapping[str, Any], *, name: str, where: str) -> Soft
                 values[entry] = _checked(given, kinds[entry], f"{where}: [{key}] {entry}")
         elif key not in ("like", "provenance"):
             raise ValueError(f"{where}: has {shown(key)}: write [conventions], [fitted] and [doubt]")
+    if values.get("selective", "attention") not in SELECTIVE:
+        raise ValueError(f"{where}: selective={shown(values['selective'])}: choose one of {', '.join(SELECTIVE)}")
     if values.get("attention", "flash2") not in ATTENTION:
         raise ValueError(f"{where}: attention={shown(values['attention'])}: choose one of {', '.join(ATTENTION)}")
     for share in ("dp_overlap", "tp_overlap", "zero3_overlap"):

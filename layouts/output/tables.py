@@ -115,7 +115,11 @@ _WORDS = (
     (r"z\d", "zN: ZeRO stage N (1 optimizer states sharded, 2 gradients too, 3 weights too)"),
     (r"shardacc", "shardacc: gradients are reduced and sharded after every micro-batch, not once a step"),
     (r"fp32|bf16-mixed|bf16|fp64", "fp32, bf16-mixed, bf16, fp64: the precision, where it is not the device's own"),
-    (r"selective", "selective: the attention core is recomputed in backward"),
+    (
+        r"compile|nocompile",
+        "compile, nocompile: layers run through torch.compile, or not; without a word as on the device",
+    ),
+    (r"selective", "selective: what is cheap is recomputed in backward, matrix products and attention are kept"),
     (r"full(/\d+)?", "full/N: every N-th layer (every one without /N) is recomputed in backward"),
     (r"stream(x\d+)?", "streamxN: StreamBP in N chunks of the sequence"),
     (r"offload", "offload: inputs of checkpointed layers wait in host memory"),

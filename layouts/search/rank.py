@@ -84,7 +84,7 @@ def rank_layouts(
             f"no layout of {request.num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
         )
     if software is None:
-        software = software_for(cluster, request.space, candidates.precision)
+        software = software_for(cluster, request.space, candidates.precision, compiled=bool(candidates.compile))
     pricing = Pricing(
         layouts=candidates, model=model, cluster=cluster, software=software,
         constants=constants or load_constants(),

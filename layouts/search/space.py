@@ -180,10 +180,12 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
         table.expand(name, [as_number(name, fix[name])] if name in fix else values)
 
     expand("micro_batch", [size for size in MICRO_BATCHES if global_batch % size == 0])
-    expand("zero_stage", [0, 1, 2, 3] if full else [0, 3])
-    expand("checkpointing", [NONE, SELECTIVE, FULL, STREAM] if full else [NONE, FULL, STREAM])
+    expand("zero_stage", [0, 1, 2, 3])
+    expand("checkpointing", [NONE, SELECTIVE, FULL, STREAM])
+    expand("sequence_parallel", [False, True])
+    expand("compile", [bool(fix.get("compile"))])
     options: dict[str, Sequence[Any]] = {
-        "sequence_parallel": [False, True], "vp": [1, 2, 4], "checkpoint_every": [1, 2, 4], "offload": [False, True],
+        "vp": [1, 2, 4], "checkpoint_every": [1, 2, 4], "offload": [False, True],
         "cp_heads": [1, 2, 4, 8], "ep": divisors(model.num_experts) if model.num_experts else [1],
     }  # fmt: skip
     for name, values in options.items():
@@ -197,11 +199,12 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
         expand("schedule", range(len(SCHEDULES)))
     mitigation = fix.get("mitigation", MITIGATION)
     candidates = Candidates.from_columns(
-        table.columns,
+        {name: column for name, column in table.columns.items() if name != "compile"},
         global_batch=global_batch,
         seq_len=seq_len,
         mitigation=mitigation,
         precision=fix.get("precision", PRECISIONS[0]),
+        compile=fix.get("compile"),
     )
     return candidates, reasons | table.reasons
 

@@ -83,16 +83,17 @@ class Pipeline:
         return self._schedules[key]
 
     def _torch_stage(self, tokens: Tensor, train: bool) -> PipelineStage:
-        def activations(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(*tokens.shape, width, dtype=dtype, device="meta", requires_grad=train)
+        stage, (batch, seq_len) = self._stage, tokens.shape
 
-        stage = self._stage
-        hidden = activations(stage.hidden_size, self._hidden_dtype)
+        def activations(length: int, width: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(batch, length, width, dtype=dtype, device="meta", requires_grad=train)
+
+        hidden = activations(seq_len // stage.sequence_shards, stage.hidden_size, self._hidden_dtype)
         if stage.checkpointing == "stream":
             dtype = torch.promote_types(torch.float32, self._hidden_dtype)
             last = torch.empty((), dtype=dtype, device="meta", requires_grad=train)
         else:
-            last = activations(self._local_vocab_size, self._logits_dtype)
+            last = activations(seq_len, self._local_vocab_size, self._logits_dtype)
         return PipelineStage(
             self._module,
             self._index,

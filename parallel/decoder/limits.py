@@ -13,92 +13,23 @@ not import torch, because the planner must answer without it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
+from fourfold.parallel.decoder.choice import CHECKPOINTING as CHECKPOINTING
+from fourfold.parallel.decoder.choice import DOUBLE_BUFFERED, DRAINED, FULL, NONE, STREAM
+from fourfold.parallel.decoder.choice import LOCKSTEP as LOCKSTEP
+from fourfold.parallel.decoder.choice import PRECISIONS as PRECISIONS
+from fourfold.parallel.decoder.choice import SCHEDULES as SCHEDULES
+from fourfold.parallel.decoder.choice import SELECTIVE as SELECTIVE
+from fourfold.parallel.decoder.choice import Choice as Choice
+from fourfold.parallel.decoder.choice import as_number as as_number
 from fourfold.parallel.decoder.facts import LENGTH_DEPENDENT_ROPE
 from fourfold.parallel.decoder.facts import DecoderFacts as DecoderFacts
 from fourfold.parallel.decoder.facts import decoder_facts as decoder_facts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the decoders that `parallelize` cuts; a test compares each with one process."""
-
-CHECKPOINTING = ("none", "selective", "full", "stream")
-NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
-SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
-"""Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
-DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
-
-PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64")
-"""Dtypes of weights and of matrix products; decoder.precision has their meanings."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """A layout as the predicates read it: every field one value, or all those that vary a numpy column.
-
-    `checkpointing` and `schedule` are indices of their words. None is a value that is not known yet.
-    """
-
-    dp: Any = 1
-    pp: Any = 1
-    cp: Any = 1
-    tp: Any = 1
-    micro_batch: Any = 1
-    checkpointing: Any = NONE
-    zero_stage: Any = 0
-    global_batch: int | None = None
-    seq_len: int | None = None
-    vp: Any = 1
-    ep: Any = 1
-    cp_heads: Any = 1
-    sequence_parallel: Any = False
-    checkpoint_every: Any = 1
-    stream_chunks: Any = 1
-    offload: Any = False
-    embedding_counts_as: Any = 0
-    head_counts_as: Any = 0
-    schedule: Any = DRAINED
-    sharded_accumulation: Any = False
-
-    @classmethod
-    def of(cls, layout: Any) -> "Choice":
-        """The choice of anything that has these fields, with words for `checkpointing` and `schedule`."""
-        return cls(**{field.name: as_number(field.name, getattr(layout, field.name)) for field in fields(cls)})
-
-    @property
-    def num_micro_batches(self) -> Any:
-        """Of one replica in a step."""
-        assert self.global_batch is not None
-        return self.global_batch // (self.dp * self.micro_batch)
-
-    @property
-    def pieces(self) -> Any:
-        """Into which cp cuts the sequence: two a rank (zigzag), or the whole."""
-        return (self.cp == 1) + 2 * self.cp * (self.cp > 1)
-
-    @property
-    def checkpointing_word(self) -> str:
-        return CHECKPOINTING[self.checkpointing]
-
-    @property
-    def schedule_word(self) -> str:
-        return SCHEDULES[self.schedule]
-
-    @property
-    def stages(self) -> str:
-        """pp=8, or pp=8 x vp=2."""
-        return f"pp={self.pp}" + (f" x vp={self.vp}" if self.vp > 1 else "")
-
-
-def as_number(name: str, value: Any) -> Any:
-    """A layout field's value as a Choice holds it: words by their index. Raises ValueError for a word that is none."""
-    words = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}.get(name)
-    if words is None:
-        return value
-    if value not in words:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(words)}")
-    return words.index(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,6 +165,7 @@ FORMS: tuple[Limit, ...] = (
     _whole_stage("sequence_parallel", False),
     _whole_stage("offload", False),
     _whole_stage("checkpoint_every", 1),
+    _whole_stage("compile", False),
     Limit(
         fields=("pp", "schedule"),
         allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.pp > 1),
@@ -301,7 +233,20 @@ RUNTIME: tuple[Limit, ...] = (
     _absent("vp", 1, "interleaved stages"),
     _absent("ep", 1, "expert parallelism"),
     _absent("cp_heads", 1, "exchange of heads among cp ranks"),
-    _absent("sequence_parallel", False, "sequence parallelism"),
+    Limit(
+        fields=("tp", "sequence_parallel"),
+        allows=lambda model, layout: (layout.sequence_parallel == 0) | (layout.tp > 1),
+        reason="sequence parallelism needs tp of at least 2",
+        message="sequence_parallel=true with tp={layout.tp}: it cuts what tp ranks repeat; choose tp of at least 2, or "
+        "false",
+    ),
+    Limit(
+        fields=("cp", "tp", "seq_len", "sequence_parallel"),
+        allows=lambda model, layout: (layout.sequence_parallel == 0) | (layout.local_tokens % layout.tp == 0),
+        reason="sequence parallelism: tp does not divide a cp rank's tokens",
+        message="sequence_parallel=true with tp={layout.tp} and {layout.local_tokens} tokens a cp rank: "
+        "choose a seq_len that cp x tp divides, or sequence_parallel=false",
+    ),
     _absent("checkpoint_every", 1, "checkpointing of some layers only"),
     Limit(
         fields=("checkpointing", "offload"),
@@ -319,27 +264,36 @@ RUNTIME: tuple[Limit, ...] = (
         "choose pp=1, or false",
     ),
     Limit(
-        fields=("checkpointing",),
-        allows=lambda model, layout: layout.checkpointing != SELECTIVE,
-        reason="checkpointing=selective",
-        message="checkpointing='selective': fourfold's runtime keeps all, a layer's input, or chunks; choose none, "
-        "full or stream",
-    ),
-    Limit(
         fields=("tp", "checkpointing"),
         allows=lambda model, layout: (layout.checkpointing != STREAM) | (layout.tp == 1),
         reason="checkpointing=stream with tp",
         message="checkpointing='stream' with tp={layout.tp}: chunks of cut matrices are not supported; use tp=1 and "
         "more cp or zero_stage=3, or checkpointing='full'",
     ),
-    *(
-        Limit(
-            fields=("zero_stage",),
-            allows=lambda model, layout, stage=stage: layout.zero_stage != stage,  # type: ignore[misc]
-            reason=f"zero_stage={stage}",
-            message=f"zero_stage={stage} is not supported by fourfold's runtime: 0 (DDP) or 3 (FSDP2)",
-        )
-        for stage in (1, 2)
+    Limit(
+        fields=("pp", "zero_stage"),
+        # As for sharded_accumulation: between the micro-batches of a stage gradients are whole, which is ZeRO 1.
+        allows=lambda model, layout: (layout.zero_stage != 2) | (layout.pp == 1),
+        reason="zero_stage=2 needs pp=1",
+        message="zero_stage=2 with pp={layout.pp}: a pipeline stage reduces gradients once a step, so that they are "
+        "whole until then; choose zero_stage=1 or 3, or pp=1",
+    ),
+    Limit(
+        fields=("tp", "compile"),
+        # torch 2.13: backward hands a plain tensor to DTensor's redistribution, and ends in an AttributeError.
+        allows=lambda model, layout: (layout.compile == 0) | (layout.tp == 1),
+        reason="compile with tp",
+        message="compile=true with tp={layout.tp}: a compiled layer whose matrices are cut fails in backward; "
+        "choose tp=1, or compile=false",
+    ),
+    Limit(
+        fields=("checkpointing", "compile"),
+        allows=lambda model, layout: (
+            (layout.compile == 0) | (layout.checkpointing == NONE) | (layout.checkpointing == FULL)
+        ),
+        reason="compile with selective checkpointing or StreamBP",
+        message="compile=true with checkpointing={layout.checkpointing_word!r}: the compiler itself chooses what of a "
+        "layer to keep, and StreamBP runs layers in pieces; choose checkpointing='none' or 'full', or compile=false",
     ),
 )
 

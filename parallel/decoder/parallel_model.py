@@ -48,6 +48,7 @@ class StepOptions:
     micro_batch: int | None
     zero_stage: int
     sharded_accumulation: bool
+    sequence_parallel: bool
     precision: Precision
     ring: dist.ProcessGroup | None
 
@@ -93,7 +94,7 @@ class ParallelModel:
         if mesh["pp"].size() > 1:
             stored, products = options.precision.weights, options.precision.products
             # FSDP2 casts the residual stream with the weights; autocast leaves it in the embedding's dtype.
-            hidden_dtype = (products or stored) if options.zero_stage == 3 else stored
+            hidden_dtype = (products or stored) if options.zero_stage > 0 else stored
             self._pipeline = Pipeline(
                 self._module, stage, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=products or stored
             )
@@ -216,6 +217,7 @@ class ParallelModel:
         labels = input_ids if labels is None else labels
         # Checks, where the batch still is, and the global number of targets.
         trouble = trouble_with(input_ids, labels, vocab_size=self.stage.vocab_size, micro_batch=self._micro_batch)
+        trouble = trouble or self._trouble_with_length(input_ids)
         num_targets = self._agreement.num_targets(input_ids, labels, trouble)
         # Divided in fp32, as transformers' mean over the targets is: an fp64 model then takes the very same step.
         self._loss_scale = (self._num_replicas / torch.tensor(max(num_targets, 1))).item()
@@ -229,11 +231,22 @@ class ParallelModel:
         self.stage.position_ids = positions[None]
         return shard_sequence(input_ids, place, dim=1), shard_labels(labels, place)
 
+    def _trouble_with_length(self, input_ids: Tensor) -> str:
+        """What is wrong with a sequence that sequence parallelism has to cut evenly; empty where nothing is."""
+        cp = self.mesh["cp"].size()
+        even = self._tp * cp * (2 if cp > 1 else 1)
+        if not self._options.sequence_parallel or input_ids.dim() != 2 or input_ids.shape[1] % even == 0:
+            return ""
+        return (
+            f"a sequence of {input_ids.shape[1]} tokens cannot be cut evenly over cp={cp} and, with "
+            f"sequence_parallel=True, tp={self._tp}: give a multiple of {even}"
+        )
+
     def _accumulate(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """Micro-batches one after the other; gradients travel with the last, or with each where they are sharded."""
         pairs = list(zip(self._cut(inputs), self._cut(targets), strict=True))
         for index, (part, target) in enumerate(pairs):
-            with self._gradient_sync(index == len(pairs) - 1 or self._options.sharded_accumulation):
+            with self._gradient_sync(is_last=index == len(pairs) - 1):
                 loss = self._loss(self._run(part, target), target)
                 loss.backward()  # type: ignore[no-untyped-call]
             yield loss.detach()
@@ -241,10 +254,14 @@ class ParallelModel:
     def _cut(self, batch: Tensor) -> tuple[Tensor, ...]:
         return torch.split(batch, self._micro_batch or max(1, len(batch)))
 
-    def _gradient_sync(self, enabled: bool) -> AbstractContextManager[None]:
+    def _gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Around a micro-batch's forward and backward: whether its gradients travel, and whether weights stay whole."""
         if isinstance(self._module, FSDPModule):
-            self._module.set_requires_gradient_sync(enabled)
-        elif isinstance(self._module, DistributedDataParallel) and not enabled:
+            zero_stage = self._options.zero_stage
+            self._module.set_requires_gradient_sync(is_last or zero_stage == 2 or self._options.sharded_accumulation)
+            if zero_stage < 3:  # weights are gathered once a step
+                self._module.set_reshard_after_backward(is_last)
+        elif isinstance(self._module, DistributedDataParallel) and not is_last:
             return cast(AbstractContextManager[None], self._module.no_sync())
         return nullcontext()
 

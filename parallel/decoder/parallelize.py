@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.limits import Choice, as_number
 from fourfold.parallel.decoder.parallel_model import ParallelModel, StepOptions, device_of
 from fourfold.parallel.decoder.precision import Precision, chosen_precision
@@ -47,6 +48,8 @@ def parallelize(
     precision: str | None = None,
     dtype: torch.dtype | None = None,
     sharded_accumulation: bool = False,
+    sequence_parallel: bool = False,
+    compile: bool | str | None = None,
     seed: int = 0,
     embedding_counts_as: int = 0,
     head_counts_as: int = 0,
@@ -59,34 +62,42 @@ def parallelize(
     Args:
         model: a transformers causal language model of the Llama family (decoder.limits.FAMILIES). Its modules are taken
             over and changed in place: from now on `model` itself refuses to run or be saved. Make the optimizer
-            afterwards, from ParallelModel.parameters(): tp and zero_stage=3 replace parameters.
+            afterwards, from ParallelModel.parameters(): tp and zero_stage above 0 replace parameters.
         mesh: from `init_mesh`. tp cuts matrices (DTensor), cp the sequence (ring attention), pp the layers
             (torch.distributed.pipelining, 1F1B), dp the batch.
         micro_batch: sequences a forward pass; None means one with pp > 1, the whole local batch without.
-        checkpointing: "none", "full" (keep each layer's input, recompute the layer) or "stream" (the same in chunks of
-            the sequence, head and loss too: see stream_backprop). "stream" needs tp=1.
+        checkpointing: "none", "selective" (keep each layer's input and the outputs of its matrix products and of
+            attention, recompute the rest), "full" (keep each layer's input, recompute the layer) or "stream" (the same
+            in chunks of the sequence, head and loss too: see stream_backprop). "stream" needs tp=1.
         stream: the chunks' sizes; None is stream_backprop's defaults.
-        zero_stage: 0 keeps weights on every dp x cp rank (DDP), 3 shards them there (FSDP2).
+        zero_stage: what the dp x cp ranks, which hold the same weights, shard among them. 0: nothing (DDP). 1: the
+            optimizer's states, and between steps the weights; in a step weights and gradients are whole. 2: gradients
+            too, which are reduced at every micro-batch; needs pp=1. 3: weights too, each layer gathered when it runs.
+            1 to 3 are FSDP2's.
         precision: "fp32"; "bf16-mixed", fp32 weights, gradients and optimizer states with products in bf16; "bf16", all
             of them in bf16; "fp64". None takes fp32 on a CPU and bf16-mixed on CUDA, whatever dtype the model's config
             or weights have, but fp64 for a model made so by hand (`model.double()`).
         dtype: the older way to say it: torch.bfloat16 means bf16-mixed.
         sharded_accumulation: with zero_stage=3 and several micro-batches, reduce and shard each one's gradients. Else
             whole gradients are kept until the last: less traffic, and the model's size in memory. Needs pp=1.
+        sequence_parallel: with tp, cut hidden states along the sequence between the layers' matrices. Sequences must
+            be multiples of cp x tp, with cp > 1 of twice that.
+        compile: run each layer through torch.compile: True for inductor, or the name of another backend of torch. None
+            does so on CUDA with Triton, not on a CPU. Needs tp=1, and checkpointing "none" or "full".
         seed: of the weights of a model on the meta device; the weights of any other are kept.
         embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     Returns:
         A ParallelModel that holds this rank's part.
     Raises:
         ValueError: what cannot be exact (decoder.limits): another model family, heads that tp does not divide, fewer
-            layers than stages, tied embeddings with pp > 1, streaming with tp > 1; a precision that is none; a model
-            that was parallelized before.
+            layers than stages, tied embeddings with pp > 1, streaming with tp > 1; a precision or a compiler that is
+            none; a model that was parallelized or compiled before, or that peft has changed.
     Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
     if zero_stage not in range(4):
-        raise ValueError(f"zero_stage={zero_stage!r}: choose 0 (DDP) or 3 (FSDP2)")
+        raise ValueError(f"zero_stage={zero_stage!r}: choose 0 (DDP), 1, 2 or 3 (FSDP2)")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
     layout = Choice(
@@ -94,14 +105,17 @@ def parallelize(
         checkpointing=as_number("checkpointing", checkpointing),
         zero_stage=zero_stage,
         sharded_accumulation=sharded_accumulation,
+        sequence_parallel=sequence_parallel,
+        compile=bool(compile),
         embedding_counts_as=embedding_counts_as,
         head_counts_as=head_counts_as,
     )
-    check_decoder(model, layout)
     refuse_taken_over(model)
+    check_decoder(model, layout)
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     stored = chosen_precision(precision, dtype, model, mesh.device_type)
+    backend = chosen_backend(compile, mesh.device_type, layout)
     # The layers of this stage.
     config = cast(Any, model).config
     ranges = layer_ranges(config.num_hidden_layers, layout.pp, embedding_counts_as, head_counts_as)
@@ -119,10 +133,19 @@ def parallelize(
         stream=stream,
         autocast_dtype=stored.products if zero_stage == 0 else None,
     )
+    stage.sequence_shards = layout.tp if sequence_parallel else 1
     # Their weights, and what becomes of the model around them.
     before = list(stage.parameters())
     replicas = _replica_mesh(mesh)
-    _place(stage, model, mesh, _Placement(replicas=replicas, zero_stage=zero_stage, precision=stored, seed=seed))
+    placement = _Placement(
+        replicas=replicas,
+        zero_stage=zero_stage,
+        precision=stored,
+        seed=seed,
+        sequence_parallel=sequence_parallel,
+        backend=backend,
+    )
+    _place(stage, model, mesh, placement)
     kept = {id(parameter) for parameter in stage.parameters()}
     mark_replaced(parameter for parameter in before if id(parameter) not in kept)
     take_over(model)
@@ -130,6 +153,7 @@ def parallelize(
         micro_batch=micro_batch,
         zero_stage=zero_stage,
         sharded_accumulation=sharded_accumulation,
+        sequence_parallel=sequence_parallel,
         precision=stored,
         ring=ring,
     )
@@ -163,12 +187,19 @@ def _check_alike(stage: DecoderStage, seed: int, device: torch.device, group: di
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Placement:
-    """How a stage's weights lie on its ranks; `replicas` hold the same ones, whole or sharded."""
+    """How a stage's weights lie on its ranks, and what runs them.
+
+    Attributes:
+        replicas: the ranks that hold the same weights, whole or sharded.
+        backend: torch.compile's, for each layer; None for none.
+    """
 
     replicas: DeviceMesh
     zero_stage: int
     precision: Precision
     seed: int
+    sequence_parallel: bool
+    backend: str | None
 
 
 def _place(stage: DecoderStage, model: nn.Module, mesh: DeviceMesh, how: _Placement) -> None:
@@ -185,21 +216,27 @@ def _place(stage: DecoderStage, model: nn.Module, mesh: DeviceMesh, how: _Placem
     def made(part: nn.Module, name: str) -> None:
         materialise(part, name, model, seed=how.seed, device=device, dtype=how.precision.weights)
 
+    def sharded(part: nn.Module) -> None:
+        if how.zero_stage == 3:
+            fully_shard(part, mesh=replicas, mp_policy=policy)
+        elif how.zero_stage > 0:  # gathered by the first forward of a step, and whole until its last backward
+            fully_shard(part, mesh=replicas, mp_policy=policy, reshard_after_forward=False)
+
     for index, layer in stage.layers.items():
         made(layer, f"model.layers.{index}")
         if tp_mesh.size() > 1:
-            cut_layer(layer, tp_mesh)
+            cut_layer(layer, tp_mesh, sequence_parallel=how.sequence_parallel)
         if copies_weights:
             copy_weights(layer.parameters(), replicas.get_group())
-        if how.zero_stage == 3:
-            fully_shard(layer, mesh=replicas, mp_policy=policy)
+        if how.backend is not None:
+            compile_layer(layer, how.backend)
+        sharded(layer)
     for name, part in stage.ends():
         made(part, name)
     if tp_mesh.size() > 1:
-        cut_ends(stage, tp_mesh)
+        cut_ends(stage, tp_mesh, sequence_parallel=how.sequence_parallel)
     if copies_weights:
         copy_weights((weight for _, part in stage.ends() for weight in part.parameters()), replicas.get_group())
     if cast(Any, model).config.tie_word_embeddings:  # each step above makes parameters anew
         stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
-    if how.zero_stage == 3:
-        fully_shard(stage, mesh=replicas, mp_policy=policy)
+    sharded(stage)

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from fourfold.parallel.decoder.limits import FAMILIES, Choice, decoder_facts, refuse_decoder
+from fourfold.parallel.decoder.selective import run_selectively
+from fourfold.parallel.decoder.taken_over import refuse_wrapped
 from fourfold.parallel.ring.transformers import NAME as RING
 from fourfold.parallel.stream.attention import stream_attention_forward
 from fourfold.parallel.stream.patching import NAME
@@ -28,6 +30,7 @@ def check_decoder(model: nn.Module, layout: Choice | None = None) -> None:
     Raises:
         ValueError: what decoder.limits has: another model family, attention dropout, heads that tp does not divide.
     """
+    refuse_wrapped(model)
     config = cast(Any, model).config if hasattr(model, "config") else None
     if config is None or not hasattr(model, "lm_head"):
         raise ValueError(
@@ -68,8 +71,9 @@ class DecoderStage(nn.Module):
     Args:
         model: a causal language model that passed `check_decoder`. Its modules are shared, not copied.
         layers: the decoder layers of this stage.
-        checkpointing: "none", "full" to keep only each layer's input and recompute the layer in the backward pass, or
-            "stream" to do that in chunks of the sequence (StreamBP).
+        checkpointing: "none", "full" to keep only each layer's input and recompute the layer in the backward pass,
+            "selective" to keep the outputs of matrix products and attention besides, or "stream" to recompute in chunks
+            of the sequence (StreamBP).
         stream: the chunks' sizes; None is stream_backprop's defaults.
         autocast_dtype: the dtype matrix products run in, or None for the parameters' own.
 
@@ -99,6 +103,8 @@ class DecoderStage(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.hidden_size: int = whole.config.hidden_size
         self.vocab_size: int = whole.config.vocab_size
+        self.sequence_shards = 1
+        """Over how many tp ranks hidden states are cut along the sequence, between the layers' matrices."""
         self.position_ids: Tensor | None = None
         self.attention_arguments: dict[str, Any] = {}
         self.model = nn.Module()
@@ -138,14 +144,14 @@ class DecoderStage(nn.Module):
         """Run the stage.
 
         Args:
-            x: [B, S_local] int64 token ids on the first stage, else [B, S_local, hidden].
+            x: [B, S_local] int64 token ids on the first stage, else [B, S_local / sequence_shards, hidden].
             targets: [B, S_local] int64, shifted, negative for none; only where the stage streams, and read by the last.
         Returns:
             [B, S_local, vocab] logits on the last stage (this rank's part of the vocabulary under tensor
-            parallelism), with targets the sum of their cross-entropies instead; else [B, S_local, hidden].
+            parallelism), with targets the sum of their cross-entropies instead; else hidden states as x would be.
         """
         assert self.position_ids is not None
-        assert self.position_ids.shape[-1] == x.shape[1]
+        assert self.position_ids.shape[-1] == x.shape[1] * (1 if self.is_first else self.sequence_shards)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             hidden = self.model.embed_tokens(x) if self.is_first else x  # type: ignore[operator]
             rotary = self.model.rotary_emb(hidden, position_ids=self.position_ids)  # type: ignore[operator]
@@ -174,6 +180,8 @@ class DecoderStage(nn.Module):
         return stream_loss(self._stream, shared, self.config, norm, head, hidden, targets)
 
     def _run(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        if self.checkpointing == "selective" and torch.is_grad_enabled():
+            return run_selectively(layer, hidden, arguments)
         if self.checkpointing == "full" and torch.is_grad_enabled():
             # No randomness in a supported layer, so no generator state to keep.
             return cast(Tensor, checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **arguments))

@@ -25,6 +25,26 @@ def refuse_taken_over(model: nn.Module) -> None:
         raise ValueError("this model was parallelized before, and its modules belong to that layout: build it again")
 
 
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError for a model whose layers other libraries call in a way that a stage would pass by.
+
+    torch.compile's wrapper, or `compile()` of a module, holds code of the whole model; peft's adapters are modules in
+    the place of the matrices that tp cuts and a folder is written from.
+    """
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "this model"
+        if hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None:
+            raise ValueError(
+                f"{where} went through torch.compile, which would be passed by: give parallelize the model as it was "
+                "before, and compile=True to compile its layers"
+            )
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"{where} is peft's {type(module).__name__}: adapters are not cut over ranks; merge them first "
+                "(merge_and_unload()), or train them with stream_backprop, FSDP or DDP around the peft model"
+            )
+
+
 def take_over(model: nn.Module) -> None:
     """Refuse, from now on, what only the whole model could do: forward (and with it generate), state_dict (and with it
     save_pretrained), load_state_dict; of the model and of the one inside it that has the layers."""

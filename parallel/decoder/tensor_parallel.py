@@ -4,6 +4,13 @@ The cut is Megatron's (Shoeybi et al. 2019): attention heads and the MLP's inner
 and head by vocabulary. torch's `parallelize_module` applies it. Two things it leaves to the caller are here: the inputs
 of an attention block and an MLP enter as one DTensor, so that the backward pass sums one gradient instead of one a
 projection; and norms become replicated DTensors, so that an optimizer sees parameters of one kind.
+
+With sequence parallelism (Korthikanti et al. 2022) the hidden states between these blocks are cut along the sequence,
+so that norms and residual sums are done once and not on every tp rank. They are gathered before a block's first
+matrices, and what the last ones give is summed and scattered again: as many bytes as the all-reduce has.
+
+    plain       x -- norm -- [ q k v, attention, o ] -- all-reduce ------ + x       all of x on every tp rank
+    sequence    x -- norm -- all-gather -- [ ... ] -- reduce-scatter ---- + x       a tp-th of x's tokens on each
 """
 
 from torch import Tensor, nn
@@ -21,48 +28,59 @@ from torch.distributed.tensor.placement_types import Placement
 from fourfold.parallel.decoder.stage import DecoderStage
 
 
-def cut_layer(layer: nn.Module, tp_mesh: DeviceMesh) -> None:
+def cut_layer(layer: nn.Module, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
     """Replace a decoder layer's parameters by DTensors on `tp_mesh`, in place.
 
     Args:
         layer: its q, k, v, gate and up projections are cut by columns, o and down by rows.
         tp_mesh: one-dimensional; every rank of it must call with the same weights.
-    Cost: no communication now; in a step two all-reduces of [B, S_local, hidden] each way.
-    Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
+        sequence_parallel: the layer's input and output are [B, S_local / tp, hidden]; else [B, S_local, hidden].
+    Cost: no communication now; in a step two all-reduces of [B, S_local, hidden] each way, or as many all-gathers and
+        reduce-scatters.
+    Source: Shoeybi et al. 2019 (arXiv 1909.08053), section 3; Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.
     """
-    whole = _AsDTensor(Replicate())
+    between = _between(sequence_parallel)
+    norm = _AsDTensor(between)
     plan: dict[str, ParallelStyle] = {
-        "input_layernorm": whole,
+        "input_layernorm": norm,
         "self_attn": PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": Replicate()},
+            input_kwarg_layouts={"hidden_states": between},
             desired_input_kwarg_layouts={"hidden_states": Replicate()},
         ),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": ColwiseParallel(),
         "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
-        "post_attention_layernorm": whole,
-        "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
+        "self_attn.o_proj": RowwiseParallel(output_layouts=between),
+        "post_attention_layernorm": norm,
+        "mlp": PrepareModuleInput(input_layouts=between, desired_input_layouts=Replicate()),
         "mlp.gate_proj": ColwiseParallel(),
         "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=between),
     }
     if hasattr(layer.self_attn, "q_norm"):  # over each head's features; this rank has some of the heads
         plan["self_attn.q_norm"] = plan["self_attn.k_norm"] = _AsDTensor(Shard(2))
     parallelize_module(layer, tp_mesh, plan)
 
 
-def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh) -> None:
+def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
     """The same for the embedding and the head, by vocabulary, and for the last norm, where the stage has them.
 
     Logits leave the stage as this rank's part of the vocabulary.
 
     Cost: in a step one all-reduce of [B, S_local, hidden] for the embedding and one for the head's input gradient.
     """
+    between = _between(sequence_parallel)
     if stage.is_first:
-        parallelize_module(stage.model, tp_mesh, {"embed_tokens": RowwiseParallel(input_layouts=Replicate())})
+        embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+        parallelize_module(stage.model, tp_mesh, {"embed_tokens": embedding})
     if stage.is_last:
-        parallelize_module(stage, tp_mesh, {"model.norm": _AsDTensor(Replicate()), "lm_head": ColwiseParallel()})
+        head = ColwiseParallel(input_layouts=between)
+        parallelize_module(stage, tp_mesh, {"model.norm": _AsDTensor(between), "lm_head": head})
+
+
+def _between(sequence_parallel: bool) -> Placement:
+    """How hidden states [B, S_local, hidden] lie on the tp ranks between the layers' matrices."""
+    return Shard(1) if sequence_parallel else Replicate()
 
 
 class _AsDTensor(ParallelStyle):

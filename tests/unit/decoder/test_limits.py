@@ -28,7 +28,7 @@ VALUES = {
     "ep": (1, 2, 3), "cp_heads": (1, 2), "zero_stage": (0, 1, 2, 3), "sequence_parallel": (False, True),
     "checkpoint_every": (1, 2), "checkpointing": range(4), "offload": (False, True), "stream_chunks": (1, 4),
     "embedding_counts_as": (0, 1), "head_counts_as": (0, 2), "schedule": range(4), "global_batch": (12,),
-    "seq_len": (64,), "sharded_accumulation": (False, True),
+    "seq_len": (64,), "sharded_accumulation": (False, True), "compile": (False, True),
 }  # fmt: skip
 MODELS = [
     DecoderFacts(family="llama", num_layers=4, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64),
@@ -106,10 +106,10 @@ def test_streaming_layouts_are_ranked_where_asked_for_and_where_their_chunks_are
     assert {p.layout.tp for p in asked.layouts} == {1}
     assert {p.layout.cp for p in asked.layouts} == {1, 2, 4}
     assert {p.layout.checkpointing for p in plan(model, seq_len=4096, **batch).layouts} == {
-        "none", "full", "stream",
+        "none", "selective", "full", "stream",
     }  # fmt: skip
     short = plan(model, seq_len=512, **batch)
-    assert {p.layout.checkpointing for p in short.layouts} == {"none", "full"}
+    assert {p.layout.checkpointing for p in short.layouts} == {"none", "selective", "full"}
     assert short.infeasible["StreamBP's chunks have fewer than 256 tokens"]
 
 

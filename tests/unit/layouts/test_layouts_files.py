@@ -92,6 +92,8 @@ def test_heads_experts_and_stages_must_fit():
         Layout(pp=4, embedding_counts_as=1, head_counts_as=12, global_batch=8, seq_len=64),
         Layout(dp=2, zero_stage=3, sharded_accumulation=True, precision="bf16", global_batch=8, seq_len=64),
         Layout(precision="bf16-mixed", checkpointing="full", global_batch=8, seq_len=64),
+        Layout(tp=2, sequence_parallel=True, checkpointing="selective", compile=False, global_batch=8, seq_len=64),
+        Layout(dp=2, zero_stage=2, compile=True, global_batch=8, seq_len=64),
     ],
 )
 def test_a_printed_name_reads_back(layout):
@@ -101,8 +103,10 @@ def test_a_printed_name_reads_back(layout):
 
 def test_what_the_runtime_has_not_is_named():
     layout = Layout(tp=2, pp=2, vp=2, sequence_parallel=True, zero_stage=1, global_batch=8, seq_len=64)
-    assert layout.unrunnable_reason() == "vp, sequence_parallel, zero_stage=1"
+    assert layout.unrunnable_reason() == "vp"
     assert not layout.runnable
+    assert replace(layout, vp=1).runnable
+    assert replace(layout, vp=1, zero_stage=2).unrunnable_reason() == "zero_stage=2 needs pp=1"
     assert Layout(dp=2, zero_stage=3, checkpointing="full", global_batch=8, seq_len=64).runnable
     streamed = Layout(cp=2, checkpointing="stream", stream_chunks=4, global_batch=8, seq_len=64)
     assert streamed.runnable

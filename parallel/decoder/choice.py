@@ -1,0 +1,87 @@
+"""A layout as the table of limits reads it: words as numbers, each field one value or a numpy column; without torch."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+CHECKPOINTING = ("none", "selective", "full", "stream")
+NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
+SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
+"""Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
+DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
+
+PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64")
+"""Dtypes of weights and of matrix products; decoder.precision has their meanings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """A layout as the predicates read it: every field one value, or all those that vary a numpy column.
+
+    `checkpointing` and `schedule` are indices of their words. None is a value that is not known yet.
+    """
+
+    dp: Any = 1
+    pp: Any = 1
+    cp: Any = 1
+    tp: Any = 1
+    micro_batch: Any = 1
+    checkpointing: Any = NONE
+    zero_stage: Any = 0
+    global_batch: int | None = None
+    seq_len: int | None = None
+    vp: Any = 1
+    ep: Any = 1
+    cp_heads: Any = 1
+    sequence_parallel: Any = False
+    checkpoint_every: Any = 1
+    stream_chunks: Any = 1
+    offload: Any = False
+    embedding_counts_as: Any = 0
+    head_counts_as: Any = 0
+    schedule: Any = DRAINED
+    sharded_accumulation: Any = False
+    compile: Any = False
+
+    @classmethod
+    def of(cls, layout: Any) -> "Choice":
+        """The choice of anything that has these fields, with words for `checkpointing` and `schedule`."""
+        return cls(**{field.name: as_number(field.name, getattr(layout, field.name)) for field in fields(cls)})
+
+    @property
+    def num_micro_batches(self) -> Any:
+        """Of one replica in a step."""
+        assert self.global_batch is not None
+        return self.global_batch // (self.dp * self.micro_batch)
+
+    @property
+    def local_tokens(self) -> Any:
+        """Of a sequence, on one cp rank."""
+        return self.seq_len // self.cp
+
+    @property
+    def pieces(self) -> Any:
+        """Into which cp cuts the sequence: two a rank (zigzag), or the whole."""
+        return (self.cp == 1) + 2 * self.cp * (self.cp > 1)
+
+    @property
+    def checkpointing_word(self) -> str:
+        return CHECKPOINTING[self.checkpointing]
+
+    @property
+    def schedule_word(self) -> str:
+        return SCHEDULES[self.schedule]
+
+    @property
+    def stages(self) -> str:
+        """pp=8, or pp=8 x vp=2."""
+        return f"pp={self.pp}" + (f" x vp={self.vp}" if self.vp > 1 else "")
+
+
+def as_number(name: str, value: Any) -> Any:
+    """A layout field's value as a Choice holds it: words by their index. Raises ValueError for a word that is none."""
+    words = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}.get(name)
+    if words is None:
+        return value
+    if value not in words:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(words)}")
+    return words.index(value)
