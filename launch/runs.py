@@ -22,7 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 
 _PRECISIONS = {"fp32": "fp32", "bf16-mixed": "bf16", "bf16": "bf16", "fp64": "fp64"}
-_CHECKPOINTING = {"none": "disabled", "full": "full", "stream": "stream"}
+_CHECKPOINTING = {"none": "disabled", "selective": "selective", "full": "full", "stream": "stream"}
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run_row(
         "global_batch": layout.global_batch, "micro_batch": layout.micro_batch, "tp": layout.tp, "pp": layout.pp,
         "vp": 1, "cp": layout.cp, "ep": 1, "dp": layout.dp, "grad_accum": layout.num_micro_batches,
         "zero_stage": layout.zero_stage, "activation_checkpointing": _CHECKPOINTING[layout.checkpointing],
-        "kernel": "torch sdpa" if layout.cp == 1 else "fourfold ring", "sequence_parallel": False,
+        "kernel": "torch sdpa" if layout.cp == 1 else "fourfold ring", "sequence_parallel": layout.sequence_parallel,
         "precision": _PRECISIONS.get(result.get("precision", ""), "bf16" if result["device"] == "cuda" else "fp32"),
         "step_time_s": step_s,
         "mfu": flops_per_s / cluster.device.peak_flops_per_s, "tflops_per_gpu": flops_per_s / 1e12,
@@ -67,10 +67,19 @@ def run_row(
         "source": f"fourfold, torch {result['torch']}", "notes": notes,
         "stream_chunks": layout.stream_chunks, "embedding_counts_as": layout.embedding_counts_as,
         "head_counts_as": layout.head_counts_as,
-        "software": "fourfold-cuda" if result["device"] == "cuda" else "fourfold-cpu",
+        "software": _software(result),
         "schedule": layout.schedule, "mitigation": layout.mitigation if layout.asynchronous else "",
         "sharded_accumulation": layout.sharded_accumulation,
     }  # fmt: skip
+
+
+def _software(result: Mapping[str, Any]) -> str:
+    """The name under which layouts.inputs.software has what ran."""
+    if result["device"] != "cuda":
+        return "fourfold-cpu"
+    if result.get("precision") == "bf16":
+        return "fourfold-bf16"
+    return "fourfold-compiled" if result.get("compiled") else "fourfold-cuda"
 
 
 def append_runs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -234,7 +234,7 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
         run.activity.now("held-out evaluation")
         result.held_out_loss = held_out_loss_asynchronously(model, text[1], settings.held_out_batches)
     run.gauge.stop()
-    result.peak_bytes = run.gauge.peak_bytes
+    result.peak_bytes, result.reserved_bytes = run.gauge.peak_bytes, run.gauge.reserved_bytes
     return result
 
 

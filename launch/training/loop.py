@@ -39,8 +39,12 @@ class TrainResult:
     held_out_loss: float | None = None
     peak_bytes: int = 0
     """Most bytes that tensors held on this rank in building the model and the first steps."""
+    reserved_bytes: int = 0
+    """Most bytes that CUDA's allocator took from the device for them; 0 on a CPU."""
     device: str = "cpu"
     precision: str = "fp32"
+    compiled: bool = False
+    """Whether the layers ran through torch.compile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +101,7 @@ def train(
     elif settings.checkpoint_every:
         run.kept_checkpoints().refuse_overwriting()
     rows = model.batch_rows(layout.global_batch)
-    result = TrainResult(device=model.device.type, precision=model.precision)
+    result = TrainResult(device=model.device.type, precision=model.precision, compiled=model.compiled)
     for step in range(first, settings.steps):
         start = time.perf_counter()
         # This rank's rows of the step's batch, and the step's learning rate.
@@ -138,7 +142,7 @@ def train(
         run.activity.now("held-out evaluation")
         result.held_out_loss = held_out_loss(model, layout, text[1], settings.held_out_batches)
     run.gauge.stop()
-    result.peak_bytes = run.gauge.peak_bytes
+    result.peak_bytes, result.reserved_bytes = run.gauge.peak_bytes, run.gauge.reserved_bytes
     return result
 
 
@@ -168,7 +172,8 @@ def refuse_no_more_steps(first: int, settings: TrainSettings, resume: Resume) ->
 
 def largest_memory(result: TrainResult, device: torch.device) -> TrainResult:
     """The same result with the memory of the rank that had most; every rank calls."""
-    result.peak_bytes = int(_largest(torch.tensor(result.peak_bytes, dtype=torch.int64, device=device)))
+    most = torch.tensor([result.peak_bytes, result.reserved_bytes], dtype=torch.int64, device=device)
+    result.peak_bytes, result.reserved_bytes = (int(value) for value in _largest(most).tolist())
     return result
 
 

@@ -20,6 +20,8 @@ class MemoryGauge:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._peak_bytes: int | None = None
+        self.reserved_bytes = 0
+        """After `stop`: most bytes that CUDA's allocator took from the device, for the tensors and between them."""
         self._profile = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -42,6 +44,7 @@ class MemoryGauge:
             return
         if self._profile is None:
             self._peak_bytes = int(torch.cuda.max_memory_allocated(self._device))
+            self.reserved_bytes = int(torch.cuda.max_memory_reserved(self._device))
         else:
             torch.autograd._enable_record_function(True)  # type: ignore[attr-defined]
             self._profile.stop()

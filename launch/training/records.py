@@ -69,6 +69,8 @@ def write_result(out: Path, layout: Layout, result: TrainResult, **facts: Any) -
         "losses": [step.loss for step in result.records],
         "heldout_loss": result.held_out_loss,
         "peak_bytes": result.peak_bytes,
+        "reserved_bytes": result.reserved_bytes,
+        "compiled": result.compiled,
         **facts,
     }
     partial = out / "result.json.partial"

@@ -49,6 +49,7 @@ class StepOptions:
     zero_stage: int
     sharded_accumulation: bool
     sequence_parallel: bool
+    compiled: bool
     precision: Precision
     ring: dist.ProcessGroup | None
 
@@ -74,6 +75,8 @@ class ParallelModel:
         self.stage, self.mesh, self.device = stage, mesh, device_of(mesh)
         self.precision = options.precision.name
         """A word of decoder.limits.PRECISIONS."""
+        self.compiled = options.compiled
+        """Whether the layers run through torch.compile."""
         self._options, self._ring, self._micro_batch = options, options.ring, options.micro_batch
         self._whole = whole
         self._tp = mesh["tp"].size()

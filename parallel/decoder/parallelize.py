@@ -154,6 +154,7 @@ def parallelize(
         zero_stage=zero_stage,
         sharded_accumulation=sharded_accumulation,
         sequence_parallel=sequence_parallel,
+        compiled=backend is not None,
         precision=stored,
         ring=ring,
     )

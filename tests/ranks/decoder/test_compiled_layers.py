@@ -48,6 +48,8 @@ def test_without_a_compiler_nothing_is_compiled():
     mesh = init_mesh(device_type="cpu")
     model = parallelize(tiny_model(), mesh)
     assert all(layer._compiled_call_impl is None for layer in model.stage.layers.values())
+    assert not model.compiled
+    assert parallelize(tiny_model(), mesh, compile="eager").compiled
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from fourfold.layouts.evidence.runs import read_runs
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import load_model
+from fourfold.layouts.inputs.software import software_names
 
 RESULT = {"steps_s": [3.0, 1.0, 1.0, 1.0], "device": "cpu", "peak_bytes": 1 << 30, "torch": "2.13.0"}
 A100 = load_cluster("A100-80GB")
@@ -22,6 +23,7 @@ CPU = replace(A100, device=replace(A100.device, name="cpu", type="cpu"))
         {},
         {"pp": 4, "embedding_counts_as": 1, "head_counts_as": 2, "checkpointing": "full"},
         {"pp": 2, "checkpointing": "stream", "stream_chunks": 8, "cp": 2},
+        {"tp": 2, "sequence_parallel": True, "checkpointing": "selective", "zero_stage": 2},
         {"pp": 2, "schedule": "2bw", "mitigation": "sc"},
         {"pp": 2, "schedule": "lockstep", "mitigation": "none"},
     ],
@@ -35,6 +37,22 @@ def test_a_run_comes_back_as_its_layout(tmp_path, monkeypatch, fields):
     assert not refused
     assert runs[0].layout == layout
     assert runs[0].step_s == 1.0
+
+
+@pytest.mark.parametrize(
+    ("result", "software"),
+    [
+        ({}, "fourfold-cpu"),
+        ({"device": "cuda", "precision": "bf16-mixed"}, "fourfold-cuda"),
+        ({"device": "cuda", "precision": "bf16-mixed", "compiled": True}, "fourfold-compiled"),
+        ({"device": "cuda", "precision": "bf16"}, "fourfold-bf16"),
+    ],
+    ids=str,
+)
+def test_a_run_says_what_ran_it(result, software):
+    row = run_row(Layout(global_batch=1, seq_len=8), load_model("llama-3.1-8b"), CPU, {**RESULT, **result})
+    assert row["software"] == software
+    assert software in software_names()
 
 
 def test_other_columns_are_kept(tmp_path):
