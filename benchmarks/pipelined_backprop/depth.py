@@ -8,9 +8,9 @@ A byte decoder of an embedding, 14 blocks and a head, one a stage, under two set
     2bw        an update of 8 windows of 32 bytes, delay 1 on every stage (16 micro-batches an update)
     lockstep   an update of 2 windows, delays 30, 28, ... 0, hyper-parameters scaled from 8 windows to 2
 
-Learning rates are tuned for every method by itself: each of RATES times the optimizer's reference rate, on two seeds
-that the tables do not use and three tenths of the schedule; the rate with the lowest mean loss is used for the table's
-five seeds. Every seed of a run is
+Learning rates are tuned on two seeds that the tables do not use and on a shorter schedule, in steps of two from the
+optimizer's reference rate on for as long as the mean loss falls. Under lockstep every method is tuned by itself; under
+2bw all methods take the rate of no delay, as error feedback's paper does. Every seed of a run is
 one row of depth.csv, appended when the run ends; what has its rows is not repeated, so the command resumes.
 
 The reference at equal time is training without delay in the time that the delayed schedule takes: 1F1B needs
@@ -52,6 +52,8 @@ class Setting:
     Attributes:
         windows: of one update.
         updates: of the full schedule.
+        tuning_updates: of the shorter schedule for tuning.
+        shares_rate: whether all methods take the rate of no delay.
         equal_time: updates that 1F1B makes in the time of the full schedule.
         methods: name in the tables -> mitigation.
     """
@@ -59,43 +61,53 @@ class Setting:
     name: str
     windows: int
     updates: int
+    tuning_updates: int
+    shares_rate: bool = False
     equal_time: int
     methods: dict[str, str]
 
 
 def settings(scale: float) -> dict[str, Setting]:
     """Both settings at `scale` times the full schedules. 2bw has 16 micro-batches an update, lockstep one."""
-    double, step = round(2000 * scale), round(2400 * scale)
+    double, step = round(1000 * scale), round(800 * scale)
     return {
         "2bw": Setting(
-            name="2bw", windows=8, updates=double, equal_time=round(double * 16 / (16 + NUM_STAGES - 1)),
+            name="2bw",
+            windows=8,
+            updates=double,
+            tuning_updates=round(600 * scale),
+            shares_rate=True,
+            equal_time=round(double * 16 / (16 + NUM_STAGES - 1)),
             methods={
                 "no delay": "none", "equal time": "none", "2bw": "stash", "2bw+EF": "stash+ef",
                 "2bw+SC": "stash+sc", "2bw+LWPv+SC": "stash+lwpv+sc",
             },
         ),
         "lockstep": Setting(
-            name="lockstep", windows=2, updates=step, equal_time=max(1, round(step / NUM_STAGES)),
+            name="lockstep",
+            windows=2,
+            updates=step,
+            tuning_updates=round(240 * scale),
+            equal_time=max(1, round(step / NUM_STAGES)),
             methods={
                 "no delay": "none", "equal time": "none", "PB": "none", "PB+stash": "stash", "PB+LWPv+SC": "lwpv+sc",
                 "PB+LWPv": "lwpv", "PB+LWPw+SC": "lwpw+sc", "PB+EF": "ef", "PB+Nesterov": "nesterov+stash",
                 "PB+LWPv+SC+stash": "lwpv+sc+stash", "PB+rotation": "rotate",
-                "PB+rotation+LWPv+SC": "rotate+lwpv+sc", "PACI:4": "none", "PACI:16": "none", "PACI:16+EF": "ef",
+                "PB+rotation+LWPv+SC": "rotate+lwpv+sc", "PACI:4": "none", "PACI:8": "none",
             },
         ),
     }  # fmt: skip
 
 
 ORDER = (  # (setting, optimizer, methods), most important first
+    ("lockstep", "AdamW", "no delay,PB,PB+LWPv+SC,PACI:4,PACI:8"),
     ("2bw", "Muon", "no delay,2bw,2bw+EF"),
-    ("lockstep", "AdamW", "no delay,PB,PB+LWPv+SC,PACI:16,PACI:4,PB+rotation+LWPv+SC"),
-    ("2bw", "AdamW", "no delay,2bw,2bw+EF"),
+    ("lockstep", "AdamW", "PB+rotation+LWPv+SC,equal time"),
+    ("2bw", "AdamW", "no delay,2bw,2bw+EF,equal time"),
     ("2bw", "Muon", "equal time"),
-    ("lockstep", "AdamW", "equal time"),
-    ("2bw", "AdamW", "equal time"),
-    ("lockstep", "SGDM", "no delay,PB,PB+LWPv+SC,PACI:16,equal time"),
+    ("lockstep", "SGDM", "no delay,PB,PB+LWPv+SC,PACI:4,equal time"),
     ("2bw", "SGDM", "no delay,2bw,2bw+EF,equal time"),
-    ("lockstep", "Muon", "no delay,PB,PB+LWPv+SC,PACI:16,equal time"),
+    ("lockstep", "Muon", "no delay,PB,PB+LWPv+SC,PACI:4,equal time"),
     ("lockstep", "AdamW", "PB+LWPv+SC+stash,PB+rotation,PB+EF,PB+LWPw+SC,PB+Nesterov,PB+stash,PB+LWPv"),
     ("2bw", "Muon", "2bw+LWPv+SC"),
     ("2bw", "AdamW", "2bw+LWPv+SC,2bw+SC"),
@@ -113,13 +125,14 @@ class Run:
     method: str
     factor: float
     updates: int
+    tuning: bool = False
 
     @property
     def case(self) -> str:
         return (
             f"task=decoder16-text setting={self.setting.name} optimizer={self.optimizer} method={self.method} "
             f"lr={self.factor * REFERENCE_RATES[self.optimizer]:g}@{REFERENCE_BATCH} windows={self.setting.windows} "
-            f"schedule={self.setting.updates} updates={self.updates}"
+            f"schedule={'tuning' if self.tuning else self.setting.updates} updates={self.updates}"
         )
 
     @property
@@ -206,8 +219,12 @@ def measured(run: Run, seeds: Sequence[int], text: Tensor, table: Path) -> list[
 def tuned(run: Run, text: Tensor, table: Path) -> Run:
     """`run` at its best rate: from the reference rate on, a step up or down as long as that helps."""
 
+    setting = run.setting
+    method = "no delay" if setting.shares_rate and run.method != "equal time" else run.method
+
     def loss(at: int) -> float:
-        trial = replace(run, factor=RATES[at], updates=round(run.updates * 0.3))
+        updates = min(run.updates, setting.tuning_updates)
+        trial = replace(run, method=method, factor=RATES[at], updates=updates, tuning=True)
         found = mean(measured(trial, TUNING_SEEDS, text, table))
         return found if found == found else float("inf")
 

@@ -282,6 +282,26 @@ def print_table(kind: str, world: int, rows: list[Row]) -> None:
             f"{1 + (world - 1) / (3 * count):.3f}" if count >= world else "-",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
+    times = {case.partition("way=")[2]: float(row["median"]) for (case, _), row in found.items() if "way=" in case}
+    print_equal_memory(world, times)
+
+
+def print_equal_memory(world: int, times: dict[str, float]) -> None:
+    """Speed beside the micro-batches whose activations stage 0 holds: lockstep's are nearly twice as many as 1F1B's.
+
+    Args:
+        times: way -> milliseconds a micro-batch.
+    """
+    print("\n| schedule | micro-batches held on stage 0 | ms a micro-batch | ratio to 1F1B at M = 1, 2, 4, 8 |")
+    print("| --- | --- | --- | --- |")
+    held = {"lockstep/none": 2 * (world - 1) + 1, "1f1b-async/none": world}
+    for way, count in held.items():
+        if way in times and "1f1b/1" in times:
+            ratios = ", ".join(f"{times[f'1f1b/{each}'] / times[way]:.2f}" for each in COUNTS)
+            print(f"| {way.partition('/')[0]} | {count} | {times[way]:.1f} | {ratios} |")
+    for each in COUNTS:
+        if f"1f1b/{each}" in times:
+            print(f"| 1F1B, M = {each} | {min(world, each)} | {times[f'1f1b/{each}']:.1f} | 1 |", flush=True)
 
 
 def merge(table: Path, title: str, rows: list[Row]) -> None:

@@ -194,27 +194,33 @@ class ErrorFeedback(Answer):
 
     u is the optimizer's whole step, whichever optimizer it is. Zmushko et al. 2026 (arXiv 2606.30634) correct one
     update of delay in this way; for longer delays the step of D updates ago is meant here, for which D are kept.
+    Updates are counted by parameter: one that had no gradient at some is corrected by the steps that it did take.
     """
 
-    needs_old = True
     starts_blank = True
 
     def __init__(self, late: Lateness) -> None:
         super().__init__(late)
         self._delay = -int(-late.delay // 1)
-        self.kinds = tuple(f"step{age}" for age in range(self._delay))
+        self.kinds = ("made", *(f"step{age}" for age in range(self._delay)))
 
-    def after_update(self, slots: Sequence[Slot], old: Weights) -> None:
-        # The update at number k is kept in place k mod D, hence this place holds the one of D updates ago.
-        place = f"step{(self.late.num_updates - 1) % self._delay}"
-        known = self.late.num_updates > self._delay
-        for slot, before in zip(slots, old, strict=True):
-            if slot.parameter.grad is None:
-                continue
-            step, kept = before - slot.parameter.detach(), self.kept[place][slot.index]
-            if known:
+    def blank(self, slots: Sequence[Slot]) -> dict[str, Weights]:
+        """Zeros: the updates made of each parameter, and its last D steps."""
+        return {**super().blank(slots), "made": [torch.zeros((), dtype=torch.int64) for _ in slots]}
+
+    def before_step(self, slots: Sequence[Slot]) -> None:
+        self._old = [(slot, slot.parameter.detach().clone()) for slot in slots if slot.parameter.grad is not None]
+
+    def after_step(self, slots: Sequence[Slot]) -> None:
+        for slot, before in self._old:
+            made = self.kept["made"][slot.index]
+            # The update at number k is kept in place k mod D, hence this place holds the one of D updates ago.
+            step, kept = before - slot.parameter.detach(), self.kept[f"step{int(made) % self._delay}"][slot.index]
+            if made >= self._delay:
                 slot.parameter.sub_(step - kept, alpha=self.late.mitigation.feedback)
             kept.copy_(step)
+            made += 1
+        self._old = []
 
 
 class BasisRotation(Answer):
@@ -299,16 +305,16 @@ def _turn(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def answers_of(late: Lateness) -> list[Answer]:
-    """The answers that the mitigation names, in the order in which they act before a step."""
+    """The answers that the mitigation names, in the order in which they act before a step; after it, in reverse."""
     mitigation, delay = late.mitigation, late.delay
     velocity = mitigation.predict == "velocity" or mitigation.spectrain
     chosen: list[tuple[bool, type[Answer]]] = [
         (mitigation.shrink < 1 and delay > 0, Shrinking),
         (mitigation.reschedule_updates > 0 and delay > 0, RateRescheduling),
+        (mitigation.feedback > 0 and delay > 0, ErrorFeedback),
         (velocity and delay + late.lag_updates * mitigation.spectrain > 0, LastGradient),
         (mitigation.rotate_every > 0 and delay > 0, BasisRotation),
         (mitigation.compensates and delay > 0, SpikeCompensation),
-        (mitigation.feedback > 0 and delay > 0, ErrorFeedback),
         (mitigation.predict == "weight" and delay > 0, WeightsBefore),
         (mitigation.correction > 0 and delay > 0, DriftCorrection),
     ]

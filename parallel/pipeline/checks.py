@@ -1,7 +1,8 @@
 """What the runtime and the emulator refuse alike, and the mode that they evaluate in."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -49,7 +50,8 @@ def check_untied(stages: Sequence[nn.Module | None]) -> None:
             if not tensor.is_meta and tensor.numel():
                 start = tensor.data_ptr()
                 size = tensor.numel() * tensor.element_size()
-                owners.append((start, start + size, index, name, tensor.requires_grad))
+                running = name.rpartition(".")[2] in ("running_mean", "running_var")  # written by every forward
+                owners.append((start, start + size, index, name, tensor.requires_grad or running))
     owners.sort()
     # In the order of memory: a tensor overlaps one before it if it starts before that one's end.
     reach = owners[:1]
@@ -82,6 +84,14 @@ def check_batch_norms(module: nn.Module, stage: int, dp_group: dist.ProcessGroup
                 f"stage {stage}: {name} is a SyncBatchNorm over another group than dp_group, whose ranks run other "
                 "stages or other micro-batches: make it with process_group=dp_group, or use BatchNorm"
             )
+
+
+def pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """The (input, target) micro-batches of a stream. Raises ValueError for one that is no pair."""
+    for pair in batches:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise ValueError(f"the stream gave a {type(pair).__name__}: give pairs (input, target)")
+        yield pair[0], pair[1]
 
 
 @contextmanager

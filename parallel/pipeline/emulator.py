@@ -14,7 +14,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.pipeline.checks import check_model_norm, check_recomputation, check_untied, evaluating
+from fourfold.parallel.pipeline.checks import check_model_norm, check_recomputation, check_untied, evaluating, pairs
 from fourfold.parallel.pipeline.norms import forget, joined
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.report import StageReport
@@ -86,7 +86,7 @@ class PipelinedBackpropEmulator:
         versions = [self._versions(index) for index in range(len(self.stages))]
         ahead = [next(each, None) for each in versions]
         losses: list[Tensor] = []
-        for value, target in batches:
+        for value, target in pairs(batches):
             now = ahead
             ahead = [next(each, None) for each in versions]
             # Forward through all stages, each with the weights of its own past.
@@ -119,9 +119,9 @@ class PipelinedBackpropEmulator:
         """The loss of each micro-batch with the present weights, in evaluation mode."""
         losses: list[float] = []
         for stage in self.stages:
-            stage.weights.take_changes()
+            stage.weights.take_changes(for_now=True)
         with evaluating([stage.module for stage in self.stages]):
-            for value, target in batches:
+            for value, target in pairs(batches):
                 for stage in self.stages:
                     value = stage.evaluate(value, target)
                 losses.append(float(value))

@@ -62,6 +62,7 @@ class _Announced:
     """What both ends of a link know of its messages."""
 
     description: Description | None = None
+    text: bytes = b""  # the description as it was sent; 1, 1.0 and True are told apart in it
     repeated: bool = False  # the last two were alike
 
 
@@ -142,18 +143,18 @@ class PipeLinks:
         known = self._known.setdefault((purpose, "out"), _Announced())
         what = f"the activation of micro-batch {micro_batch}"
         to = self.stage + 1
-        if known.description == description:
+        text = pickle.dumps(description)
+        if known.text == text:
             known.repeated = True
             self._send_header((_DATA, 0, 0.0), to, "down", what)
         else:
-            text = pickle.dumps(description)
             self._send_header((_DATA, len(text), 0.0), to, "down", what)
             if known.repeated and known.description is not None:
                 # The receiver has posted receives for tensors as before: fill them.
                 for spec in known.description[0]:
                     self._send_tensor(torch.empty(spec.shape, dtype=spec.dtype, device=self._device), to, "down", what)
             self._send_bytes(text, to, "down", what)
-            known.description, known.repeated = description, False
+            known.description, known.text, known.repeated = description, text, False
         for tensor in tensors:
             self._send_tensor(tensor, to, "down", what)
 

@@ -46,6 +46,7 @@ class MasterWeights:
         self._dtypes = {name: p.dtype for name, p in named}
         self._fingerprints: list[Fingerprint] = []
         self._writes: list[int] = []
+        self._given: list[tuple[Tensor | None, int]] = []  # the module's gradients when the masters got them
 
     @property
     def narrower(self) -> bool:
@@ -82,6 +83,41 @@ class MasterWeights:
             for master, p in zip(self.masters, self.live, strict=True):
                 master.data = p.data
         self._writes = [p._version for p in self.live]
+        self.note()
+
+    def hand_over_gradients(self) -> None:
+        """Give the masters the module's gradients, in their own precision; the module keeps its own for hooks."""
+        self._given = []
+        for master, p in zip(self.masters, self.live, strict=True):
+            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+            self._given.append((p.grad, -1 if p.grad is None else p.grad._version))
+
+    def take_gradient_changes(self) -> None:
+        """After an optimizer's pre-hooks: take what they did to the module's gradients, as to the masters'."""
+        for at, (master, p) in enumerate(zip(self.masters, self.live, strict=True)):
+            given, version = self._given[at]
+            if p.grad is not given:
+                master.grad = None if p.grad is None else p.grad.to(master.dtype)
+            elif given is not None and given is not master.grad and given._version != version:
+                master.grad = given.to(master.dtype)
+            self._given[at] = p.grad, -1 if p.grad is None else p.grad._version
+
+    def drop_gradients(self) -> None:
+        """Of module and masters."""
+        self._given = []
+        for p in (*self.masters, *self.live):
+            p.grad = None
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Around a half backward that adds to the module's gradients itself: run the hooks that autograd would run."""
+        hooks = [getattr(p, "_post_accumulate_grad_hooks", None) for p in self.live]
+        before = [(p.grad, -1 if p.grad is None else p.grad._version) for p in self.live]
+        yield
+        for p, of_p, (gradient, version) in zip(self.live, hooks, before, strict=True):
+            changed = p.grad is not None and (p.grad is not gradient or p.grad._version != version)
+            for hook in list((of_p or {}).values()) if changed else []:
+                hook(p)
 
     def load(self, weights: Sequence[Tensor] | None) -> None:
         """Fill the module with `weights`; nothing for None."""
@@ -97,8 +133,12 @@ class MasterWeights:
         return [p.detach().clone() for p in self.masters]
 
     @torch.no_grad()
-    def take_changes(self) -> None:
+    def take_changes(self, *, for_now: bool = False) -> None:
         """Before a run: take what the user has set since the last, in the module or in the optimizer.
+
+        Args:
+            for_now: to evaluate. What was set in the module is read from there and the masters stay, so that averaged
+                weights that are put in for an evaluation, and taken out again, leave wider masters as they were.
 
         Raises:
             ValueError: naming the parameter that was replaced, added, moved, or set in both places differently.
@@ -106,6 +146,7 @@ class MasterWeights:
         """
         self._check_parameters()
         for at, (name, master, p) in enumerate(zip(self.names, self.masters, self.live, strict=True)):
+            master.requires_grad_(p.requires_grad)
             if not self.separate:
                 if master.data_ptr() != p.data_ptr():
                     master.data = p.data  # the module's storage was exchanged
@@ -113,19 +154,18 @@ class MasterWeights:
             own, module = _local(master), _local(p)
             if torch.equal(own.to(module.dtype), module):
                 continue
-            if self._fingerprints:
-                known = self._fingerprints[at]
-                set_in_module = _fingerprint(module) != known
-                set_in_optimizer = _fingerprint(own.to(module.dtype)) != known
-                if set_in_module and set_in_optimizer:
-                    raise ValueError(
-                        f"stage {self._stage}: weight {name} was set in the module and, otherwise, in the optimizer: "
-                        "set it in one of them"
-                    )
-                if set_in_optimizer:
-                    module.copy_(own)
-                    continue
-            own.copy_(module)
+            known = self._fingerprints[at]
+            set_in_module = _fingerprint(module) != known
+            set_in_optimizer = _fingerprint(own.to(module.dtype)) != known
+            if set_in_module and set_in_optimizer:
+                raise ValueError(
+                    f"stage {self._stage}: weight {name} was set in the module and, otherwise, in the optimizer: "
+                    "set it in one of them"
+                )
+            if set_in_optimizer:
+                module.copy_(own)
+            elif not for_now:
+                own.copy_(module)
         self._writes = [p._version for p in self.live]
 
     def note(self) -> None:
@@ -164,7 +204,8 @@ class MasterWeights:
             if p._version != writes:
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was changed while a stream runs, where it holds predicted or "
-                    "past weights: change weights between two runs, or in an optimizer's hook"
+                    "past weights: change weights between two runs, or in an optimizer's hook those that it owns "
+                    "(param_groups)"
                 )
 
     def _check_parameters(self) -> None:

@@ -118,10 +118,12 @@ def check_moments(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if known is None:
         raise ValueError(
-            f"{name}: sc, nesterov, lwpv and spectrain read the first moment of "
+            f"{name}: sc, nesterov, lwpv, spectrain and rotate read the first moment of "
             f"{', '.join(kind.__name__ for kind in _KNOWN)} only; use lwpw, which works with every optimizer"
         )
-    if unwrap(type(optimizer).step) is not unwrap(known.step):
+    # Of the object, where somebody has replaced it there; torch's schedulers wrap it, which is no other step.
+    step = unwrap(optimizer.step)
+    if getattr(step, "__func__", step) is not unwrap(known.step):
         raise ValueError(
             f"{name} has a step of its own, and what it does to gradients would be missing from the compensated "
             f"moment: use {known.__name__} with clip=, on_gradients= or a pre-hook (register_step_pre_hook), or lwpw"

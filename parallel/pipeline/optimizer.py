@@ -6,6 +6,7 @@ changed, with equations and papers: answers.py. Whether any of it helps: benchma
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -93,10 +94,18 @@ class DelayedOptimizer:
         return self._late.num_updates
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(
+        self, *, after_hooks: Callable[[], None] | None = None, after_step: Callable[[], None] | None = None
+    ) -> None:
         """One update from the gradients in `.grad`, which it may change.
 
-        The user's pre-hooks run first: what they do to gradients (clipping, say) is part of what is compensated.
+        The user's pre-hooks run before the answers to delay: what they do to gradients (clipping, say) is part of what
+        is compensated. The user's post-hooks run after the answers: they see and may change (clamp, say) the weights as
+        they will be.
+
+        Args:
+            after_hooks: called after the pre-hooks of each optimizer, before the answers.
+            after_step: called after the answers have acted on the step of each optimizer, before its post-hooks.
         Cost: that of the optimizers, and for sc two passes over moments and gradients.
         """
         # The weights before, where an answer needs them; their predecessors make room first.
@@ -107,14 +116,18 @@ class DelayedOptimizer:
         for optimizer in self.optimizers:
             slots = [slot for slot in self.slots if slot.optimizer is optimizer]
             # A pre-hook registered last runs last: the answers see gradients as the optimizer will.
-            before = _once(partial(self._before_step, slots))
-            handle = optimizer.register_step_pre_hook(lambda *_, before=before: before())
+            before = _once(partial(self._before_step, slots, after_hooks))
+            first = optimizer.register_step_pre_hook(lambda *_, before=before: before())
+            # A post-hook is moved to the front: the user's see the step with all that the answers change of it.
+            after = _once(partial(self._after_step, slots, after_step))
+            last = optimizer.register_step_post_hook(lambda *_, after=after: after())
+            last.hooks_dict_ref().move_to_end(last.id, last=False)
             try:
                 optimizer.step()
+                after()  # of an optimizer whose step runs no hooks
             finally:
-                handle.remove()
-            for answer in reversed(self._answers):
-                answer.after_step(slots)
+                first.remove()
+                last.remove()
         self._late.num_updates += 1
         for answer in self._answers:
             answer.after_update(self.slots, old)
@@ -151,8 +164,9 @@ class DelayedOptimizer:
         before = self._kept("before")
         if before is None:
             return [slot.parameter.detach().clone() for slot in self.slots]
-        pairs = zip(before, self.slots, strict=True)
-        return [torch.lerp(old, slot.parameter.detach(), 1 + horizon) for old, slot in pairs]
+        ahead = [(1 + horizon) if slot.parameter.requires_grad else 1.0 for slot in self.slots]
+        triples = zip(before, self.slots, ahead, strict=True)
+        return [torch.lerp(old, slot.parameter.detach(), far) for old, slot, far in triples]
 
     @torch.no_grad()
     def backward_weights(self) -> list[Tensor] | None:
@@ -194,7 +208,7 @@ class DelayedOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         states = state["optimizer"] if len(self.optimizers) > 1 else [state["optimizer"]]
         for optimizer, own in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(own)
+            optimizer.load_state_dict(deepcopy(own))  # it keeps the tensors it is given
         remembered = {
             kind: [tensor.clone() for tensor in tensors]
             for kind, tensors in state.items()
@@ -202,9 +216,17 @@ class DelayedOptimizer:
         }
         self.go_on(state["num_updates"], remembered)
 
-    def _before_step(self, slots: list[Slot]) -> None:
+    def _before_step(self, slots: list[Slot], after_hooks: Callable[[], None] | None) -> None:
+        if after_hooks is not None:
+            after_hooks()
         for answer in self._answers:
             answer.before_step(slots)
+
+    def _after_step(self, slots: list[Slot], after_step: Callable[[], None] | None) -> None:
+        for answer in reversed(self._answers):
+            answer.after_step(slots)
+        if after_step is not None:
+            after_step()
 
     def _kept(self, kind: str) -> list[Tensor] | None:
         return next((answer.kept[kind] for answer in self._answers if kind in answer.kept), None)
@@ -218,7 +240,7 @@ class DelayedOptimizer:
                 moment = gradients[slot.index]  # no momentum: v is the gradient
             rate = float(slot.group["lr"]) * self._late.rate_factor * horizon
             rotation = self._rotation(slot)
-            if moment is None:
+            if moment is None or not slot.parameter.requires_grad:  # a weight that was frozen stays where it is
                 weights.append(p.clone())
             elif rotation is None:
                 weights.append(slot.step_from(p, moment, rate))
@@ -249,9 +271,13 @@ def _check_optimizer(optimizer: Any, mitigation: Mitigation) -> None:
         raise ValueError(
             f"the optimizer factory returned {type(optimizer).__name__}: return a torch.optim.Optimizer, or several"
         )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            "differentiable=True keeps a graph of the updates, which a stream would never free: leave it out"
+        )
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS evaluates the loss several times a step; a pipeline has one gradient an update: use SGD or AdamW"
         )
-    if mitigation.reads_momentum:
+    if mitigation.reads_momentum or mitigation.rotate_every:
         check_moments(optimizer)

@@ -21,6 +21,7 @@ from fourfold.parallel.pipeline.checks import (
     check_untied,
     check_whole_backwards,
     evaluating,
+    pairs,
 )
 from fourfold.parallel.pipeline.failure import PipelineError
 from fourfold.parallel.pipeline.links import PipeLinks, device_of_stages
@@ -159,7 +160,7 @@ class PipelinedBackprop:
 
     def _evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
         stage, links = self.stage, self._links
-        stage.weights.take_changes()
+        stage.weights.take_changes(for_now=True)
         stream = _Stream(batches)
         losses = []
         with evaluating([stage.module]):
@@ -330,7 +331,7 @@ class _Stream(Iterator[int]):
     """
 
     def __init__(self, batches: Iterable[tuple[Any, Any]], on_end: Callable[[int], None] | None = None) -> None:
-        self._batches = iter(batches)
+        self._batches = pairs(batches)
         self._numbers = count()
         self._on_end = on_end
         self._next = self._pull()
@@ -354,7 +355,4 @@ class _Stream(Iterator[int]):
         return next(self._numbers)
 
     def _pull(self) -> tuple[Any, Any] | None:
-        pair = next(self._batches, None)
-        if pair is not None and not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise ValueError(f"the stream gave a {type(pair).__name__}: give pairs (input, target)")
-        return None if pair is None else (pair[0], pair[1])
+        return next(self._batches, None)

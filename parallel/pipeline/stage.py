@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
 from fourfold.parallel.pipeline.checks import check_batch_norms
+from fourfold.parallel.pipeline.graphs import check_graph
 from fourfold.parallel.pipeline.masters import MasterWeights, attach
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
 from fourfold.parallel.pipeline.randomness import seeded
@@ -44,7 +45,8 @@ class Flight:
     @property
     def results(self) -> list[Tensor]:
         """The outputs without their graph, marked (requires_grad) where the next stage is to give a gradient back."""
-        return [output.detach().requires_grad_(needs_gradient(output)) for output in self.outputs]
+        # In one order of memory, as they would arrive from another rank: kernels may differ in the last bit by it.
+        return [output.detach().contiguous().requires_grad_(needs_gradient(output)) for output in self.outputs]
 
     @property
     def value(self) -> Any:
@@ -85,6 +87,7 @@ class PipelineStage:
         self.norms: dict[int, float] = {}  # of the whole model's gradient, by update
         mitigation = self.settings.chosen
         self.stashes = (mitigation.stash and delay > 0) or double_buffered
+        self._checked_graph = False
         self._replica = 0
         check_batch_norms(module, index, dp_group)
         if dp_group is not None:
@@ -112,9 +115,13 @@ class PipelineStage:
 
     def begin(self) -> None:
         """At the start of a run: take weights that the user has set since the last. Raises ValueError, see masters."""
+        if not torch.is_grad_enabled():
+            raise ValueError("run trains, but gradients are off (torch.no_grad or inference_mode): use evaluate there")
         self.weights.take_changes()
+        self.weights.drop_gradients()  # of the user's own backwards, or of a run that failed
         self.gradients.begin()
         self.meter.begin()
+        self._checked_graph = False
 
     def end(self) -> None:
         """At the end of a run: all is applied; replicas' buffers become those of the first, as under torch's DDP."""
@@ -147,10 +154,8 @@ class PipelineStage:
         wanted = [self.index > 0 and needs_gradient(tensor) for tensor in tensors]
         leaves = [each.detach().requires_grad_(want) for each, want in zip(tensors, wanted, strict=True)]
         with self._computing(leaves):
-            self.weights.load(weights)
-            output = call(self.module, put_together(structure, leaves))
-            if weights is not None:
-                self.weights.restore()
+            with self._holding(weights):
+                output = call(self.module, put_together(structure, leaves))
             weight = 1.0
             if self.loss_fn is not None:
                 output, weight = self._loss(output, target)
@@ -158,6 +163,10 @@ class PipelineStage:
         outputs, structure = take_apart(output, f"the output of stage {self.index}")
         inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
         self._check_gradients(inputs, outputs)
+        if not self._checked_graph:
+            casts = self.optimizer is not None and self.optimizer.corrects
+            check_graph(outputs, inputs, self.weights.live, self.index, casts=casts)
+            self._checked_graph = True
         kept = weights if self.stashes else None
         return Flight(inputs, outputs, structure, kept, weight, seen, self.meter.sample(weights))
 
@@ -166,7 +175,8 @@ class PipelineStage:
         """The module's output, or the loss on the last stage, with the present weights."""
         tensors, structure = take_apart(value, f"the input of stage {self.index}")
         with self._computing(tensors, seeded=False):
-            output = call(self.module, put_together(structure, [tensor.detach() for tensor in tensors]))
+            here = [tensor.detach().contiguous() if self.index else tensor.detach() for tensor in tensors]
+            output = call(self.module, put_together(structure, here))
             return self._loss(output, target)[0] if self.loss_fn is not None else output
 
     def backward(self, flight: Flight, gradients: Sequence[Tensor] | None, weight: float) -> list[Tensor]:
@@ -208,7 +218,8 @@ class PipelineStage:
 
         with self._reading(flight), self.gradients.adding(flight.weight):
             if flight.inputs:
-                stage_backward_weight(iter(self.weights.live), flight.halves)
+                with self.weights.accumulating():
+                    stage_backward_weight(iter(self.weights.live), flight.halves)
             elif flight.halves[0]["roots"]:
                 torch.autograd.backward(flight.halves[0]["roots"], flight.halves[0]["seeds"])
         self.meter.landed(flight.seen, flight.sample)
@@ -240,13 +251,11 @@ class PipelineStage:
         clipping = self.settings.clipping
         if self._steps and clipping is not None:
             self.gradients.clip(clipping.max_norm, self._norm if norm is None else max(norm, self._norm))
-        pairs = list(zip(self.weights.masters, self.weights.live, strict=True))
-        for master, p in pairs:
-            master.grad, p.grad = None if p.grad is None else p.grad.to(master.dtype), None
         if self._steps:
-            self.optimizer.step()
-        for master, _ in pairs:
-            master.grad = None
+            self.weights.hand_over_gradients()
+            shown = self.weights.restore if self.weights.separate else None
+            self.optimizer.step(after_hooks=self.weights.take_gradient_changes, after_step=shown)
+        self.weights.drop_gradients()
         if self.weights.separate:
             self.weights.restore()
         for scheduler in self.schedulers:
@@ -288,15 +297,19 @@ class PipelineStage:
         """The loss, and how much its micro-batch counts."""
         assert self.loss_fn is not None
         loss = self.loss_fn(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+            what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn returned {what}: give a scalar mean over the micro-batch")
         weigh = self.settings.loss_weight
-        return loss, 1.0 if weigh is None else float(weigh(target))
+        weight = 1.0 if weigh is None else float(weigh(target))
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"loss_weight returned {weight}: how much a micro-batch counts is finite and at least 0")
+        return loss, weight
 
     def _check_gradients(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Refuse a forward after which this stage, or those before it, could not train."""
-        if (self.weights.live or inputs) and not any(needs_gradient(output) for output in outputs):
+        trained = any(p.requires_grad for p in self.weights.live)
+        if (trained or inputs) and not any(needs_gradient(output) for output in outputs):
             what = "its loss" if self.loss_fn is not None else "what it hands to the next stage"
             kinds = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
             raise ValueError(
@@ -330,9 +343,19 @@ class PipelineStage:
         if weights is None and self.optimizer is not None:
             weights = self.optimizer.backward_weights()
         torch.clear_autocast_cache()  # a recomputation must cast the weights that are there now
-        self.weights.load(weights)
-        yield
-        if weights is not None:
+        with self._holding(weights):
+            yield
+
+    @contextmanager
+    def _holding(self, weights: Weights) -> Iterator[None]:
+        """While it lasts the module has `weights`; afterwards, also after an error, the present ones."""
+        if weights is None:
+            yield
+            return
+        try:
+            self.weights.load(weights)
+            yield
+        finally:
             self.weights.restore()
 
     @contextmanager

@@ -53,6 +53,19 @@ class Closes(nn.Module):
         return self.linear(value["hidden"]) + sum(value["kept"]) / value["count"]
 
 
+class Flagged(nn.Module):
+    """Reads the type of a plain value, and hands on a tensor that is not contiguous."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, value: dict[str, Any]) -> dict[str, Any]:
+        factor = {bool: 2.0, int: 1.0, float: 0.5}[type(value["flag"])]
+        hidden = torch.tanh(self.linear(value["hidden"])) * factor
+        return {**value, "hidden": hidden.t().contiguous().t(), "kept": [hidden.mean()], "count": 1}
+
+
 def rows_loss(output: Tensor, target: Tensor) -> Tensor:
     return output.square().mean() + 0.0 * len(target)
 
@@ -64,6 +77,10 @@ def kinds(name: str) -> tuple[list[nn.Module], list[tuple[Any, Tensor]], Any]:
     data: list[tuple[Any, Tensor]] = [(x, y) for n in sizes for x, y in pipeline_models.batches(1, size=n, seed=n)]
     if name == "rows":
         return [ChoosesRows(6, 7), ChoosesRows(7, 7), nn.Linear(7, 3)], data, rows_loss
+    if name == "flags":
+        flags = (1, True, 1.0, 1, 1, True, True, True, 1.0)
+        data = [({"hidden": x, "flag": flag}, y) for (x, y), flag in zip(data, flags, strict=True)]
+        return [Flagged(6, 8), Flagged(8, 5), Closes(5)], data, F.cross_entropy
     data = [({"hidden": x, "mask": (x[:, 0] > 0).long(), "kept": [], "count": 0}, y) for x, y in data]
     return [Carries(6, 8), Carries(8, 5), Closes(5)], data, F.cross_entropy
 
@@ -85,7 +102,7 @@ def streams_alike(name: str, schedule: str) -> bool:
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b-async", "2bw", "zb-h1:2"])
-@pytest.mark.parametrize("name", ["rows", "dicts"])
+@pytest.mark.parametrize("name", ["rows", "dicts", "flags"])
 def test_any_shape_and_any_tree_goes_through(ranks, name, schedule):
     assert all(ranks(3)(streams_alike, name, schedule))
 
