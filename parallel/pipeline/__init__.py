@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.pipeline.partition import balanced_ranges as balanced_ranges
     from fourfold.parallel.pipeline.program import Program as Program
     from fourfold.parallel.pipeline.report import StageReport as StageReport
+    from fourfold.parallel.pipeline.report import write_reports as write_reports
     from fourfold.parallel.pipeline.runtime import PipelinedBackprop as PipelinedBackprop
     from fourfold.parallel.pipeline.schedule import PipelineSchedule as PipelineSchedule
     from fourfold.parallel.pipeline.settings import ClipNorm as ClipNorm
@@ -39,5 +40,6 @@ __getattr__, __dir__, __all__ = exported(
         "scale_adam_hyperparameters": "mitigation",
         "scale_hyperparameters": "mitigation",
         "spike_compensation": "mitigation",
+        "write_reports": "report",
     },
 )

@@ -1,7 +1,9 @@
 """What a stage sees of itself while it runs: realised delay, prediction error, gradient norm, idle time."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +46,26 @@ class StageReport:
             f"micro-batches, prediction error {self.prediction_error:.2e}, gradient norm {self.gradient_norm:.3g}, "
             f"idle {100 * self.bubble:.0f}% of {self.total_s:.2f} s"
         )
+
+
+class ScalarWriter(Protocol):
+    """What TensorBoard's SummaryWriter has."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> object:
+        """Record one figure."""
+
+
+def write_reports(writer: ScalarWriter, reports: Iterable[StageReport], step: int) -> None:
+    """Give the figures of all stages to a TensorBoard writer, as "pipeline/FIGURE/stage N".
+
+    Args:
+        writer: torch.utils.tensorboard.SummaryWriter, or what has its add_scalar.
+        reports: `reports` of a pipeline or emulator with observe=True; the same on every rank, so one rank writes.
+        step: the step that they belong to.
+    """
+    for report in reports:
+        for name in ("delay_mean", "prediction_error", "gradient_norm", "bubble", "idle_s"):
+            writer.add_scalar(f"pipeline/{name}/stage {report.stage}", getattr(report, name), step)
 
 
 class Meter:
