@@ -94,6 +94,31 @@ def pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         yield pair[0], pair[1]
 
 
+class OneRunAtATime:
+    """Refuses what is asked of a pipeline in mid-stream (from a stream, a hook or on_loss) and needs it drained."""
+
+    def __init__(self) -> None:
+        self._runs = False
+
+    def check(self, what: str) -> None:
+        """Raises ValueError while a stream runs; `what` was asked for."""
+        if self._runs:
+            raise ValueError(
+                f"{what} while a stream runs, whose micro-batches in flight are in no state: end the run before (a "
+                "stream may end at any micro-batch), then go on with another"
+            )
+
+    @contextmanager
+    def running(self, what: str) -> Iterator[None]:
+        """Around a stream; also after an error the next may run."""
+        self.check(what)
+        self._runs = True
+        try:
+            yield
+        finally:
+            self._runs = False
+
+
 @contextmanager
 def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Evaluation mode; afterwards, also after an error, every module inside has the mode that it had."""

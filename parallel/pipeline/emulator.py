@@ -14,7 +14,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.pipeline.checks import check_model_norm, check_recomputation, check_untied, evaluating, pairs
+from fourfold.parallel.pipeline.checks import (
+    OneRunAtATime,
+    check_model_norm,
+    check_recomputation,
+    check_untied,
+    evaluating,
+    pairs,
+)
 from fourfold.parallel.pipeline.norms import forget, joined
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.report import StageReport
@@ -77,9 +84,14 @@ class PipelinedBackpropEmulator:
         ]
         self._clips_model = settings.clipping if settings.clipping and settings.clipping.scope == "model" else None
         self.reports: list[StageReport] = []
+        self._alone = OneRunAtATime()
 
     def run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """Train on (input, target) micro-batches to the end of the stream; returns their losses, seen in training."""
+        with self._alone.running("run"):
+            return self._run(batches)
+
+    def _run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         for stage in self.stages:
             stage.begin()
         histories = [_History(stage) for stage in self.stages]
@@ -118,9 +130,9 @@ class PipelinedBackpropEmulator:
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode."""
         losses: list[float] = []
-        for stage in self.stages:
-            stage.weights.take_changes(for_now=True)
-        with evaluating([stage.module for stage in self.stages]):
+        with self._alone.running("evaluate"), evaluating([stage.module for stage in self.stages]):
+            for stage in self.stages:
+                stage.weights.take_changes(for_now=True)
             for value, target in pairs(batches):
                 for stage in self.stages:
                     value = stage.evaluate(value, target)
@@ -129,9 +141,11 @@ class PipelinedBackpropEmulator:
 
     def state_dict(self) -> list[dict[str, Any]]:
         """One state a stage; entry s is what rank s of PipelinedBackprop saves and loads."""
+        self._alone.check("state_dict")
         return [stage.state_dict() for stage in self.stages]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        self._alone.check("load_state_dict")
         for stage, state in zip(self.stages, states, strict=True):
             stage.load_state_dict(state)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.pipeline.checks import (
+    OneRunAtATime,
     check_model_norm,
     check_recomputation,
     check_untied,
@@ -99,6 +100,7 @@ class PipelinedBackprop:
         self._device = device_of_stages(next((p.device for p in module.parameters()), None), ranks)
         self._links = PipeLinks(ranks, self._device, timeout_s)
         self._norms = ModelNorms(settings.clipping, self.stage.norms)
+        self._alone = OneRunAtATime()
         self._length = 0  # of the stream that ran last
         self.reports: list[StageReport] = []
 
@@ -125,18 +127,22 @@ class PipelinedBackprop:
                 backward. The other stages then raise PipelineError.
             PipelineError: another stage has failed, is gone or silent; names it. The group cannot be used any more.
         """
-        return self._guarded(lambda: self._share(self._train(batches, on_loss)))
+        with self._alone.running("run"):
+            return self._guarded(lambda: self._share(self._train(batches, on_loss)))
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode; arguments as for `run`."""
-        return self._guarded(lambda: self._share(self._evaluate(batches)))
+        with self._alone.running("evaluate"):
+            return self._guarded(lambda: self._share(self._evaluate(batches)))
 
     def state_dict(self) -> dict[str, Any]:
         """This stage's state between two runs. A run may end at any micro-batch, so this is any moment of training."""
+        self._alone.check("state_dict")
         return self.stage.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another stage."""
+        self._alone.check("load_state_dict")
         self.stage.load_state_dict(state)
         self._norms.known = self.stage.norms
 

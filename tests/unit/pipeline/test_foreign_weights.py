@@ -191,3 +191,23 @@ def test_what_cannot_be_run_is_said_at_once():
             trainer(pipeline_models.stages(3), loss_weight=lambda _, weight=weight: weight).run(data)
     with pytest.raises(ValueError, match="differentiable=True"):
         trainer(pipeline_models.stages(3), optimizer=partial(torch.optim.Adam, differentiable=True))
+
+
+@pytest.mark.parametrize("what", ["state_dict", "load_state_dict", "run", "evaluate"])
+def test_what_needs_a_drained_pipeline_is_refused_in_mid_stream(what):
+    """A state taken there would lack the micro-batches in flight."""
+    data = pipeline_models.batches(4)
+    pipeline = trainer(pipeline_models.stages(3))
+    state = deepcopy(pipeline.state_dict())
+    arguments = {"state_dict": (), "load_state_dict": (state,), "run": (data,), "evaluate": (data,)}[what]
+
+    def asking() -> Any:
+        for at, pair in enumerate(data):
+            if at == 2:
+                getattr(pipeline, what)(*arguments)
+            yield pair
+
+    with pytest.raises(ValueError, match=f"{what} while a stream runs"):
+        pipeline.run(asking())
+    pipeline.load_state_dict(state)
+    assert pipeline.run(data) == trainer(pipeline_models.stages(3)).run(data)
