@@ -114,9 +114,13 @@ def reduction_seconds(pricing: Pricing, backward: Column) -> Column:
     reduce_s = _over_replicas(pricing, "all_reduce", software.reduce_bytes)
     scatter_s = _over_replicas(pricing, "reduce_scatter", software.reduce_bytes)
     gather_s = _over_replicas(pricing, "all_gather", software.gather_bytes)
-    scattered = beyond_overlap(scatter_s, backward, overlap)
     zero0 = beyond_overlap(reduce_s, backward, overlap)
-    zero12 = scattered + beyond_overlap(gather_s, forward, overlap)
+    sharded_overlap = overlap * software.sharded_overlap
+    scattered = beyond_overlap(scatter_s, backward, sharded_overlap)
+    pieces_s = software.piece_s * pricing.stages.layers * layouts.shards
+    zero12 = (
+        scattered + beyond_overlap(gather_s, forward, sharded_overlap) + np.where(layouts.shards > 1, pieces_s, 0.0)
+    )
     each_micro_batch = beyond_overlap(2 * gather_s, forward + backward, software.zero3_overlap)
     # Reduced once a step, or after every micro-batch's backward.
     reductions = np.where(layouts.sharded_accumulation, layouts.num_micro_batches, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates
-from fourfold.layouts.cost.doubt import TENTH, time_deviation
+from fourfold.layouts.cost.doubt import TENTH, step_interval
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
@@ -60,6 +60,11 @@ class PricedLayout:
     @property
     def safe(self) -> bool:
         return self.fit_probability >= SAFE
+
+    @property
+    def expected_s(self) -> float:
+        """Seconds a step, with what is lost where the run does not fit: a plan that fits once in n tries costs n."""
+        return self.step_s / max(self.fit_probability, 1e-9)
 
     @property
     def margin_bytes(self) -> float:
@@ -147,7 +152,7 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
     memory, time = memory_of(pricing), time_of(pricing)
     step, peak, worst = time.total, memory.peak, memory.worst_stage
     by_stage, probability = memory.by_stage, memory.fit_probability
-    factor = np.exp(TENTH * time_deviation(pricing, time))
+    low, high = step_interval(pricing, time)
     doubt = TENTH * np.take_along_axis(np.broadcast_to(memory.spread, by_stage.shape), worst[None], 0)[0]
     result = []
     for row in range(len(pricing.layouts)):
@@ -168,8 +173,8 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
                 reserve_bytes=memory.reserve,
                 capacity_bytes=memory.capacity,
                 fit_probability=float(probability[row]),
-                step_low_s=seconds / float(factor[row]),
-                step_high_s=seconds * float(factor[row]),
+                step_low_s=float(low[row]),
+                step_high_s=float(high[row]),
                 peak_low_bytes=max(0.0, float(peak[row] - doubt[row])),
                 peak_high_bytes=float(peak[row] + doubt[row]),
                 mfu=mfu_of(pricing.model, layout, seconds, pricing.cluster.device.peak_flops_per_s),

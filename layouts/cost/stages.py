@@ -24,6 +24,8 @@ class Stages:
     has_head: Column
     in_flight: Column
     """Layer inputs held at the peak, in micro-batches' worth of this stage's layers (a fraction with interleaving)."""
+    mean_between: Column
+    """Layers of a stage between first and last, in the mean: what fill and drain pass through."""
 
 
 def layers_of(
@@ -69,12 +71,15 @@ def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = Fals
     chunks = (pp - index - 1) * 2 + (vp - 1) * pp + 1
     in_flight = np.where(vp > 1, np.minimum(chunks / vp, layouts.num_micro_batches), one_f_one_b)
     sizes = layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)
+    first, between, last = overshooting(model, pp) if overshoot else sizes
+    mean_between = np.where(pp > 2, (model.num_layers - first - last) / np.maximum(pp - 2, 1), between)
     return Stages(
         index=index,
-        layers=np.stack(overshooting(model, pp) if overshoot else sizes),
+        layers=np.stack([first, between, last]),
         has_embedding=index == 0,
         has_head=index == pp - 1,
         in_flight=asynchronous_in_flight(layouts, index, in_flight) if layouts.any_asynchronous else in_flight,
+        mean_between=mean_between,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.cost.asynchronous import mitigation_seconds, updates_per_step
-from fourfold.layouts.cost.candidates import FLUSHED, FULL, NONE, STREAM, Candidates, Column
+from fourfold.layouts.cost.candidates import FLUSHED, FULL, NONE, STREAM, Column
 from fourfold.layouts.cost.communication import (
     expert_seconds,
     head_exchange_seconds,
@@ -118,7 +118,7 @@ def time_of(pricing: Pricing) -> StepTime:
 
     times = layouts.num_micro_batches
     bottleneck = on_slowest(slot)
-    bubble = _bubble(layouts, slot, bottleneck)
+    bubble = _bubble(pricing, one, bottleneck)
     return StepTime(
         compute=times * on_slowest(one.compute),
         recompute=times * on_slowest(one.recompute),
@@ -249,9 +249,13 @@ def _update_of(pricing: Pricing, compute: Column) -> _Update:
     return _Update(reduction, optimizer)
 
 
-def _bubble(layouts: Candidates, slot: Column, bottleneck: Column) -> Column:
+def _bubble(pricing: Pricing, one: MicroBatch, bottleneck: Column) -> Column:
     """What fill and drain wait for: one micro-batch through all pp stages, less the one that is counted as work."""
-    through = np.where(layouts.pp == 1, slot[0], slot[0] + slot[2] + np.maximum(layouts.pp - 2, 0) * slot[1])
+    layouts, stages, slot = pricing.layouts, pricing.stages, one.total
+    # The largest stage between first and last may hold a layer more than most: the mean of them is passed through.
+    fixed = one.pp_communication[1] + one.overhead[1]
+    between = fixed + (slot[1] - fixed) * stages.mean_between / np.maximum(stages.layers[1], 1)
+    through = np.where(layouts.pp == 1, slot[0], slot[0] + slot[2] + np.maximum(layouts.pp - 2, 0) * between)
     bubble = (through - bottleneck) / layouts.vp
     return np.where(layouts.schedule == FLUSHED, bubble, 0.0) if layouts.any_asynchronous else bubble
 

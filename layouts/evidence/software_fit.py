@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates, Column
-from fourfold.layouts.cost.doubt import TENTH, waited_share
+from fourfold.layouts.cost.doubt import TENTH, num_exchanges, waited_share
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.price import GIB
 from fourfold.layouts.cost.pricing import Pricing
@@ -24,7 +24,8 @@ from fourfold.layouts.inputs.software import Software
 
 TIME: dict[str, tuple[float, float]] = {
     "compute_share": (1.0, 0.2), "layer_host_s": (1e-3, 0.7), "layer_host_tp_s": (5e-4, 0.7),
-    "micro_batch_s": (5e-4, 1.0), "step_s": (2e-2, 1.0), "dp_overlap": (0.5, 0.5), "tp_overlap": (0.5, 0.5),
+    "micro_batch_s": (5e-4, 1.0), "step_s": (2e-2, 1.0), "dp_overlap": (0.5, 0.5),
+    "sharded_overlap": (1.0, 0.5), "tp_overlap": (0.5, 0.5), "piece_s": (1e-5, 1.0),
 }  # fmt: skip
 """Of each constant of step times: where a fit starts that finds none, and the deviation of its logarithm about that."""
 MEMORY: dict[str, tuple[float, float]] = {
@@ -34,10 +35,13 @@ NETWORK: dict[str, tuple[float, float]] = {
     "share": (0.5, 0.7), "reduction_share": (0.5, 0.7), "pipelined_share": (0.5, 0.7), "pipelined_layer_s": (1e-3, 1.0),
 }  # fmt: skip
 """Of the outermost link of the cluster that the runs were on."""
-SHARES = ("dp_overlap", "tp_overlap", "share", "reduction_share", "pipelined_share")
+SHARES = ("dp_overlap", "sharded_overlap", "tp_overlap", "share", "reduction_share", "pipelined_share")
 NOISE, FREEDOM, ROUNDS, STEP = 0.06, 2.0, 8, 0.03
 LEAST_SPREAD = 0.02
 """No prediction is closer than repeated runs are to each other."""
+LATE, LEAST_STALL_S, FEWEST_STALLS, ALIKE, STALL_ROUNDS = 1.3, 0.2, 8, 0.8, 3
+"""A run stalled where it took LATE times what is predicted and LEAST_STALL_S more an exchange, as FEWEST_STALLS did and
+all by about the same: half of them within ALIKE of the median."""
 FAR, FAR_WEIGHT = 2.0, 0.3
 """A layout of over FAR times the step of the best of its sweep counts FAR_WEIGHT: nobody would run it."""
 
@@ -78,13 +82,7 @@ def fit_software(runs: Sequence[Run], *, network: bool = False) -> SoftwareFit:
         raise ValueError("no run tells a step time or a peak: nothing to fit a software to")
     fit = SoftwareFit(software=runs[0].software, outer={})
     if timed:
-        starts = {**TIME, **(NETWORK if network else {})}
-        times = np.log([run.step_s for run in timed if run.step_s])
-        fit = _solve(fit, starts, times, _weights(timed), _predictor(timed, _step_s))
-        residual = _predictor(timed, _step_s)(fit) - times
-        own, network_spread = doubt_of(residual, np.exp(_predictor(timed, _waited)(fit)))
-        doubt = {"time_spread": own, "network_spread": network_spread, "devices": _devices(timed)}
-        fit = replace(fit, software=replace(fit.software, **doubt))  # type: ignore[arg-type]
+        fit = _fit_times(fit, timed, {**TIME, **(NETWORK if network else {})})
     if held:
         peaks = np.log([run.memory_gib * GIB for run in held if run.memory_gib])
         predicted = _predictor(held, _peak_bytes)
@@ -92,6 +90,43 @@ def fit_software(runs: Sequence[Run], *, network: bool = False) -> SoftwareFit:
         scatter = _scatter(predicted(fit) - peaks)
         fit = replace(fit, software=replace(fit.software, memory_spread=scatter))
     return fit
+
+
+def _fit_times(fit: SoftwareFit, runs: Sequence[Run], starts: Mapping[str, tuple[float, float]]) -> SoftwareFit:
+    """The constants of step times, and the doubt; runs that stalled have no say but in how many they are."""
+    times = np.log([run.step_s for run in runs if run.step_s])
+    weights, predicted = _weights(runs), _predictor(runs, _step_s)
+    exchanges = np.exp(_predictor(runs, _exchanges)(fit))
+    stalled, stall_s, chance = np.zeros(len(runs), bool), 0.0, 0.0
+    for _ in range(STALL_ROUNDS):
+        fit = _solve(fit, starts, times, weights * ~stalled, predicted)
+        before = stalled
+        stalled, stall_s, chance = stalls(np.exp(times), np.exp(predicted(fit)), exchanges)
+        if (stalled == before).all():
+            break
+    residual, waited = predicted(fit) - times, np.exp(_predictor(runs, _waited)(fit))
+    own, network_spread = doubt_of(residual[~stalled], waited[~stalled])
+    doubt = {"time_spread": own, "network_spread": network_spread, "devices": _devices(runs)}
+    doubt |= {"stall_s": stall_s, "stall_chance": chance}
+    return replace(fit, software=replace(fit.software, **doubt))  # type: ignore[arg-type]
+
+
+def stalls(measured: Column, predicted: Column, exchanges: Column) -> tuple[Column, float, float]:
+    """(which runs stalled, seconds an exchange, share of the pipelined runs): many that are late by the same, or none.
+
+    Args:
+        measured: seconds a step, and `predicted` the same.
+        exchanges: of a stage with its neighbours in a step; below 1 without a pipeline.
+    """
+    piped = exchanges >= 1
+    late = (measured - predicted) / np.maximum(exchanges, 1)
+    stalled = piped & (measured > LATE * predicted) & (late > LEAST_STALL_S)
+    if stalled.sum() < FEWEST_STALLS:
+        return np.zeros(len(measured), bool), 0.0, 0.0
+    low, middle, high = np.quantile(late[stalled], (0.25, 0.5, 0.75))
+    if high - low > ALIKE * middle:
+        return np.zeros(len(measured), bool), 0.0, 0.0
+    return stalled, float(middle), float(stalled.sum() / piped.sum())
 
 
 def _devices(runs: Sequence[Run]) -> str:
@@ -131,6 +166,10 @@ def _weights(runs: Sequence[Run]) -> Column:
 
 def _step_s(pricing: Pricing) -> Column:
     return time_of(pricing).total
+
+
+def _exchanges(pricing: Pricing) -> Column:
+    return np.maximum(num_exchanges(pricing.layouts), 1e-6)
 
 
 def _waited(pricing: Pricing) -> Column:

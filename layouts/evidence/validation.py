@@ -89,7 +89,7 @@ def score(runs: Sequence[Run], prices: Sequence[PricedLayout]) -> Scores:
         if len(done) < LEAST_RUNS:
             continue
         correlations.append(spearman([a for a, _ in done], [b for _, b in done]))
-        fitting = [(p.step_s, run) for run, p in members if p.fits]
+        fitting = [(p.expected_s, run) for run, p in members if p.fits]
         if fitting:
             chosen = min(fitting, key=lambda pair: pair[0])[1]
             oom_picks += bool(chosen.oom)

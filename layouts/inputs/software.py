@@ -19,10 +19,11 @@ from fourfold.layouts.inputs.reading import number, read_toml, shortened, shown
 ATTENTION = ("flash2", "flash1", "triton", "fused", "eager")
 SELECTIVE = ("attention", "elementwise")
 FITTED = (
-    "compute_share", "layer_host_s", "layer_host_tp_s", "micro_batch_s", "step_s", "dp_overlap", "tp_overlap",
-    "kept_share", "logits_bytes", "bucket_bytes", "extra_peak_bytes", "checkpoint_stall_s", "extra_reserve_bytes",
+    "compute_share", "layer_host_s", "layer_host_tp_s", "micro_batch_s", "step_s", "dp_overlap", "sharded_overlap",
+    "tp_overlap", "piece_s", "kept_share", "logits_bytes", "bucket_bytes", "extra_peak_bytes", "checkpoint_stall_s",
+    "extra_reserve_bytes",
 )  # fmt: skip
-DOUBT = ("time_spread", "network_spread", "memory_spread", "devices")
+DOUBT = ("time_spread", "network_spread", "memory_spread", "stall_s", "stall_chance", "devices")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,11 @@ class Software:
     """fp32 values read or written a token and a vocabulary entry by the loss, forward and backward."""
     tp_overlap: float = 0.0
     dp_overlap: float = 1.0
+    sharded_overlap: float = 1.0
+    """Of `dp_overlap`, what is reached where ZeRO 1 or more scatters gradients and gathers weights."""
+    piece_s: float = 0.0
+    """Host's time to pack and unpack a rank's piece of a layer's gradients and weights, where ZeRO 1 or 2 does so piece
+    by piece: a step pays it for every layer and rank."""
     zero3_overlap: float = 1.0
     pp_outermost: bool = True
     """Megatron's order of ranks (tp, cp, dp, pp); else ours (tp, cp, pp, dp)."""
@@ -120,6 +126,10 @@ class Software:
     """The same of what the device waits (for ranks, host and pipeline), times its share of the step."""
     memory_spread: float = 0.0
     """Standard deviation of the true peak about the predicted one, as a share of it; 0: as the constants say."""
+    stall_s: float = 0.0
+    """What each exchange between neighbouring stages waited in a part of its runs, for no cause that a layout tells."""
+    stall_chance: float = 0.0
+    """The part of its pipelined runs that waited so."""
     devices: str = ""
     """The devices that the doubt was seen on, by the start of their names, comma between; on others it doubles."""
     launched: bool = True
@@ -180,7 +190,7 @@ def software_from(document: Mapping[str, Any], *, name: str, where: str) -> Soft
         raise ValueError(f"{where}: selective={shown(values['selective'])}: choose one of {', '.join(SELECTIVE)}")
     if values.get("attention", "flash2") not in ATTENTION:
         raise ValueError(f"{where}: attention={shown(values['attention'])}: choose one of {', '.join(ATTENTION)}")
-    for share in ("dp_overlap", "tp_overlap", "zero3_overlap"):
+    for share in ("dp_overlap", "sharded_overlap", "tp_overlap", "zero3_overlap", "stall_chance"):
         if values.get(share, 0) > 1:
             raise ValueError(f"{where}: {share}={values[share]}: a share of at most 1")
     if start is not None:

@@ -29,7 +29,7 @@ def describe(priced: PricedLayout) -> dict[str, Any]:
         "capacity_gib": priced.capacity_bytes / GIB, "margin_gib": priced.margin_bytes / GIB,
         "step_low_s": priced.step_low_s, "step_high_s": priced.step_high_s,
         "peak_low_gib": priced.peak_low_bytes / GIB, "peak_high_gib": priced.peak_high_bytes / GIB,
-        "fit_probability": priced.fit_probability, "fits": priced.fits,
+        "expected_s": priced.expected_s, "fit_probability": priced.fit_probability, "fits": priced.fits,
     }  # fmt: skip
     if priced.layout.asynchronous:
         row |= {"updates_per_step": priced.layout.updates_per_step, "convergence": convergence(priced.layout)}
@@ -78,8 +78,9 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("#", justify="right")
-    table.add_column("layout", no_wrap=True)
+    # On a narrow terminal a long name goes on in the next line; nothing else is cut.
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("layout", overflow="fold")
     columns = ["step", "MFU", "tok/s/dev", *(["comm", "bubble"] if width >= 100 else []), "GiB", "P(fits)"]
     columns += ["days"] * (num_tokens > 0)
     for name in columns:
@@ -127,8 +128,9 @@ _WORDS = (
 )
 COLUMNS = (
     "MFU: model FLOPs (6 a parameter and token, embeddings too, and attention's, causal counted whole, windows by "
-    "their width) over the peak; P(fits): probability of not running out of memory; fast+safe: the fastest, whose "
-    "P(fits) is at least 0.95; sync: the fastest whose gradients come in time"
+    "their width) over the peak; P(fits): probability of not running out of memory; layouts are ranked by step over "
+    "P(fits), the time with what is lost where they do not fit; fast+safe: the fastest so counted, whose P(fits) is at "
+    "least 0.95; sync: the fastest whose gradients come in time"
 )
 
 

@@ -37,13 +37,13 @@ class Plan:
     software: Software
     request: SearchRequest
     layouts: list[PricedLayout]
-    """Fastest first; the first `top` of those that fit."""
+    """Of those that fit the first `top`, by step time over the probability of fitting (`PricedLayout.expected_s`)."""
     num_candidates: int
     num_fitting: int
     slowest: PricedLayout | None
     """The last feasible one."""
     safe: PricedLayout | None
-    """The fastest whose probability of fitting is at least 0.95."""
+    """The first whose probability of fitting is at least 0.95."""
     infeasible: Mapping[str, int]
     """Reason -> how many combinations it ruled out."""
     nearest: PricedLayout | None
@@ -65,7 +65,7 @@ def rank_layouts(
     software: Software | None = None,
     constants: Constants | None = None,
 ) -> Plan:
-    """Rank the layouts of a request by step time.
+    """Rank the layouts of a request by step time, given the risk that they do not fit.
 
     Args:
         top: how many of the ranked layouts become objects; None for all.
@@ -103,7 +103,7 @@ def rank_layouts(
         return Plan(**common, layouts=[], slowest=None, safe=None, nearest=objects(np.array([found.nearest]))[0])
     cuts = (candidates.tp * candidates.pp * candidates.cp)[found.rows]
     # Where two cost the same, the one with more room, then the one with fewer cuts.
-    order = np.lexsort((cuts, -found.margin, found.step_s))
+    order = np.lexsort((cuts, -found.margin, found.step_s / found.fit_probability))
     ranked = objects(found.rows[order if top is None else order[:top]])
     safe = objects(found.rows[order[found.fit_probability[order] >= SAFE][:1]])
     slowest = objects(found.rows[order[-1:]])[0]

@@ -66,7 +66,8 @@ def test_each_fitted_constant_moves_a_price(name):
     if name == "checkpoint_stall_s":
         layout = Layout(dp=2, pp=2, tp=2, checkpointing="full", global_batch=32, seq_len=2048)
     else:
-        layout = Layout(dp=4, tp=2, sequence_parallel=True, micro_batch=1, global_batch=32, seq_len=2048)
+        cut = {"dp": 4, "tp": 2, "micro_batch": 1, "zero_stage": 1}
+        layout = Layout(**cut, sequence_parallel=True, global_batch=32, seq_len=2048)  # type: ignore[arg-type]
     base = replace(load_software("nanotron"), checkpoint_stall_s=1e-3, extra_reserve_bytes=1e8, kept_share=1.2)
     value = getattr(base, name)
     other = replace(base, **{name: min(value * 3, 1.0) if name.endswith("overlap") else value * 3})
