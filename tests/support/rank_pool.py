@@ -1,7 +1,7 @@
 """A pool of gloo ranks that outlives single tests.
 
-Starting a rank costs seconds (importing torch), so a world of each size starts once a session, from a fork server that
-has torch loaded, and then runs one test body after another. A body is a function at module level; it is called as
+Starting a rank costs seconds, so a world of each size starts once a session, from a fork server that has torch and
+transformers loaded, and then runs one test body after another. A body is a function at module level; it is called as
 `body(*args)` on every rank with `torch.distributed` initialised, and its returned values come back in rank order.
 
 The first rank that raises ends the call: its own traceback is shown, the other ranks (which may be waiting for it) are
@@ -9,7 +9,6 @@ killed, and the next call starts a fresh world. So does one after a world has ga
 """
 
 import contextlib
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from support.fork_server import fork_server
 
 # Of one rank. gloo keeps a group's threads for as long as the process lives, each wakes up many times a second, and
 # every mesh that a body makes has several groups: after some hundred bodies the threads alone fill the machine.
@@ -98,8 +99,7 @@ class RankPool:
         return [results[rank] for rank in range(self.world_size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
+        context = fork_server()
         rendezvous = os.path.join(tempfile.mkdtemp(prefix="ranks-"), "rendezvous")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.tiny_config import CONFIG
+from support.training_process import TRAIN, Forked, forked_ranks, until_rows
 
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
@@ -39,8 +40,8 @@ def layout_file(tmp_path) -> Callable[..., Path]:
     return write
 
 
-class Started:
-    """A run in a process of its own, its ranks, and what it says."""
+class Launched:
+    """A launcher, started for real, its ranks, and what they say."""
 
     def __init__(self, log: Path, *words: object) -> None:
         self.log = log
@@ -78,45 +79,77 @@ class Started:
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Started]]:
-    running: list[Started] = []
+def launch(tmp_path) -> Iterator[Callable[..., Launched]]:
+    running: list[Launched] = []
 
-    def begin(*words: object) -> Started:
-        running.append(Started(tmp_path / f"log{len(running)}", *words))
+    def begin(*words: object) -> Launched:
+        running.append(Launched(tmp_path / f"log{len(running)}", *words))
         return running[-1]
 
     yield begin
-    for started in running:
-        started.kill()
+    for launched in running:
+        launched.kill()
 
 
-def torchrun(*words: object) -> list[object]:
-    return ["-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "fourfold.launch.train", *words]
+@pytest.fixture
+def ranks_of(tmp_path) -> Iterator[Callable[..., list[Forked]]]:
+    """Starts the ranks of a training without a launcher."""
+    running: list[Forked] = []
+
+    def begin(*words: object, num_ranks: int = 2) -> list[Forked]:
+        started = forked_ranks(tmp_path / f"rank{len(running)}_", num_ranks, words)
+        running.extend(started)
+        return started
+
+    yield begin
+    for process in running:
+        process.kill()
 
 
 def errors(log: Path) -> list[str]:
     return [line for line in log.read_text().splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_stopped_rank_is_named_and_the_run_ends(layout_file, start, tmp_path, fields):
-    words = ["launch", layout_file(**fields), "--out", tmp_path / "out", "--steps", 100_000, "--timeout-minutes", 0.2]
-    run = start("-m", "fourfold.launch.cli", *words)
+def torchrun(*words: object) -> list[object]:
+    return ["-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", TRAIN, *words]
+
+
+def test_a_stopped_rank_is_named_and_the_launcher_ends(layout_file, launch, tmp_path):
+    words = ["launch", layout_file(pp=2), "--out", tmp_path / "out", "--steps", 100_000, "--timeout-minutes", 0.1]
+    run = launch("-m", "fourfold.launch.cli", *words)
     run.until(tmp_path / "out" / "metrics.csv", 3)
     run.ranks()[1].send_signal(signal.SIGSTOP)
     assert run.ends_within(60.0) == 1
-    (line,) = errors(run.log)
-    assert "no progress for " in line
-    assert "rank 1 does not answer, last in " in line
-    assert "rank 0 in step " in line
+    is_named(errors(run.log))
     assert "Traceback" not in run.log.read_text()
 
 
+def test_a_stopped_rank_is_named(layout_file, ranks_of, tmp_path):
+    """Under two layouts at a time: the test mostly waits."""
+    runs = {}
+    for name in ("z3", "async"):
+        words = ["--layout", layout_file(**LAYOUTS[name]), "--out", tmp_path / name, *FOREVER, "--timeout-minutes", 0.1]
+        runs[name] = ranks_of(*words)
+        until_rows(tmp_path / name / "metrics.csv", 3, runs[name][0])
+        runs[name][1].system.suspend()
+    for first, _ in runs.values():
+        assert first.wait(60.0) == 3
+        is_named(first.errors())
+        assert "Traceback" not in first.text()
+
+
+def is_named(told: list[str]) -> None:
+    (line,) = told
+    assert "no progress for " in line
+    assert "rank 1 does not answer, last in " in line
+    assert "rank 0 in step " in line
+
+
 @pytest.mark.parametrize("module", ["fourfold.launch.cli", "torch.distributed.run"])
-def test_ranks_end_with_a_killed_launcher(layout_file, start, tmp_path, module):
+def test_ranks_end_with_a_killed_launcher(layout_file, launch, tmp_path, module):
     layout, out = layout_file(dp=2), tmp_path / "out"
     words = ["-m", module, "launch", layout, "--out", out, "--steps", 100_000]
-    run = start(*(words if module == "fourfold.launch.cli" else torchrun("--layout", layout, "--out", out, *FOREVER)))
+    run = launch(*(words if module == "fourfold.launch.cli" else torchrun("--layout", layout, "--out", out, *FOREVER)))
     run.until(out / "metrics.csv", 2)
     run.process.kill()
     run.ends_within(30.0)
@@ -124,28 +157,29 @@ def test_ranks_end_with_a_killed_launcher(layout_file, start, tmp_path, module):
     assert "the launcher of these ranks is gone: they end, too; go on with --resume auto" in line
 
 
-def test_a_folder_has_one_run_at_a_time(layout_file, start, tmp_path):
+def test_a_folder_has_one_run_at_a_time(layout_file, ranks_of, tmp_path):
     layout, out = layout_file(), tmp_path / "out"
-    words = ["-m", "fourfold.launch.train", "--layout", layout, "--out", out, *FOREVER]
-    first = start(*words)
-    first.until(out / "metrics.csv", 2)
+    words = ["--layout", layout, "--out", out]
+    (first,) = ranks_of(*words, *FOREVER, num_ranks=1)
+    until_rows(out / "metrics.csv", 2, first)
     before = len((out / "metrics.csv").read_text().splitlines())
-    second = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=240)
-    assert second.returncode == 2
-    (line,) = second.stderr.strip().splitlines()
-    assert f"--out {out} is in use by another run (process {first.process.pid} on " in line
+    (second,) = ranks_of(*words, *FOREVER, num_ranks=1)
+    assert second.wait(60.0) == 2
+    (line,) = second.text().strip().splitlines()
+    assert f"--out {out} is in use by another run (process {first.pid} on " in line
     assert len((out / "metrics.csv").read_text().splitlines()) > before
     first.kill()
-    assert subprocess.run([sys.executable, *map(str, words[:6]), "--steps", "1"], timeout=240).returncode == 0
+    (third,) = ranks_of(*words, "--steps", 1, num_ranks=1)
+    assert third.wait(60.0) == 0
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])
-def test_one_account_of_a_rank_that_fails(layout_file, start, tmp_path, how, monkeypatch):
+def test_one_account_of_a_rank_that_fails(layout_file, launch, tmp_path, how, monkeypatch):
     (tmp_path / "failing").mkdir()
     (tmp_path / "failing" / "sitecustomize.py").write_text(FAIL)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "failing"), str(ROOT / "src")]))
     monkeypatch.setenv("FAIL_HOW", how)
-    run = start(*torchrun("--layout", layout_file(dp=2), "--out", tmp_path / "out", "--quiet", *FOREVER))
+    run = launch(*torchrun("--layout", layout_file(dp=2), "--out", tmp_path / "out", "--quiet", *FOREVER))
     run.until(tmp_path / "out" / "metrics.csv", 2)
     assert run.ends_within(60.0) == 1
     log = run.log.read_text()
@@ -178,69 +212,82 @@ if os.environ.get("RANK") == "1":
 """
 
 
-@pytest.mark.parametrize("fields", [LAYOUTS["z3"], LAYOUTS["async"]], ids=["z3", "async"])
-def test_a_loss_that_is_no_number_is_one_line(layout_file, start, tmp_path, fields):
+def test_a_loss_that_is_no_number_is_one_line(layout_file, launch, tmp_path):
     words = ["--out", tmp_path / "out", "--steps", 100, "--learning-rate", 1e20, "--quiet"]
-    run = start("-m", "fourfold.launch.cli", "launch", layout_file(**fields), *words)
+    run = launch("-m", "fourfold.launch.cli", "launch", layout_file(**LAYOUTS["async"]), *words)
     assert run.ends_within(STARTING_S) == 2
-    (line,) = run.log.read_text().strip().splitlines()
+    is_no_number(run.log.read_text())
+
+
+def test_a_loss_that_is_no_number_is_told_by_rank_0(layout_file, ranks_of, tmp_path):
+    words = ["--layout", layout_file(**LAYOUTS["z3"]), "--out", tmp_path / "out", "--steps", 100, "--quiet"]
+    first, _ = ranks_of(*words, "--learning-rate", 1e20)
+    assert first.wait(STARTING_S) == 2
+    is_no_number(first.text())
+
+
+def is_no_number(said: str) -> None:
+    (line,) = said.strip().splitlines()
     assert line.startswith("error: loss nan")
     assert "lower the learning rate 1e+20" in line
 
 
-def by_hand(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fourfold.launch.train", *map(str, words)]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240)
+def by_hand(log: Path, *words: object, **environment: str) -> Forked:
+    """A rank that somebody started without torchrun; it has ended."""
+    run = Forked(log, TRAIN, words, **environment)
+    run.wait(STARTING_S)
+    return run
 
 
 def test_a_one_rank_layout_under_two_tasks_is_refused(layout_file, tmp_path):
     words = ["--layout", layout_file(), "--out", tmp_path / "out", "--steps", 1]
-    run = by_hand(*words, SLURM_PROCID="0", SLURM_NTASKS="2", SLURM_LOCALID="0", SLURM_JOB_ID="7")
-    assert run.returncode == 2
-    assert run.stderr.strip().splitlines() == [
+    task = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+    run = by_hand(tmp_path / "log", *words, **task)
+    assert run.poll() == 2
+    assert run.text().strip().splitlines() == [
         "error: the layout dp1 mb1 needs 1 ranks, but 2 were started: "
         "use torchrun --nproc-per-node 1, or another layout"
     ]
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
-    command = [str(mpiexec), "-n", "2", sys.executable, "-m", "fourfold.launch.train", *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 2
-    assert run.stderr.count("needs 1 ranks, but 2 were started") == 1
+    command = [str(mpiexec), "-n", "2", sys.executable, "-m", TRAIN, *map(str, words)]
+    tried = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert tried.returncode == 2
+    assert tried.stderr.count("needs 1 ranks, but 2 were started") == 1
 
 
 def test_srun_starts_ranks_that_meet(layout_file, tmp_path):
     """srun itself is not here: its variables are."""
     words = ["--layout", layout_file(dp=2), "--out", tmp_path / "out", "--steps", 2, "--quiet"]
-    command = [sys.executable, "-m", "fourfold.launch.train", *map(str, words)]
-    shared = {**os.environ, "SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}
+    shared = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid())}
     tasks = [
-        subprocess.Popen(command, env=shared | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in ("0", "1")
+        Forked(tmp_path / f"task{rank}", TRAIN, words, **shared, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        for rank in ("0", "1")
     ]
-    assert [task.wait(timeout=180) for task in tasks] == [0, 0]
+    assert [task.wait(180.0) for task in tasks] == [0, 0]
     assert len(json.loads((tmp_path / "out" / "result.json").read_text())["losses"]) == 2
 
 
 def test_one_command_line_starts_and_goes_on(layout_file, tmp_path):
-    out = tmp_path / "out"
+    out, log = tmp_path / "out", tmp_path / "log"
     words = ["--layout", layout_file(), "--out", out, "--checkpoint-every", 2, "--resume", "auto", "--quiet"]
-    assert by_hand(*words, "--steps", 2).returncode == 0
+    assert by_hand(log, *words, "--steps", 2).poll() == 0
     assert (out / "checkpoints" / "step_00000002").is_dir()
-    again = by_hand(*words, "--steps", 4)
-    assert again.returncode == 0, again.stderr
-    assert "note: step_00000002 was written with steps=2 (now 4)" in again.stderr
+    again = by_hand(log, *words, "--steps", 4)
+    assert again.poll() == 0, again.text()
+    assert "note: step_00000002 was written with steps=2 (now 4)" in again.text()
     assert len((out / "metrics.csv").read_text().splitlines()) == 1 + 4
     assert len(json.loads((out / "result.json").read_text())["losses"]) == 2
     # Another seed, rate, and detail of the model that no shape shows.
     other = tmp_path / "other.toml"
     write_layout_file(other, Layout(global_batch=4, seq_len=16), load_model({**CONFIG, "rms_norm_eps": 1e-3}))
     words += ["--steps", 6, "--layout", other, "--seed", 1, "--learning-rate", 0.01]
-    refused = by_hand(*words)
-    assert refused.returncode == 2
-    (line,) = refused.stderr.strip().splitlines()
+    refused = by_hand(log, *words)
+    assert refused.poll() == 2
+    (line,) = refused.text().strip().splitlines()
     for told in ("seed=0 (now 1)", "learning_rate=0.003 (now 0.01)", "model.rms_norm_eps=1e-06 (now 0.001)"):
         assert told in line
     assert "add --resume-anyway" in line
-    asked = by_hand(*words, "--resume-anyway")
-    assert asked.returncode == 0, asked.stderr
+    asked = by_hand(log, *words, "--resume-anyway")
+    assert asked.poll() == 0, asked.text()

@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 from support.tiny_config import CONFIG
+from support.training_process import TRAIN, Forked, start_forked_ranks
 
+from fourfold.launch.commands import demo, launch, profile
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.runs import COLUMNS
 from fourfold.layouts.inputs.cluster import load_cluster
@@ -46,9 +48,9 @@ def python(*words: object) -> subprocess.CompletedProcess[str]:
 def test_a_world_of_another_size_is_refused(tmp_path):
     layout = tmp_path / "layout.toml"
     write_layout_file(layout, Layout(dp=2, global_batch=2, seq_len=16), load_model(CONFIG))
-    result = python("-m", "fourfold.launch.train", "--layout", layout)
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines() == [
+    alone = Forked(tmp_path / "log", TRAIN, ["--layout", layout])
+    assert alone.wait(60.0) == 2
+    assert alone.text().strip().splitlines() == [
         "error: the layout dp2 mb1 needs 2 ranks, but 1 were started: "
         "use torchrun --nproc-per-node 2, or another layout"
     ]
@@ -78,29 +80,31 @@ def test_a_run_goes_on_and_keeps_its_history(tmp_path):
     layout, out = tmp_path / "layout.toml", tmp_path / "out"
     streamed = Layout(global_batch=2, seq_len=32, checkpointing="stream", stream_chunks=4)
     write_layout_file(layout, streamed, load_model(CONFIG))
-    words = ["-m", "fourfold.launch.cli", "launch", layout, "--out", out, "--checkpoint-every", 2, "--quiet"]
-    first = python(*words, "--steps", 2)
-    assert first.returncode == 0, first.stderr
-    second = python(*words, "--steps", 3, "--resume")
+    words = ["--out", out, "--checkpoint-every", 2, "--quiet"]
+
+    def rank(*more: object) -> Forked:
+        return Forked(tmp_path / "log", TRAIN, ["--layout", layout, *words, *more])
+
+    first = rank("--steps", 2)
+    assert first.wait(60.0) == 0, first.text()
+    second = python("-m", "fourfold.launch.cli", "launch", layout, *words, "--steps", 3, "--resume")
     assert second.returncode == 0, second.stderr
     with (out / "metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     for words_again, said in ((["--steps", 3], "add --resume"), (["--steps", 3, "--resume"], "asks for no more")):
-        refused = python(*words, *words_again)
-        assert refused.returncode == 2
-        assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
-        assert said in refused.stderr
+        refused = rank(*words_again)
+        assert refused.wait(60.0) == 2
+        (line,) = refused.text().strip().splitlines()
+        assert said in line
 
 
-@pytest.mark.slow
-def test_demo_writes_what_it_promises(tmp_path):
+def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
+    """Its ranks come from the fork server; that the launcher starts them, others test."""
     config, out = tmp_path / "tiny.json", tmp_path / "out"
     config.write_text(json.dumps(CONFIG))
-    result = python(
-        "-m", "fourfold.launch.cli", "demo", "--out", out, "--model", config, "--steps", 4, "--seq-len", 32,
-        "--global-batch", 4, "--profile-seconds", 4, "--ranks", 2,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    for command in (launch, profile):
+        monkeypatch.setattr(command, "start_ranks", start_forked_ranks)
+    demo.demo(out=out, model=config, steps=4, seq_len=32, global_batch=4, profile_seconds=4, ranks=2)
     assert load_cluster(out / "cluster.toml").measured
     assert read_layout_file(out / "layout.toml")[0].world_size == 2
     summary = json.loads((out / "summary.json").read_text())
