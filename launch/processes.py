@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
+LAUNCHER = "FOURFOLD_LAUNCHER"
+"""Environment variable with the number of the process that started a rank of this machine."""
+
+
 class RankFailure(RuntimeError):
     """A rank failed and the others have been ended; the message holds the rank's traceback.
 
@@ -44,6 +48,7 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
         if any(name == "lo" for _, name in socket.if_nameindex()):
             # One machine: without this, gloo looks up the host's own name, which may not resolve.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ[LAUNCHER] = str(os.getpid())
     # torch's profiler, which counts memory on CPUs, logs its start and stop below this level, and DTensor's unused
     # results are warned of at exit below this one.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -67,6 +72,8 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         raise RankFailure(f"rank {rank} of {num_ranks} failed: {_reason(first)}", first.exitcode) from None
+    finally:
+        os.environ.pop(LAUNCHER, None)
 
 
 def _reason(failure: "ProcessFailure") -> str:

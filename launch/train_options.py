@@ -19,6 +19,7 @@ from fourfold.parallel.decoder.limits import PRECISIONS
 
 WEIGHTS = ("auto", "pretrained", "random")
 SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon")
 PRECISION_WORDS = ("auto", *PRECISIONS)
 
 
@@ -52,6 +53,7 @@ class TrainOptions:
     beta1: float = _key(0.9, "AdamW's, of the mean")
     beta2: float = _key(0.95, "AdamW's, of the square")
     max_norm: float = _key(1.0, "gradients are clipped to this norm")
+    optimizer: str = _key("adamw", "adamw; or muon for layers' matrices, adamw for the rest", choices=OPTIMIZERS)
     seed: int = _key(0, "of weights and batches")
     evaluate_every: int = _key(0, "steps between held-out losses; 0: only at the end")
     held_out_batches: int = _key(4, "global batches of held-out text for a loss; 0: none")
@@ -62,6 +64,9 @@ class TrainOptions:
     export: str | None = _key(None, "folder for the trained model, as transformers loads it, with its tokenizer")
     timeout_minutes: float = _key(10.0, "without progress, before a hang is told and ended")
     peak_flops_per_s: float = _key(0.0, "of all devices together, for MFU; 0: not shown")
+    tensorboard: bool = _key(False, "also write out/tensorboard")
+    wandb: str | None = _key(None, "project of Weights & Biases to tell, too")
+    trace: str | None = _key(None, "file for a Chrome trace of three steps of the first rank")
     quiet: bool = _key(False, "show no progress")
 
 

@@ -15,7 +15,7 @@ from fourfold.launch.train_options import RESUME_VALUE, as_arguments, checked
 from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig
 
-WRITTEN = {"metrics.csv", "log.jsonl", "result.json", "checkpoints", "tokens", ".lock"}
+WRITTEN = {"metrics.csv", "log.jsonl", "result.json", "checkpoints", "tokens", "tensorboard", "wandb", ".lock"}
 """What a training leaves in its folder."""
 
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult, refuse_no_more_steps
+from fourfold.launch.training.optimizers import check_optimizer
 from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at, precision_of
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
@@ -34,7 +35,7 @@ from fourfold.parallel.sequence.tensors import shard_labels
 
 
 def scaled_optimizer(layout: Layout, settings: TrainSettings) -> Callable[[list[nn.Parameter]], Optimizer]:
-    """loop.make_optimizer's AdamW, with hyper-parameters for the batch of one update instead of the global one."""
+    """make_optimizers' AdamW, with hyper-parameters for the batch of one update instead of the global one."""
     update_batch = layout.global_batch // layout.updates_per_step
     scaled = scale_adam_hyperparameters(
         lr=settings.learning_rate,
@@ -70,6 +71,7 @@ class AsynchronousModel:
     """This rank's stage of a decoder under an asynchronous layout; as ParallelModel, it has `stage` and `device`."""
 
     def __init__(self, model: nn.Module, layout: Layout, mesh: DeviceMesh, settings: TrainSettings) -> None:
+        check_optimizer(layout, settings)
         if settings.evaluate_every:
             raise ValueError(
                 f"evaluate_every={settings.evaluate_every} with schedule={layout.schedule!r}, which never stops: use 0"

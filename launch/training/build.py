@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import DistNetworkError
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.launch.training.async_loop import AsynchronousModel, held_out_loss_asynchronously
-from fourfold.launch.training.loop import held_out_loss, make_optimizer
+from fourfold.launch.training.loop import held_out_loss
 from fourfold.launch.training.memory_use import MemoryGauge
+from fourfold.launch.training.optimizers import make_optimizers
 from fourfold.launch.training.pretrained import load_pretrained
 from fourfold.launch.training.settings import TrainSettings, precision_of
 from fourfold.layouts.inputs.layout import Layout, check_runnable
@@ -44,11 +46,20 @@ def meet(layout: Layout, *, timeout_s: float) -> DeviceMesh:
 
     Args:
         timeout_s: after which a hang is told by HangWatch; torch's own limit comes later, should that not end the rank.
+    Raises:
+        ValueError: the port at which they meet is taken.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     limit = timedelta(seconds=2 * timeout_s + 60)
-    return init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp, timeout=limit)
+    try:
+        return init_mesh(dp=layout.dp, pp=layout.pp, cp=layout.cp, tp=layout.tp, timeout=limit)
+    except DistNetworkError as error:
+        where, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ValueError(
+            f"the ranks cannot meet at {where}, port {port}: {str(error).splitlines()[0]}; give another MASTER_PORT "
+            "(torchrun --master-port), or see whether an earlier run is still there"
+        ) from None
 
 
 def build(
@@ -86,12 +97,26 @@ def exported_loss(folder: Path, layout: Layout, settings: TrainSettings, mesh: D
     return held_out_loss(model, layout, held_out, settings.held_out_batches)
 
 
+def empty_model(config: Mapping[str, Any]) -> nn.Module:
+    """The whole model of a config.json, on the meta device.
+
+    Raises:
+        ValueError: a value that transformers does not take.
+    """
+    words = dict(config)
+    try:
+        with torch.device("meta"):
+            made: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
+    except Exception as error:  # of many kinds; a KeyError's text is the value that was not found
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"transformers takes no model of this config: {reason}") from None
+    return made
+
+
 def _parallel_model(
     layout: Layout, config: Mapping[str, Any], mesh: DeviceMesh, settings: TrainSettings
 ) -> ParallelModel | AsynchronousModel:
-    words = dict(config)
-    with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
+    whole = empty_model(config)
     if layout.asynchronous:
         return AsynchronousModel(whole, layout, mesh, settings)
     return parallelize(
@@ -131,7 +156,7 @@ def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: 
         "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     settings, layout = (
-        TrainSettings(steps=1, precision=settings.precision),
+        TrainSettings(steps=1, precision=settings.precision, optimizer=settings.optimizer),
         replace(layout, embedding_counts_as=0, head_counts_as=0),
     )
     if layout.asynchronous:
@@ -140,10 +165,11 @@ def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: 
     if isinstance(tiny, AsynchronousModel):
         tiny.pipeline.run(tiny.micro_batches(lambda: torch.zeros(layout.global_batch // layout.dp, 4).long()))
     else:
-        optimizer = make_optimizer(tiny, settings)
+        optimizers = make_optimizers(tiny, settings)
         tiny.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp * layout.tp, dtype=torch.int64))
         tiny.clip_grad_norm_(1.0)
-        optimizer.step()
-        del optimizer
+        for optimizer in optimizers:
+            optimizer.step()
+        del optimizer, optimizers
     del tiny
     gc.collect()  # a pipeline refers to itself; what it holds must be gone before memory is counted

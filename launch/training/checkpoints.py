@@ -96,7 +96,7 @@ class Checkpoints:
     def save(
         self,
         model: HasStage,
-        optimizer: Optimizer,
+        optimizer: Optimizer | list[Optimizer],
         *,
         step: int,
         updates_per_step: int = 1,
@@ -130,7 +130,7 @@ class Checkpoints:
     def load(
         self,
         model: HasStage,
-        optimizer: Optimizer,
+        optimizer: Optimizer | list[Optimizer],
         resume: Resume,
         *,
         updates_per_step: int = 1,
@@ -242,7 +242,9 @@ MAY_CHANGE = ("steps",)
 """Settings that a resumed run may have otherwise without being asked to: a longer run is the same run."""
 
 
-def _write(partial: Path, model: HasStage, optimizer: Optimizer, rest: Mapping[str, Any]) -> dict[str, Checksum]:
+def _write(
+    partial: Path, model: HasStage, optimizer: Optimizer | list[Optimizer], rest: Mapping[str, Any]
+) -> dict[str, Checksum]:
     """Write this rank's shards into `partial` and read them back; returns all ranks' checksums by file.
 
     Raises:

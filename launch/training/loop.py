@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
 
+from fourfold.launch.training.blame import first_not_finite
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.memory_use import MemoryGauge
-from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at
+from fourfold.launch.training.optimizers import check_optimizer, make_optimizers, set_rate
+from fourfold.launch.training.settings import TrainSettings, learning_rate_at
 from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
@@ -31,6 +32,25 @@ class StepRecord:
     gradient_norm: float
     learning_rate: float
     step_s: float
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of this rank by phase: data_s, forward_backward_s, clip_s, update_s."""
+
+
+class _Phases:
+    """Times one step's phases, from its creation."""
+
+    def __init__(self) -> None:
+        self._start = self._since = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    def ended(self, name: str) -> None:
+        now = time.perf_counter()
+        self.phases[name], self._since = now - self._since, now
+
+    @property
+    def seconds(self) -> float:
+        """From the creation to the end of the last phase."""
+        return self._since - self._start
 
 
 @dataclass(slots=True)
@@ -56,6 +76,7 @@ class TrainingRun:
         checkpoints: where checkpoints are kept; needed when they are written or read.
         resume: the checkpoint to start from, if any.
         activity: told what this rank is doing.
+        on_start: called as a step begins.
         on_step: called after every step, on every rank that knows its loss.
         on_evaluation: called with the number of steps taken and the held-out loss, on every rank.
     """
@@ -64,6 +85,7 @@ class TrainingRun:
     checkpoints: Checkpoints | None = None
     resume: Resume = field(default_factory=Resume)
     activity: Activity = field(default_factory=Activity)
+    on_start: Callable[[int], None] = lambda step: None
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_evaluation: Callable[[int, float], None] = lambda step, loss: None
 
@@ -72,12 +94,6 @@ class TrainingRun:
         if self.checkpoints is None:
             raise ValueError("checkpoints need a folder: give --out DIR")
         return self.checkpoints
-
-
-def make_optimizer(model: ParallelModel, settings: TrainSettings) -> Optimizer:
-    """AdamW over `decay_groups`."""
-    groups = decay_groups(list(model.parameters()), settings.weight_decay)
-    return AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2), fused=True)
 
 
 def train(
@@ -92,42 +108,49 @@ def train(
         FloatingPointError: loss or gradient is no longer a finite number; weights and checkpoints are as before.
     """
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
-    optimizer = make_optimizer(model, settings)
+    check_optimizer(layout, settings)
+    optimizers = make_optimizers(model, settings)
     first = 0
     if run.resume:
         run.activity.now("reading a checkpoint")
-        first = run.kept_checkpoints().load(model, optimizer, run.resume)
+        first = run.kept_checkpoints().load(model, optimizers, run.resume)
         refuse_no_more_steps(first, settings, run.resume)
     elif settings.checkpoint_every:
         run.kept_checkpoints().refuse_overwriting()
     rows = model.batch_rows(layout.global_batch)
     result = TrainResult(device=model.device.type, precision=model.precision, compiled=model.compiled)
     for step in range(first, settings.steps):
-        start = time.perf_counter()
+        run.on_start(step)
+        clock = _Phases()
         # This rank's rows of the step's batch, and the step's learning rate.
         ids = training_rows(
             text[0], seq_len=layout.seq_len, global_batch=layout.global_batch, step=step, seed=settings.seed, rows=rows
         )
         rate = learning_rate_at(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        clock.ended("data_s")
+        set_rate(optimizers, rate)
         # Gradients, refused before they reach the weights where they are no numbers; then the update.
         run.activity.now(f"step {step}: forward and backward")
         loss = model.forward_backward(ids).item()
+        clock.ended("forward_backward_s")
         norm = model.clip_grad_norm_(settings.max_norm).item()
+        clock.ended("clip_s")
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            where = first_not_finite(model, ids)
             raise FloatingPointError(
-                f"loss {loss} and gradient norm {norm} at step {step}: "
+                f"loss {loss} and gradient norm {norm} at step {step}{', ' if where else ''}{where}: "
                 f"lower the learning rate {settings.learning_rate:.2g}"
             )
         run.activity.now(f"step {step}: update")
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         # What is told and kept of the step.
-        step_s = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=model.device)
-        record = StepRecord(step, loss, norm, rate, _largest(step_s).item())
+        clock.ended("update_s")
+        step_s = torch.tensor(clock.seconds, dtype=torch.float64, device=model.device)
+        record = StepRecord(step, loss, norm, rate, _largest(step_s).item(), clock.phases)
         result.records.append(record)
         run.on_step(record)
         if step == first + COUNTED_STEPS - 1:
@@ -137,7 +160,7 @@ def train(
             run.on_evaluation(step + 1, held_out_loss(model, layout, text[1], settings.held_out_batches))
         if settings.checkpoint_every and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
             run.activity.now(f"writing the checkpoint of step {step + 1}")
-            run.kept_checkpoints().save(model, optimizer, step=step + 1)
+            run.kept_checkpoints().save(model, optimizers, step=step + 1)
     if settings.held_out_batches:
         run.activity.now("held-out evaluation")
         result.held_out_loss = held_out_loss(model, layout, text[1], settings.held_out_batches)

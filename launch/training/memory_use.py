@@ -61,9 +61,14 @@ class MemoryGauge:
 
     def in_use(self) -> str:
         """What to show while running, and what it is: CUDA's allocator knows its tensors, a CPU only the process."""
+        gib = self.in_use_bytes() / 2**30
+        return f"tensors {gib:.2f} GiB at most" if self._device.type == "cuda" else f"process {gib:.2f} GiB"
+
+    def in_use_bytes(self) -> int:
+        """Of tensors at most so far on CUDA, of the process now on a CPU."""
         if self._device.type == "cuda":
-            return f"tensors {torch.cuda.max_memory_allocated(self._device) / 2**30:.2f} GiB at most"
-        return f"process {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return int(psutil.Process().memory_info().rss)
 
 
 def _allocations(events: Iterable[Any]) -> Iterable[tuple[int, int, int]]:

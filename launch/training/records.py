@@ -26,7 +26,7 @@ class Metrics:
         self._file: TextIO | None = None
 
     def add(self, step: StepRecord) -> None:
-        names = list(StepRecord.__dataclass_fields__)
+        names = [name for name in StepRecord.__dataclass_fields__ if name != "phases"]
         if self._file is None:
             partial = self._path.with_name(self._path.name + ".partial")
             self._file = partial.open("w", newline="")
@@ -35,7 +35,8 @@ class Metrics:
             writer.writerows(row for row in self._earlier if int(row["step"]) < step.step)
             self._file.flush()
             partial.rename(self._path)  # the earlier rows are there at every moment
-        csv.DictWriter(self._file, names, lineterminator="\n").writerow(asdict(step))
+        row = {name: value for name, value in asdict(step).items() if name in names}
+        csv.DictWriter(self._file, names, lineterminator="\n").writerow(row)
         self._file.flush()
 
 

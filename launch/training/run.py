@@ -11,16 +11,18 @@ import torch.distributed as dist
 from fourfold.launch.train_layout import chosen_layout, model_folder
 from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
-from fourfold.launch.training.build import build, check_world, exported_loss, meet
+from fourfold.launch.training.build import build, check_world, empty_model, exported_loss, meet
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.corpus import found_sources, read_corpus
 from fourfold.launch.training.folder_lock import FolderLock
 from fourfold.launch.training.loop import TrainingRun, largest_memory, train
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
+from fourfold.launch.training.optimizers import check_optimizer
 from fourfold.launch.training.pretrained import export_model
 from fourfold.launch.training.settings import TrainSettings, comparable_settings
 from fourfold.launch.training.slurm import adopt_slurm_ranks, started_by_slurm
 from fourfold.launch.training.teller import Teller
+from fourfold.launch.training.trackers import check_trackers
 from fourfold.launch.training.watch import Activity, HangWatch, watch_launcher
 
 
@@ -52,6 +54,11 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     layout, model = chosen_layout(options)
     settings, resume = _settings(options), Resume(choice=options.resume, anyway=options.resume_anyway)
     check_world(layout, model)
+    empty_model(model.config)
+    check_optimizer(layout, settings)
+    check_trackers(options, layout)
+    if layout.seq_len < 2:
+        raise ValueError(f"seq_len={layout.seq_len}: a sequence of one token has nothing to predict; give 2 or more")
     if not options.timeout_minutes > 0:
         raise ValueError(f"timeout_minutes={options.timeout_minutes}: give minutes above 0")
     sources, pretrained = found_sources(options), model_folder(options)
@@ -78,8 +85,8 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
         checkpoints = Checkpoints(folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints)
     teller = Teller(options, layout, model, settings, gauge)
     run = TrainingRun(
-        gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_step=teller.step,
-        on_evaluation=teller.evaluation,
+        gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_start=teller.start,
+        on_step=teller.step, on_evaluation=teller.evaluation,
     )  # fmt: skip
     text = corpus.train, corpus.held_out
     with teller, gauge:

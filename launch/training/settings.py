@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fourfold.launch.train_options import SCHEDULES
+from fourfold.launch.train_options import OPTIMIZERS, SCHEDULES
 from fourfold.layouts.inputs.layout import Layout
 
 
@@ -21,6 +21,7 @@ class TrainSettings:
         learning_rate: its peak, after `warmup_steps` (linear), before it falls to a tenth at the end by `schedule`:
             "cosine", "linear", or "constant" for not at all.
         beta1, beta2: AdamW's, at the global batch.
+        optimizer: "adamw", or "muon" for the layers' matrices with AdamW for the rest.
         max_norm: gradients are clipped to this 2-norm over the whole model.
         precision: a word of parallel.decoder.limits.PRECISIONS; None for the device's.
         evaluate_every: steps between held-out losses while training; 0 takes none before the end.
@@ -36,6 +37,7 @@ class TrainSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     max_norm: float = 1.0
+    optimizer: str = "adamw"
     seed: int = 0
     precision: str | None = None
     evaluate_every: int = 0
@@ -56,13 +58,16 @@ class TrainSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: from 0 on, and below 1")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
         if self.evaluate_every and not self.held_out_batches:
             raise ValueError(f"evaluate_every={self.evaluate_every} with held_out_batches=0: give held-out batches")
 
 
 _NOT_THE_MODELS = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 _COMPARED = (
-    "steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "max_norm", "seed",
+    "steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2", "max_norm",
+    "optimizer", "seed",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Tells of a running training, on the rank that knows how it goes: the display, metrics.csv, log.jsonl, result.json."""
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.progress import Display
 from fourfold.launch.training.records import Log, Metrics, write_result
 from fourfold.launch.training.settings import TrainSettings
+from fourfold.launch.training.trackers import Trace, Tracker, made_trackers
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
 
@@ -38,6 +40,9 @@ class Teller:
         self._display: Display | None = None
         self._metrics: Metrics | None = None
         self._log: Log | None = None
+        self._trackers: list[Tracker] = made_trackers(options, asdict(settings)) if tells_steps else []
+        self._trace = Trace(Path(options.trace)) if tells_steps and options.trace is not None else None
+        self._flops = model.flops_per_token(layout.seq_len) * self._tokens
         if tells_steps and not options.quiet:
             self._display = Display(layout, model, settings, options.peak_flops_per_s)
         if tells_steps and self._out is not None:
@@ -54,16 +59,31 @@ class Teller:
     ) -> None:
         if self._display is not None:
             self._display.__exit__(kind, error, traceback)
+        if self._trace is not None:
+            self._trace.stop()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def start(self, step: int) -> None:
+        """A step begins."""
+        if self._trace is not None:
+            self._trace.step()
 
     def step(self, step: StepRecord) -> None:
         """A step has ended."""
         if self._metrics is not None:
             self._metrics.add(step)
+        values = {
+            "loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate,
+            "step_s": step.step_s, "tokens_per_s": self._tokens / step.step_s,
+            "memory_bytes": self._gauge.in_use_bytes(), **step.phases,
+        }  # fmt: skip
+        if self._options.peak_flops_per_s:
+            values["mfu"] = self._flops / step.step_s / self._options.peak_flops_per_s
         if self._log is not None:
-            self._log.add(
-                "step", step=step.step, loss=step.loss, gradient_norm=step.gradient_norm,
-                learning_rate=step.learning_rate, step_s=step.step_s, tokens_per_s=self._tokens / step.step_s,
-            )  # fmt: skip
+            self._log.add("step", step=step.step, **values)
+        for tracker in self._trackers:
+            tracker.add(step.step, values)
         if self._display is not None:
             self._display.show(step, self._gauge)
 
@@ -71,6 +91,8 @@ class Teller:
         """A held-out loss was taken after `step` steps."""
         if self._log is not None:
             self._log.add("evaluation", step=step, heldout_loss=loss)
+        for tracker in self._trackers:
+            tracker.add(step, {"heldout_loss": loss})
         if self._display is not None:
             self._display.note(f"after {step} steps: held-out loss {loss:.4f}")
 

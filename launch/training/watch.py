@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -22,6 +22,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from fourfold.launch.processes import LAUNCHER
 from fourfold.launch.refusal import EXIT_TOLD
 
 _LOOK_S = 0.5
@@ -42,11 +43,13 @@ class Activity:
         self.words, self.since_s = words, time.monotonic()
 
 
-def watch_launcher(environment: Mapping[str, str]) -> None:
+def watch_launcher(environment: MutableMapping[str, str]) -> None:
     """End this process soon after the launcher that started it, if one did, is gone."""
     if "TORCHELASTIC_RUN_ID" not in environment and "RANK" not in environment:
         return  # started from a shell, which may go away
-    parent = os.getppid()
+    # Importing torch takes seconds in which a launcher can go, too: then the parent is already another process.
+    # The variable is this rank's alone: what the rank starts has another parent.
+    parent = int(environment.pop(LAUNCHER, os.getppid()))
 
     def look() -> None:
         while os.getppid() == parent:

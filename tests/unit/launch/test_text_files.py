@@ -47,6 +47,42 @@ def test_parquet_is_read_by_a_library_or_refused(tmp_path, monkeypatch):
         texts(path)
 
 
+def test_parquet_rows_are_documents(tmp_path):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+    path = tmp_path / "a[1].parquet"  # a name that as a pattern would mean another file
+    parquet.write_table(table({"n": [1, 2], "body": ["one", "zwölf"]}), path)
+    assert texts(path, "body") == [b"one", "zwölf".encode()]
+    with pytest.raises(ValueError, match=r"row 0 has no text in 'text': give --text-column"):
+        texts(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"a\[1\]\.parquet: not a Parquet file \(") as error:
+        texts(path, "body")
+    assert "\n" not in str(error.value)
+
+
+def test_the_mark_of_an_encoding_is_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert texts(path) == [b"one\r\ntwo"]
+    path.write_bytes(b"\xef\xbb\xbf")
+    assert texts(path) == [b""]
+
+
+@pytest.mark.parametrize("content", ["line\n".encode("utf-16"), b"PK\x03\x04\0\0binary"], ids=["utf-16", "binary"])
+def test_a_file_that_is_no_text_is_refused(tmp_path, content):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.txt: holds zero bytes, so it is no text: give UTF-8, or tokens"):
+        texts(path)
+
+
+def test_half_a_character_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ok"}\n{"text": "\\ud800 x"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 2 holds half of a surrogate pair"):
+        texts(path)
+
+
 def test_files_folders_and_patterns(tmp_path):
     for name in ("b.txt", "a.txt", "sub/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,0 +1,64 @@
+"""Where a number that is none came from: the first module whose output, or the first weight that, is not finite.
+
+Run once, after a step has failed: the same batch goes forward again with a hook on every module.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fourfold.launch.training.agreement import gathered
+from fourfold.parallel import ParallelModel
+
+
+def first_not_finite(model: ParallelModel, ids: Tensor) -> str:
+    """What made the NaN or infinity, in a few words, the same on every rank; every rank calls.
+
+    Args:
+        ids: this rank's rows of the step that failed; weights and gradients are still those of it.
+    Returns:
+        A weight that is not finite itself; else the first module with finite inputs and another output; else the
+        gradient nearest to the loss that is not finite, where only the backward pass failed. Empty where all are.
+    Cost: one forward pass.
+    """
+    weight = next((name for name, value in model.named_parameters() if not _finite(value)), "")
+    found: list[str] = []
+    hooks = [
+        module.register_forward_hook(_looking(name, found))
+        for name, module in model.stage.named_modules()
+        if name and not list(module.children())
+    ]
+    try:
+        model.evaluate(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = [name for name, value in model.named_parameters() if value.grad is not None and not _finite(value.grad)]
+    place = model.mesh.get_local_rank("pp")
+    everyone = sorted(gathered((place, weight, found[:1], gradients[-1:])), key=lambda told: told[0])
+    for _, name, _, _ in everyone:
+        if name:
+            return f"the weights of {name} hold no numbers already"
+    for _, _, names, _ in everyone:
+        if names:
+            return f"first in the output of {names[0]}"
+    for _, _, _, names in reversed(everyone):  # the backward pass begins at the last stage
+        if names:
+            return f"first in the gradient of {names[0]}"
+    return ""
+
+
+def _looking(name: str, found: list[str]) -> Any:
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        parts = output if isinstance(output, tuple | list) else (output,)
+        if not found and not all(_finite(part) for part in parts if isinstance(part, Tensor)):
+            found.append(name)
+
+    return look
+
+
+def _finite(value: Tensor) -> bool:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return not local.is_floating_point() or bool(torch.isfinite(local).all())

@@ -1,0 +1,60 @@
+"""The loader: one order for any cut over ranks, left and taken up again at the batch."""
+
+from itertools import islice
+
+import pytest
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from fourfold.launch.training.loader import TokenBatches
+
+TOKENS = torch.arange(500, dtype=torch.int32)
+
+
+def batches(**changes: object) -> TokenBatches:
+    return TokenBatches(TOKENS, **{"seq_len": 8, "global_batch": 6, "seed": 3, **changes})  # type: ignore[arg-type]
+
+
+def test_any_cut_over_ranks_is_the_same_order():
+    whole = list(islice(batches(), 4))
+    parts = [list(islice(batches(rows=slice(start, start + 2)), 4)) for start in (0, 2, 4)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step] for part in parts]), batch)
+        assert batch.shape == (6, 8)
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_it_goes_on_where_it_was_left_under_another_cut():
+    truth = list(islice(batches(), 5))
+    left = batches(rows=slice(0, 3))
+    list(islice(left, 3))
+    again = batches(rows=slice(0, 6))
+    again.load_state_dict(left.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(truth[3:], islice(again, 2), strict=True))
+
+
+def test_torchdata_keeps_its_state():
+    truth = list(islice(batches(), 5))
+    loader = StatefulDataLoader(batches(), batch_size=None)
+    taken = list(islice(loader, 3))
+    again = StatefulDataLoader(batches(), batch_size=None)
+    again.load_state_dict(loader.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(truth, [*taken, *islice(again, 2)], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"seq_len": 1}, "seq_len=1"), ({"seq_len": 501}, "there are 500 tokens"), ({"global_batch": 0}, "one row")],
+)
+def test_what_gives_no_batch_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        batches(**changes)
+
+
+def test_another_order_is_refused():
+    state = batches().state_dict()
+    for change in ({"seed": 4}, {"seq_len": 9}, {"global_batch": 12}):
+        with pytest.raises(ValueError, match="the batches were of"):
+            batches(**change).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        TokenBatches(torch.zeros(9), seq_len=2, global_batch=1)
