@@ -58,8 +58,11 @@ def init_mesh(
         _start(device_type, timeout)
     mesh = init_device_mesh(device_type, grid.shape, mesh_dim_names=AXES)
     if timeout is not None:
-        for axis in AXES:
-            _set_pg_timeout(timeout, mesh.get_group(axis))  # torch gives a new group its own default
+        groups = [mesh.get_group(axis) for axis in AXES]
+        if dp > 1 and cp > 1:  # parallelize's replicas: made here, the group is found again under its name there
+            groups.append(mesh["dp", "cp"]._flatten("dp_cp").get_group())
+        for group in groups:
+            _set_pg_timeout(timeout, group)  # torch gives a new group its own default
     return mesh
 
 

@@ -1,10 +1,14 @@
 """The mesh agrees with the rank arithmetic and refuses a world of another size."""
 
+from datetime import timedelta
+
 import pytest
+import torch
 import torch.distributed as dist
 from support.rank_pool import RankFailure
 
 from fourfold.parallel import init_mesh
+from fourfold.parallel.decoder.parallelize import _replica_mesh
 from fourfold.parallel.grid import Grid
 
 
@@ -25,3 +29,13 @@ def test_mesh_and_arithmetic_agree(ranks, shape):
 def test_a_grid_of_another_size_is_refused(ranks):
     with pytest.raises(RankFailure, match="needs 3 ranks, but the world has 2: start 3 processes"):
         ranks(2)(coordinates_of, {"dp": 3})
+
+
+def timeouts() -> list[float]:
+    mesh = init_mesh(dp=2, cp=2, device_type="cpu", timeout=timedelta(seconds=77))
+    groups = [mesh.get_group("dp"), mesh.get_group("cp"), _replica_mesh(mesh).get_group()]
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_has_the_timeout_that_was_given(ranks):
+    assert ranks(4)(timeouts) == [[77.0] * 3] * 4
