@@ -84,9 +84,7 @@ def gather_numbers(place: Place, numbers: Sequence[int], device: torch.device) -
     """
     if place.size == 1:
         return [list(numbers)]
-    if "cpu:" in dist.get_backend_config(place.group):
-        device = torch.device("cpu")
-    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    mine = torch.tensor(numbers, dtype=torch.int64, device=_meeting(place, device))
     everyone = [torch.empty_like(mine) for _ in range(place.size)]
     dist.all_gather(everyone, mine, group=place.group)
     return [theirs.tolist() for theirs in everyone]
@@ -100,8 +98,16 @@ def agree(place: Place, numbers: Mapping[str, int], device: torch.device, proble
         problem: what this rank found wrong, None for nothing.
     Raises:
         ValueError: on every rank, where one has a problem or the numbers differ.
-    Cost: see gather_numbers.
+    Cost: an all-reduce of 24 bytes, whatever the number of ranks; on NCCL see gather_numbers.
     """
+    if place.size > 1:
+        # The largest and the smallest digest of all ranks are one number where nothing is wrong.
+        mine = digest(list(numbers.items()))
+        extremes = torch.tensor([problem is not None, mine, -mine], dtype=torch.int64, device=_meeting(place, device))
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=place.group)
+        failed_somewhere, largest, smallest = extremes.tolist()
+        if not failed_somewhere and largest == -smallest:
+            return
     everyone = gather_numbers(place, [problem is not None, *numbers.values()], device)
     if problem is not None:
         raise ValueError(problem)
@@ -116,6 +122,11 @@ def agree(place: Place, numbers: Mapping[str, int], device: torch.device, proble
                 f"the ranks of one group differ in {name}{seen}. All of them take the same batch and the same options, "
                 "and each its own shard of it"
             )
+
+
+def _meeting(place: Place, device: torch.device) -> torch.device:
+    """Where numbers travel: the CPU if the group's messages may lie there."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(place.group) else device
 
 
 def gather_lengths(place: Place, length: int, like: Tensor) -> list[int]:

@@ -25,6 +25,7 @@ from fourfold.parallel.attention.kernels import (
     SavedAttention,
     hardware_of,
 )
+from fourfold.parallel.attention.soft_cap import SoftCapAttention
 
 BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
@@ -43,38 +44,57 @@ PREFERENCES: tuple[tuple[str, tuple[int, int], tuple[str, ...]], ...] = (
 )
 
 
-def choose_backend(hardware: Hardware, dtype: torch.dtype, head_size: int) -> str:
+# Kernels that cap scores by themselves; made for one cap each.
+CAPPING: dict[str, Callable[[float], AttentionBackend]] = {
+    "flash_attn": FlashAttn,
+    "flash_attn_3": FlashAttn3,
+    "math": SoftCapAttention,
+}
+
+
+def choose_backend(hardware: Hardware, dtype: torch.dtype, head_size: int, *, soft_cap: bool = False) -> str:
     """The name of the backend that such tensors get where nobody asks for one.
 
         choose_backend(Hardware("cuda", (9, 0)), torch.bfloat16, 128)   # an H100 gets "cudnn"
 
+    Args:
+        head_size: the larger of queries' and values', where they differ.
+        soft_cap: the scores are capped.
     Raises:
         ValueError: tensors of whole numbers.
     """
     fitting = [names for kind, least, names in PREFERENCES if kind == hardware.kind and hardware.capability >= least]
     for name in fitting[-1] if fitting else ("math",):
-        if BACKENDS[name].limits.refusal(name, hardware, dtype, head_size) is None:
+        takes = BACKENDS[name].limits.refusal(name, hardware, dtype, head_size) is None
+        if takes and (name in CAPPING or not soft_cap):
             return name
     raise ValueError(f"no attention backend takes {dtype} tensors on {hardware.kind}: cast them to a float dtype")
 
 
-def select_backend(name: str | None, q: Tensor, k: Tensor) -> AttentionBackend:
+def select_backend(name: str | None, q: Tensor, v: Tensor, soft_cap: float | None = None) -> AttentionBackend:
     """The backend called `name`, or for None the one that choose_backend gives these tensors.
 
     Args:
-        q: [B, H, S_q, D]. k: [B, H_kv, S_k, D].
+        q: [B, H, S_q, D]. v: [B, H_kv, S_k, D_v].
+        soft_cap: see ring_attention.
     Raises:
         ValueError: no backend of that name, or it cannot take these tensors.
     """
-    hardware = hardware_of(q.device)
+    hardware, head_size = hardware_of(q.device), max(q.shape[-1], v.shape[-1])
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap={soft_cap}: scores stay within -soft_cap and soft_cap, so give a positive number")
     if name is None:
-        return BACKENDS[choose_backend(hardware, q.dtype, q.shape[-1])]
+        name = choose_backend(hardware, q.dtype, head_size, soft_cap=soft_cap is not None)
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: choose one of {', '.join(BACKENDS)}, or None")
-    refusal = BACKENDS[name].limits.refusal(name, hardware, q.dtype, q.shape[-1])
+    refusal = BACKENDS[name].limits.refusal(name, hardware, q.dtype, head_size)
     if refusal:
         raise ValueError(f"backend={name!r}: {refusal}")
-    return BACKENDS[name]
+    if soft_cap is None:
+        return BACKENDS[name]
+    if name not in CAPPING:
+        raise ValueError(f"backend={name!r} has no soft cap: choose one of {', '.join(CAPPING)}, or None")
+    return CAPPING[name](soft_cap)
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -123,10 +143,12 @@ def attend_block(
     tensors = q[:, :, queries], k[:, :, keys], v[:, :, keys]
     # The dtype is the caller's choice: autocast would compute a kernel's own fp32 products in another.
     with torch.autocast(q.device.type, enabled=False):
+        tensors = _padded(backend, *tensors)
         if block.shape != "anticausal":
-            return backend.forward(*tensors, causal=block.shape == "causal", scale=scale)
+            out, lse = backend.forward(*tensors, causal=block.shape == "causal", scale=scale)
+            return out[..., : v.shape[3]], lse
         out, lse = backend.forward(*_flipped(tensors), causal=True, scale=scale)
-        return out.flip(2), lse.flip(2)
+        return out.flip(2)[..., : v.shape[3]], lse.flip(2)
 
 
 def attend_block_backward(
@@ -135,12 +157,33 @@ def attend_block_backward(
     """(dq, dk, dv) of the block's own queries and keys; grad_out and `saved` are given whole."""
     queries, keys = (slice(None), slice(None), slice(*block.q)), (slice(None), slice(None), slice(*block.k))
     grad_out, q, k, v = grad_out[queries], saved.q[queries], saved.k[keys], saved.v[keys]
-    here = SavedAttention(q, k, v, saved.out[queries], saved.lse[queries])
     with torch.autocast(q.device.type, enabled=False):
-        if block.shape != "anticausal":
-            return backend.backward(grad_out, here, causal=block.shape == "causal", scale=scale)
-        dq, dk, dv = backend.backward(grad_out.flip(2), SavedAttention(*_flipped(here)), causal=True, scale=scale)
-        return dq.flip(2), dk.flip(2), dv.flip(2)
+        if q.shape[3] != v.shape[3]:
+            sizes = q.shape[3], k.shape[3], v.shape[3]
+            q, k, v, out, grad_out = _padded(backend, q, k, v, saved.out[queries], grad_out)
+            here = SavedAttention(q, k, v, out, saved.lse[queries])
+            gradients = _block_gradients(backend, grad_out, here, block, scale)
+            dq, dk, dv = (gradient[..., :size] for gradient, size in zip(gradients, sizes, strict=True))
+            return dq, dk, dv
+        here = SavedAttention(q, k, v, saved.out[queries], saved.lse[queries])
+        return _block_gradients(backend, grad_out, here, block, scale)
+
+
+def _block_gradients(
+    backend: AttentionBackend, grad_out: Tensor, here: SavedAttention, block: Block, scale: float
+) -> Gradients:
+    if block.shape != "anticausal":
+        return backend.backward(grad_out, here, causal=block.shape == "causal", scale=scale)
+    dq, dk, dv = backend.backward(grad_out.flip(2), SavedAttention(*_flipped(here)), causal=True, scale=scale)
+    return dq.flip(2), dk.flip(2), dv.flip(2)
+
+
+def _padded(backend: AttentionBackend, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """With zeros up to the largest head size, which change nothing, for kernels that know one size."""
+    size = max(x.shape[3] for x in tensors)
+    if isinstance(backend, MathAttention) or all(x.shape[3] == size for x in tensors):
+        return tensors
+    return tuple(torch.nn.functional.pad(x, (0, size - x.shape[3])) for x in tensors)
 
 
 def _flipped(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:

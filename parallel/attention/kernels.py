@@ -233,12 +233,15 @@ class FlashAttn:
         package=("flash_attn", "pip install flash-attn"),
     )  # fmt: skip
 
+    def __init__(self, soft_cap: float = 0.0) -> None:
+        self.soft_cap = soft_cap
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward
 
         out, lse, *_ = _flash_attn_forward(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+            window_size_left=-1, window_size_right=-1, softcap=self.soft_cap, alibi_slopes=None, return_softmax=False,
         )  # fmt: skip
         return out.transpose(1, 2), lse
 
@@ -250,7 +253,7 @@ class FlashAttn:
         _flash_attn_backward(
             grad_out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
             lse.contiguous(), grad_q, grad_k, grad_v, dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+            window_size_left=-1, window_size_right=-1, softcap=self.soft_cap, alibi_slopes=None,
             deterministic=torch.are_deterministic_algorithms_enabled(), rng_state=None,
         )  # fmt: skip
         return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
@@ -266,11 +269,14 @@ class FlashAttn3:
         package=("flash_attn_interface", "build it from flash-attention/hopper"),
     )  # fmt: skip
 
+    def __init__(self, soft_cap: float = 0.0) -> None:
+        self.soft_cap = soft_cap
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         from flash_attn_interface import _flash_attn_forward
 
         tensors = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, *_ = _flash_attn_forward(*tensors, softmax_scale=scale, causal=causal)
+        out, lse, *_ = _flash_attn_forward(*tensors, softmax_scale=scale, causal=causal, softcap=self.soft_cap)
         return out.transpose(1, 2), lse
 
     def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
@@ -279,7 +285,9 @@ class FlashAttn3:
         q, k, v, out, grad = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, saved.out, grad_out))
         grads = [torch.empty_like(x) for x in (q, k, v)]
         # Between the tensors: starts, used lengths and longest of packed documents, of which there are none.
-        _flash_attn_backward(grad, q, k, v, out, saved.lse.contiguous(), *[None] * 6, *grads, scale, causal)
+        _flash_attn_backward(
+            grad, q, k, v, out, saved.lse.contiguous(), *[None] * 6, *grads, scale, causal, softcap=self.soft_cap
+        )
         return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
 
 

@@ -5,9 +5,12 @@ from torch import Tensor
 
 from fourfold.parallel.attention.kernels import Gradients, MathAttention, SavedAttention, by_key_head, widen
 
+# Queries whose scores are held at a time: as many as keep matrix products efficient.
+ROWS = 512
+
 
 class SoftCapAttention(MathAttention):
-    """MathAttention with soft-capped scores; holds S_q * S_k of them a head.
+    """MathAttention with soft-capped scores; holds those of ROWS queries and all keys a head.
 
     Args:
         cap: scores stay within -cap and cap.
@@ -19,31 +22,39 @@ class SoftCapAttention(MathAttention):
         self.cap = cap
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        scores = self._masked(self._capped(q, k, scale), causal)
-        lse = scores.logsumexp(-1)
-        out = (scores - lse.unsqueeze(-1)).exp() @ widen(v).unsqueeze(2)
-        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+        parts = []
+        for start in range(0, q.shape[2], ROWS):
+            scores = self._masked(self._capped(q[:, :, start : start + ROWS], k, scale), causal, start)
+            lse = scores.logsumexp(-1)
+            out = (scores - lse.unsqueeze(-1)).exp() @ widen(v).unsqueeze(2)
+            parts.append((out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
     def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
-        q, k, v, out, lse = saved
-        queries, grad, result = (by_key_head(widen(x), k) for x in (q, grad_out, out))
-        capped = self._capped(q, k, scale)
-        weights = (self._masked(capped, causal) - by_key_head(lse, k).unsqueeze(-1)).exp()
-        delta = (grad * result).sum(-1, keepdim=True)
-        grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta)
-        grad_scores *= (1 - (capped / self.cap).square()) * scale  # the slope of tanh
-        grad_q = (grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2)
-        grad_k = (grad_scores.mT @ queries).sum(2)
-        grad_v = (weights.mT @ grad).sum(2)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        k, v = saved.k, saved.v
+        parts, grad_k, grad_v = [], torch.zeros_like(widen(k)), torch.zeros_like(widen(v))
+        for start in range(0, saved.q.shape[2], ROWS):
+            rows = (slice(None), slice(None), slice(start, start + ROWS))
+            queries, grad, out = (by_key_head(widen(x[rows]), k) for x in (saved.q, grad_out, saved.out))
+            capped = self._capped(saved.q[rows], k, scale)
+            weights = (self._masked(capped, causal, start) - by_key_head(saved.lse[rows], k).unsqueeze(-1)).exp()
+            delta = (grad * out).sum(-1, keepdim=True)
+            grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta)
+            grad_scores *= (1 - (capped / self.cap).square()) * scale  # the slope of tanh
+            parts.append((grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2).to(saved.q.dtype))
+            grad_k += (grad_scores.mT @ queries).sum(2)
+            grad_v += (weights.mT @ grad).sum(2)
+        return torch.cat(parts, dim=2), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
     def _capped(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[B, H_kv, H // H_kv, S_q, S_k]."""
         scores: Tensor = by_key_head(widen(q), k) @ widen(k).unsqueeze(2).mT * scale
         return (scores / self.cap).tanh() * self.cap
 
-    def _masked(self, scores: Tensor, causal: bool) -> Tensor:
+    def _masked(self, scores: Tensor, causal: bool, start: int) -> Tensor:
+        """With the keys after each query masked; `start` queries come before the first."""
         if not causal:
             return scores
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1 + start)
         return scores.masked_fill(future, -torch.inf)

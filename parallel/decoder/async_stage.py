@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.ring.options import AgreedLength
 
 _KEYS = ("position_ids", "attention_mask", "document_ids")
 
@@ -49,7 +50,7 @@ class AsyncDecoderStage(DecoderStage):
         self.position_ids = positions
         arguments = {key: each for key, each in self.attention_arguments.items() if key != "attention_mask"}
         if self.windowed:
-            arguments["ring_seq_len"] = int(shape[1])
+            arguments["ring_seq_len"] = AgreedLength(shape[1])
         mask = _mask(batch.get("attention_mask"), batch.get("document_ids"), int(shape[1]))
         self.attention_arguments = arguments if mask is None else {**arguments, "attention_mask": mask}
         output = super().forward(value, targets)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fourfold.parallel.decoder.limits import Choice, as_number
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.pipeline.partition import balanced_ranges
+from fourfold.parallel.ring.options import AgreedLength
 from fourfold.parallel.stream.settings import StreamSettings
 
 
@@ -69,7 +70,7 @@ def cut_decoder_into_stages(
         made = DecoderStage(model, layers, checkpointing=checkpointing, stream=stream)
         made.position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         if checkpointing != "stream" and has_sliding_window(model):
-            made.attention_arguments["ring_seq_len"] = input_ids.shape[1]
+            made.attention_arguments["ring_seq_len"] = AgreedLength(input_ids.shape[1])
         return made
 
     layers = [stage(range(layer, layer + 1)) for layer in range(config.num_hidden_layers)]

@@ -28,6 +28,7 @@ from fourfold.parallel.decoder.precision import Precision
 from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
+from fourfold.parallel.ring.options import AgreedLength
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
 
 # The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
@@ -228,7 +229,7 @@ class ParallelModel:
         seq_len = input_ids.shape[1]
         input_ids, labels = (x.to(self.device, torch.int64) for x in (input_ids, labels))
         if self._ring is not None:
-            self.stage.attention_arguments["ring_seq_len"] = seq_len
+            self.stage.attention_arguments["ring_seq_len"] = AgreedLength(seq_len)
         place = (0, 1) if self._ring is None else self._ring  # without a ring this rank has the whole sequence
         positions = shard_positions(seq_len, place, device=self.device)
         self.stage.position_ids = positions[None]

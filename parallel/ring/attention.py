@@ -20,7 +20,7 @@ from fourfold.parallel.attention.kernels import SavedAttention
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.heads import HeadExchange, check_heads
 from fourfold.parallel.ring.hops import Ring
-from fourfold.parallel.ring.options import RingOptions, check_tensors, shared_sequence
+from fourfold.parallel.ring.options import AgreedLength, RingOptions, check_tensors, shared_sequence
 from fourfold.parallel.sequence.sharding import mask_reach
 from fourfold.parallel.sequence.tensors import document_ends
 
@@ -40,12 +40,14 @@ def ring_attention(
     backend: str | None = None,
     seq_len: int | None = None,
     sinks: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attend this rank's queries to every key of the sequence that the mask lets them see.
 
     Args:
         q: [B, H, S_local, D]: this rank's tokens, as `shard_sequence` gives them. fp32, bf16, fp16 or fp64.
-        k, v: [B, H_kv, S_local, D]; H_kv divides H, consecutive query heads share a key head.
+        k: [B, H_kv, S_local, D]; H_kv divides H, consecutive query heads share a key head.
+        v: [B, H_kv, S_local, D_v]; D_v is D in most models, DeepSeek's latent attention has another.
         group: the context-parallel group, N ranks, all of which must call with the same arguments. None: as in torch,
             the default group; one process alone where torch.distributed is not started.
         causal: keys after a query are masked.
@@ -57,13 +59,13 @@ def ring_attention(
         heads_degree: h, a divisor of N. Groups of h consecutive ranks swap sequence for heads (Ulysses), and only
             N/h groups form the ring. h must divide H, and divide H_kv or be a multiple of it.
         backend: a name of attention.BACKENDS; None chooses by device, dtype and head size.
-        seq_len: tokens of the whole sequence. None asks the ranks (48 bytes a rank, with NCCL one host wait a call),
-            and makes a shard of the wrong length, and options or shapes that differ between ranks, an error on every
-            rank. A given one is checked by each rank alone.
+        seq_len: tokens of the whole sequence. None asks the ranks for their lengths. Either way a shard of the wrong
+            length, and arguments that differ between ranks, are an error on every rank.
         sinks: [H], a score of each head that every query has beside those of its keys, with a value of zero (gpt-oss's
             attention sinks); whole on every rank, and its gradient is to be summed over the group like parameters'.
+        soft_cap: the scores become soft_cap * tanh(scores / soft_cap), as Gemma 2's do.
     Returns:
-        [B, H, S_local, D] in q.dtype. Gradients are the exact ones of the sum of all ranks' losses: parameters that
+        [B, H, S_local, D_v] in q.dtype. Gradients are the exact ones of the sum of all ranks' losses: parameters that
         q, k and v came from get their part on each rank, to be summed over the group.
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, and anything not supported, with its mend.
@@ -73,6 +75,8 @@ def ring_attention(
         heads_degree h: N/h - 1 hops of the same bytes instead of N - 1, each with h times the work to be hidden by, for
         one swap of (h-1)/h * (2H + 2H_kv) * B*D*L/N elements each way, among neighbours. So take the largest h that
         the key heads allow and one node holds; above H_kv, replicated keys give the gain back.
+        Before them an all-reduce of 24 bytes, and where seq_len is None 8 bytes from each rank; with NCCL alone (no
+        gloo beside it, which init_mesh starts) the host waits for them.
         Memory beside inputs and gradients: out in fp32, keys of two hops (4u at most), a block's results.
     Source: Li et al. 2021 (arXiv 2105.13120), Ring Self-Attention, with the online softmax of Liu et al. 2023
         (arXiv 2310.01889); heads x ring: Fang and Zhao 2024 (arXiv 2405.07719). Differs: keys go straight to the
@@ -82,6 +86,7 @@ def ring_attention(
     options = RingOptions(
         causal=causal, scale=scale, sharding=sharding, window=reach,
         cu_seqlens=document_ends(cu_seqlens), heads_degree=heads_degree, backend=backend, seq_len=seq_len,
+        soft_cap=soft_cap,
     )  # fmt: skip
     out: Tensor = ring_attend(q, k, v, group, options, sinks)
     return out
@@ -111,13 +116,18 @@ def ring_attend(
 def plan_ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, options: RingOptions) -> Ring:
     """Check the arguments of ring_attention, which see, and plan its blocks and hops. Plans are remembered."""
     place = place_in(group)
-    check_tensors(q, k, v)
-    if options.cu_seqlens is not None and q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens with a batch of {q.shape[0]}: pack the documents into one row (B=1)")
-    mask_reach(options.causal, options.window)
-    check_heads(q.shape[1], k.shape[1], options.heads_degree, place.size)
-    backend = select_backend(options.backend, q, k)
-    sequence = shared_sequence(q, k, place, options)
+    try:
+        check_tensors(q, k, v)
+        if options.cu_seqlens is not None and q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens with a batch of {q.shape[0]}: pack the documents into one row (B=1)")
+        mask_reach(options.causal, options.window)
+        check_heads(q.shape[1], k.shape[1], options.heads_degree, place.size)
+        backend, problem = select_backend(options.backend, q, v, options.soft_cap), None
+    except ValueError as error:
+        if place.size == 1 or isinstance(options.seq_len, AgreedLength):
+            raise
+        problem = str(error)
+    sequence = shared_sequence((q, k, v), place, options, problem)
     return Ring(
         place=place,
         hops=plan_hops(place.rank // options.heads_degree, sequence, backend.leaf),

@@ -13,7 +13,7 @@ from fourfold.parallel.sequence.documents import KEYS, ends_of_documents, real_t
 from fourfold.parallel.sequence.sharding import Shard
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents, Group, shard_labels, shard_sequence, take
 
-TAKEN = {"input_ids", "labels", "attention_mask", *KEYS}
+TAKEN = {"input_ids", "inputs_embeds", "labels", "attention_mask", *KEYS}
 
 
 def shard_batch(
@@ -33,7 +33,8 @@ def shard_batch(
         row 1   . . c c c     ->     documents a, b and c; padding sees nothing and no token sees it
 
     Args:
-        batch: "input_ids" [B, S]; "labels" [B, S] (not shifted, -100 ignored) where a loss is wanted; "attention_mask"
+        batch: "input_ids" [B, S], or "inputs_embeds" [B, S, d] (of images among the text, say; they are differentiated
+            through); "labels" [B, S] (not shifted, -100 ignored) where a loss is wanted; "attention_mask"
             [B, S] of ones, and zeros at padding on either side; and what tells documents.
         group: as given to use_ring_attention, or (rank, size) where nobody communicates.
         sharding: as given to use_ring_attention.
@@ -48,27 +49,33 @@ def shard_batch(
     """
     unknown = set(batch) - TAKEN
     if unknown:
-        raise ValueError(f"{sorted(unknown)} in the batch: it takes {', '.join(sorted(TAKEN))}")
+        raise ValueError(
+            f"{sorted(unknown)} in the batch: it takes {', '.join(sorted(TAKEN))}. What images and sounds add to the "
+            "tokens' embeddings is added before they are cut: give inputs_embeds"
+        )
+    if ("input_ids" in batch) == ("inputs_embeds" in batch):
+        raise ValueError("a batch has either input_ids or inputs_embeds")
     if not isinstance(group, tuple):
         _check_alike(batch, group, cu_seqlens)
-    ids: Tensor = batch["input_ids"]
-    rows, seq_len = ids.shape
+    name = "input_ids" if "input_ids" in batch else "inputs_embeds"
+    tokens: Tensor = batch[name]
+    rows, seq_len = tokens.shape[:2]
     ends = ends_of_documents(batch, (rows, seq_len), cu_seqlens)
     mask = batch.get("attention_mask")
     held = [range(seq_len)] * rows if mask is None or bool((mask == 1).all()) else real_tokens(mask)
-    positions = _positions(batch, ends, ids)
-    whole = {"input_ids": ids, "position_ids": positions}
+    positions = _positions(batch, ends, tokens)
+    whole = {name: tokens, "position_ids": positions}
     if "labels" in batch:
         whole["shift_labels"] = _shifted(batch["labels"], held, None if cu_seqlens is None else ends[0])
     documents = None if cu_seqlens is None else ends[0]
     if any(row != (0, seq_len) for row in ends) or any(len(tokens) < seq_len for tokens in held):
         order, documents = _laid_out(ends, held, seq_len)
-        whole = {name: take(value.reshape(1, -1), order, 1) for name, value in whole.items()}
+        whole = {name: take(value.flatten(0, 1)[None], order, 1) for name, value in whole.items()}
     arguments: dict[str, Any] = {
         name: shard_sequence(value, group, dim=1, sharding=sharding, cu_seqlens=documents)
         for name, value in whole.items()
     }
-    arguments["ring_seq_len"] = whole["input_ids"].shape[1]
+    arguments["ring_seq_len"] = whole["position_ids"].shape[1]
     if documents is not None:
         arguments["ring_cu_seqlens"] = documents
     if "shift_labels" in whole:
@@ -80,13 +87,14 @@ def shard_batch(
 
 def _check_alike(batch: Mapping[str, Any], group: dist.ProcessGroup | None, cu_seqlens: Documents) -> None:
     """Refuse different batches on the ranks of a group: shards of them would be no sequence at all."""
-    ids: Tensor = batch["input_ids"]
+    name = "input_ids" if "input_ids" in batch else "inputs_embeds"
+    ids: Tensor = batch[name]
     told = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
     tensors = [(name, tuple(value.shape)) for name, value in batch.items() if isinstance(value, Tensor)]
     given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     numbers = {
         "the shapes of their batches": digest((sorted(tensors), sorted(told.items()), given)),
-        "input_ids": digest(_checksum(ids)),
+        name: digest(_checksum(ids)),
         "the other tensors of their batches": digest(
             [_checksum(x) for _, x in sorted(batch.items()) if isinstance(x, Tensor) and x is not ids]
         ),
@@ -95,19 +103,19 @@ def _check_alike(batch: Mapping[str, Any], group: dist.ProcessGroup | None, cu_s
 
 
 def _checksum(x: Tensor) -> int:
-    """Of whole numbers; it depends on their order."""
-    values = x.flatten().to(torch.int64)
+    """It depends on the order of the numbers; of fractions on their leading digits."""
+    values = (x.detach().flatten().double() * 1024 if x.is_floating_point() else x.flatten()).to(torch.int64)
     weights = torch.arange(1, values.numel() + 1, device=x.device) * 2654435761 % 1000003
     return int(((values + 1) * weights).sum()) % (1 << 62)
 
 
-def _positions(batch: Mapping[str, Any], ends: list[tuple[int, ...]], ids: Tensor) -> Tensor:
+def _positions(batch: Mapping[str, Any], ends: list[tuple[int, ...]], x: Tensor) -> Tensor:
     """[B, S], as given, else counted from each document's start (and from the last end, for the padding there)."""
     given: Tensor | None = batch.get("position_ids")
     if given is not None:
-        return given.expand(ids.shape)
-    tokens = torch.arange(ids.shape[1], device=ids.device)
-    starts = [torch.tensor(cuts, device=ids.device) for cuts in ends]
+        return given.expand(x.shape[:2])
+    tokens = torch.arange(x.shape[1], device=x.device)
+    starts = [torch.tensor(cuts, device=x.device) for cuts in ends]
     return torch.stack([tokens - cuts[torch.searchsorted(cuts, tokens, right=True) - 1] for cuts in starts])
 
 

@@ -96,7 +96,7 @@ class Ring:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
     """Merged output and lse of this rank's queries, in the accumulation dtype where blocks had to be merged."""
-    merged = Merged(q, [block.q for hop in ring.hops for block in hop.blocks])
+    merged = Merged(q, [block.q for hop in ring.hops for block in hop.blocks], v.shape[3])
     keys, values = k, v
     for step, hop in enumerate(ring.hops):
         # The next hop's keys start travelling before this hop's are read.

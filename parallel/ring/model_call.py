@@ -2,10 +2,13 @@
 
 A call with a whole batch, or with half of what a shard needs, computes something: a loss of this rank's tokens at
 wrong places. So a hook before the model's forward refuses it; and one after it makes a mixture of experts'
-load-balancing loss, which is no sum over tokens, the ring's.
+load-balancing loss, which is no sum over tokens, the ring's. Trainers also call the model inside the model, without its
+head, so each model that holds ring attention has the hooks; those of an inner one see by the length that is passed on,
+an AgreedLength, that the outer one's have done the work.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fourfold.parallel.communication import Place, agree, digest, gather_numbers, place_in
-from fourfold.parallel.ring.options import RingSettings
+from fourfold.parallel.ring.options import AgreedLength, RingSettings
 from fourfold.parallel.ring.router_loss import ring_router_loss
 from fourfold.parallel.ring.whole_length import give_whole_length
 from fourfold.parallel.sequence.sharding import shard_ranges
@@ -36,17 +39,18 @@ class ModelCalls:
     rotary: list[nn.Module] = field(default_factory=list)
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _largest_position: int | None = None
+    _called: nn.Module | None = None
     _wants_router_loss: bool = False
     _arguments: dict[str, Any] = field(default_factory=dict)
 
-    def watch(self, model: nn.Module) -> None:
-        """From now on."""
-        disable: Any = torch.compiler.disable
-        before, after = disable(self._before), disable(self._after)
-        self._hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            model.register_forward_hook(after),
-        ]
+    def watch(self, models: Sequence[nn.Module]) -> None:
+        """From now on, the calls of each of them: a model, and the models inside it."""
+        self._hooks = []
+        for model in models:
+            self._hooks += [
+                model.register_forward_pre_hook(_Hook(self, "before"), with_kwargs=True, prepend=True),
+                model.register_forward_hook(_Hook(self, "after")),
+            ]
         if place_in(self.settings.group).size > 1:
             for rotary in self.rotary:
                 self._hooks += give_whole_length(rotary, self._largest)
@@ -56,7 +60,10 @@ class ModelCalls:
             hook.remove()
         self._hooks = []
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Check a call's arguments, and fill in what they leave out."""
+        if isinstance(kwargs.get("ring_seq_len"), AgreedLength):
+            return args, kwargs
         place = place_in(self.settings.group)
         kwargs = {"use_cache": False, **kwargs}
         if kwargs["use_cache"] or kwargs.get("past_key_values") is not None:
@@ -79,7 +86,8 @@ class ModelCalls:
         lengths = [there[0] for there in everyone]
         self._largest_position = max(there[1] for there in everyone)
         seq_len = kwargs.get("ring_seq_len")
-        kwargs["ring_seq_len"] = seq_len = sum(lengths) if seq_len is None else seq_len
+        seq_len = AgreedLength(sum(lengths) if seq_len is None else seq_len)
+        kwargs["ring_seq_len"] = seq_len
         if problem is None and not all(lengths):
             problem = f"the ranks hold {lengths} tokens, and a model needs one on each: give longer sequences"
         ends, offset = document_ends(kwargs.get("ring_cu_seqlens")), 0
@@ -96,11 +104,15 @@ class ModelCalls:
         agree(place, alike, tokens.device, problem)
         wanted = kwargs.get("output_router_logits")
         config = getattr(model, "config", None)
+        self._called = model
         self._wants_router_loss = bool(getattr(config, "output_router_logits", False) if wanted is None else wanted)
         self._arguments = kwargs
         return (), kwargs
 
-    def _after(self, model: nn.Module, args: Any, output: Any) -> Any:
+    def after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """The output, with the ring's load-balancing loss in it."""
+        if model is not self._called:
+            return output
         wants, self._wants_router_loss = self._wants_router_loss, False
         arguments, self._arguments = self._arguments, {}
         return ring_router_loss(model, output, arguments, self.settings) if wants else output
@@ -141,6 +153,26 @@ class ModelCalls:
         return None, int(distance[0, 0]) if ends is None else 0
 
 
+class _Hook:
+    """One of ModelCalls' hooks. Outside of compiled graphs, for it talks to other ranks."""
+
+    def __init__(self, calls: ModelCalls, name: str) -> None:
+        self._calls, self._name = calls, name
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> Any:
+        return getattr(self._calls, self._name)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(copy.deepcopy(self._calls, memo), self._name)
+
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            "a model around a ring cannot be pickled (torch.save(model)), for its process group cannot: save "
+            "model.state_dict(), or call stop_ring_attention(model) first"
+        )
+
+
 def _by_name(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     """A call's arguments by position, by the names that the model's class gives them."""
     given = signature(type(model).forward).parameters.values()
@@ -159,6 +191,12 @@ def _missing(kwargs: Mapping[str, Any]) -> str | None:
         return (
             f"a call without {', '.join(missing)} around a ring: each rank would take its tokens for a sequence of "
             f"their own; {MADE_BY}, for evaluation too, or call stop_ring_attention(model)"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        return (
+            "an attention mask that is not [B, S] around a ring, which makes its own: causal, windows, documents as "
+            f"shard_batch tells them; {MADE_BY}"
         )
     kept = kwargs.get("logits_to_keep", 0)
     if isinstance(kept, Tensor) or kept:

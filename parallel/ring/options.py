@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from fourfold.parallel.communication import Place, digest, gather_numbers
-from fourfold.parallel.sequence.sharding import ShardedSequence, shard_length
+from fourfold.parallel.communication import Place, agree, digest, gather_numbers
+from fourfold.parallel.sequence.sharding import ShardedSequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +24,7 @@ class RingOptions:
     heads_degree: int = 1
     backend: str | None = None
     seq_len: int | None = None
+    soft_cap: float | None = None
 
     def shared_by(self, size: int, seq_len: int) -> ShardedSequence:
         """A sequence of seq_len tokens under these options, over `size` ranks."""
@@ -45,52 +46,64 @@ class RingSettings:
         return self
 
 
-def shared_sequence(q: Tensor, k: Tensor, place: Place, options: RingOptions) -> ShardedSequence:
-    """The whole sequence, with every rank's shard checked against it as far as this rank can know."""
+class AgreedLength(int):
+    """Tokens of the whole sequence, on which all ranks of the group were found to agree in this very step."""
+
+
+def shared_sequence(
+    tensors: tuple[Tensor, Tensor, Tensor], place: Place, options: RingOptions, problem: str | None = None
+) -> ShardedSequence:
+    """The whole sequence, with every rank's shard checked against it.
+
+    Args:
+        tensors: this rank's q, k and v.
+        problem: what this rank found wrong with its arguments, None for nothing.
+    Raises:
+        ValueError: on every rank, where one holds another shard than it should, has a problem or calls differently.
+            Messages of other sizes than a rank expects would end its process, without a word of Python's.
+    """
+    q, k, v = tensors
     hint = "shard with shard_sequence, with the same sharding and cu_seqlens"
+    sizes = dict.fromkeys(("the batch size", "query heads", "key heads", "head size", "head size of the values"), -1)
+    if problem is None:
+        sizes = dict(zip(sizes, (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3]), strict=True))
+    alike = {
+        **sizes,
+        "seq_len": -1 if options.seq_len is None else options.seq_len,
+        "dtype or options": digest((q.dtype, options)),
+    }
     if options.seq_len is None:
-        lengths = _lengths(q, k, place, options)
+        agree(place, alike, q.device, problem)
+        lengths = [there[0] for there in gather_numbers(place, [q.shape[2]], q.device)]
         sequence = options.shared_by(place.size, sum(lengths))
         if lengths != sequence.lengths:
-            raise ValueError(
+            problem = (
                 f"the ranks hold {lengths} tokens, but {options.sharding} shards of {sequence.seq_len} are "
                 f"{sequence.lengths}: {hint}"
             )
-        return sequence
-    sequence = options.shared_by(place.size, options.seq_len)
-    expected = shard_length(sequence.shards[place.rank])
-    if q.shape[2] != expected:
-        raise ValueError(
-            f"rank {place.rank} holds {q.shape[2]} tokens, but its {options.sharding} shard of "
-            f"seq_len={options.seq_len} has {expected}: {hint}"
-        )
+    else:
+        sequence = options.shared_by(place.size, options.seq_len)
+        try:
+            expected = sequence.lengths[place.rank]
+            if problem is None and q.shape[2] != expected:
+                problem = (
+                    f"rank {place.rank} holds {q.shape[2]} tokens, but its {options.sharding} shard of "
+                    f"seq_len={options.seq_len} has {expected}: {hint}"
+                )
+        except ValueError as error:  # options that mean nothing
+            problem = str(error)
+        if not isinstance(options.seq_len, AgreedLength):
+            agree(place, alike, q.device, problem)
+    if problem is not None:
+        raise ValueError(problem)
     return sequence
-
-
-def _lengths(q: Tensor, k: Tensor, place: Place, options: RingOptions) -> list[int]:
-    """Every rank's tokens, once all ranks were found to call alike but for them."""
-    # Messages of other sizes than a rank expects would end its process, without a word of Python's.
-    alike = {
-        "the batch size": q.shape[0],
-        "query heads": q.shape[1],
-        "key heads": k.shape[1],
-        "head size": q.shape[3],
-        "dtype or options": digest((q.dtype, options)),
-    }
-    everyone = gather_numbers(place, [q.shape[2], *alike.values()], q.device)
-    for index, name in enumerate(alike, start=1):
-        values = [theirs[index] for theirs in everyone]
-        if len(set(values)) > 1:
-            seen = "" if name.endswith("options") else f": {values} in rank order"
-            raise ValueError(f"the ranks of one group differ in {name}{seen}; all of them call alike")
-    return [theirs[0] for theirs in everyone]
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError for shapes, dtypes or devices that do not fit together."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
-        raise ValueError(f"{shapes}: q is [B, H, S_local, D], k and v are both [B, H_kv, S_local, D]")
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"{shapes}: q is [B, H, S_local, D], k [B, H_kv, S_local, D] and v [B, H_kv, S_local, D_v]")
     if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
         raise ValueError(f"{shapes}: batch, tokens and head size must be the same")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:

@@ -5,7 +5,7 @@ module itself, where `use_ring_attention` puts it, so two models in one process 
 what the model's forward takes from a whole batch: the shard, its positions, its shifted labels.
 
 What the model then computes is what it would compute on one process, for the whole sequence; anything the ring does not
-do (dropout, padding masks, soft caps, caches, layers that mix tokens otherwise) is refused, never dropped.
+do (dropout, padding masks, caches, layers that mix tokens otherwise) is refused, never dropped.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,6 @@ TRIAL = "fourfold_ring_trial"
 ATTRIBUTE = "fourfold_ring"
 # Keyword arguments by which models ask for what the ring does not do.
 UNSUPPORTED = {
-    "softcap": "a soft cap on the scores: no backend has one",
     "head_mask": "a head mask",
     "position_bias": "an attention bias",
 }
@@ -79,7 +78,7 @@ def use_ring_attention(
     stop_ring_attention(model)
     model = _inner(model)
     size = place_in(group).size
-    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "set_attn_implementation"):
+    if not hasattr(model, "set_attn_implementation"):
         raise ValueError(
             f"{type(model).__name__} does not call transformers' attention interface: use ring_attention in its code"
         )
@@ -103,7 +102,7 @@ def use_ring_attention(
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     for module in modules:
         module.ring_settings = settings  # type: ignore[assignment]
-    calls.watch(model)
+    calls.watch([each for each in model.modules() if isinstance(each, PreTrainedModel) and _holds(each, modules)])
     model.__dict__[ATTRIBUTE] = before
 
 
@@ -117,6 +116,11 @@ def stop_ring_attention(model: nn.Module) -> None:
     model.set_attn_implementation(before.implementation)  # type: ignore[operator]
     for module in before.modules:
         del module.ring_settings
+
+
+def _holds(model: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether some of `modules` lie in it."""
+    return not set(modules).isdisjoint(model.modules())
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -178,6 +182,7 @@ def ring_attention_forward(
     ring_seq_len: int | None = None,
     ring_cu_seqlens: Documents = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: [B, H, S_local, D] in, [B, S_local, H, D] out.
@@ -214,6 +219,7 @@ def ring_attention_forward(
         window=None if sliding_window is None else (sliding_window - 1, -1),
         cu_seqlens=document_ends(ring_cu_seqlens),
         seq_len=ring_seq_len,
+        soft_cap=softcap,
     )
     out = ring_attend(*_as_autocast_does(query, key, value), settings.group, options, s_aux)
     return out.transpose(1, 2).contiguous(), None

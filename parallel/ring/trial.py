@@ -5,10 +5,12 @@ ids alone. Names do not tell (a decoder layer may hold a convolution, a scan, a 
 attention replaced by a function of each token alone,
 
 1. a NaN in one token reaches no other token's output: a weight that happens to be zero hides no path, 0 * NaN is NaN,
-2. a shard of the tokens gives what the whole gives for them,
-3. the loss of a shard is the sum over its labels, over the global count.
+2. in training mode another token in its place changes no other token's output, and no table is looked up at another
+   index for one: what counts or hashes tokens passes no NaN on; and no buffer is updated,
+3. a shard of the tokens gives what the whole gives for them,
+4. the loss of a shard is the sum over its labels, over the global count.
 
-Cost: two forward passes of some 130 tokens and two of some 40, without gradients.
+Cost: four forward passes of some 130 tokens and two of some 40, without gradients.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,10 +54,6 @@ def attention_modules(
     _refuse_statistics(model)
     with replaced_attention(attend), _quiet(model):
         _try(model, callers)
-    if not callers:
-        raise ValueError(
-            f"{type(model).__name__} does not call transformers' attention interface: use ring_attention in its code"
-        )
     return callers
 
 
@@ -75,26 +73,45 @@ def _try(model: nn.Module, callers: list[nn.Module]) -> None:
     if whole.shape[:2] != (1, NUM_TOKENS):
         raise ValueError(f"{name} gives {tuple(whole.shape)} for {NUM_TOKENS} tokens: a ring needs an output a token")
     # 1. No way from one token to another.
+    if not callers:
+        mixes = f", and mixes tokens in {mixing}" if mixing else ""
+        raise ValueError(
+            f"{name} does not call transformers' attention interface{mixes}: use ring_attention in its code, or train "
+            "it with dp, pp or tp instead of cp"
+        )
     if mixing is not None:
         raise ValueError(f"{name} mixes tokens outside of attention, in {mixing}: {MEND}")
-    # 2. A shard against the whole.
+    # 2. Nor one that no NaN passes. A streaming model's own forward answers for itself.
+    streams = "forward" in model.__dict__
+    if not streams:
+        _refuse_hidden_ways(model, ids, positions)
+    # 3. A shard against the whole.
     tolerance = TOLERANCE.get(whole.dtype, COARSE) * whole.double().abs().max().clamp(min=1e-6)
     if not (part.double() - whole[:, shard].double()).abs().max() <= tolerance:
         raise ValueError(f"{name} gives other outputs for a shard than for the whole sequence: {MEND}")
-    # 3. The loss of a shard. A streaming model's own forward answers for itself.
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and "forward" not in model.__dict__:
-        labels = ids[:, shard].clone()
-        labels[0, 0] = -100
-        count = torch.tensor(NUM_TOKENS, device=device)
-        arguments = {"labels": labels, "shift_labels": labels, "num_items_in_batch": count}
+    # 4. The loss of a shard.
+    if model.get_output_embeddings() is not None and not streams and not _sums_over_tokens(model, ids, positions):  # type: ignore[operator]
+        raise ValueError(
+            f"the loss of {name} is not the sum over its shift_labels, divided by num_items_in_batch: take the outputs "
+            "of a shard and make the loss of them"
+        )
+
+
+def _sums_over_tokens(model: nn.Module, ids: Tensor, positions: Tensor) -> bool:
+    """Whether a shard's loss is the cross-entropy of its shift_labels, summed and divided by num_items_in_batch."""
+    shard = list(SHARD)
+    logits = _outputs(model, ids[:, shard], positions[:, shard])
+    targets = ids[:, shard].clone()
+    targets[0, 0] = -100
+    count = torch.tensor(NUM_TOKENS, device=ids.device)
+    # A loss of the labels themselves, which are of the tokens in their own places, would show: there are none.
+    arguments = {"labels": torch.full_like(targets, -100), "shift_labels": targets, "num_items_in_batch": count}
+    try:
         loss = model(input_ids=ids[:, shard], position_ids=positions[:, shard], **_plain(model), **arguments).loss
-        expected = F.cross_entropy(part[0].float(), labels[0], ignore_index=-100, reduction="sum") / count
-        if loss is None or not abs(loss - expected) <= COARSE / 5 * expected:
-            raise ValueError(
-                f"the loss of {name} is not the sum over its tokens, divided by num_items_in_batch: take the logits of "
-                "a shard and make the loss of them"
-            )
+        expected = F.cross_entropy(logits[0].float(), targets[0], ignore_index=-100, reduction="sum") / count
+    except Exception:  # labels of another kind than tokens
+        return False
+    return loss is not None and bool(abs(loss - expected) <= COARSE / 5 * expected)
 
 
 def _outputs(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
@@ -133,6 +150,51 @@ def _first_that_mixes(model: nn.Module, ids: Tensor, positions: Tensor) -> str |
         for hook in hooks:
             hook.remove()
     return next(iter(found), "its own forward") if found or _mixed(outputs) else None
+
+
+def _refuse_hidden_ways(model: nn.Module, ids: Tensor, positions: Tensor) -> None:
+    """Refuse what shows in training mode only, or when another token stands in a place."""
+    looked_up: list[tuple[str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, args: Any) -> None:
+        looked_up.append((name, args[0].clone()))
+
+    model.train()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    kept = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers() if not buffer.is_meta]
+    tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    hooks = [table.register_forward_pre_hook(partial(note, name)) for name, table in tables]
+    changed = ids.clone()
+    changed[0, POISONED] = (ids[0, POISONED] + 1) % _vocabulary(model)
+    outputs, indices = [], []
+    try:
+        for tokens in (ids, changed):
+            torch.manual_seed(0)  # the same dropout in both
+            outputs.append(_outputs(model, tokens, positions))
+            indices.append(list(looked_up))
+            looked_up.clear()
+    finally:
+        model.eval()
+        for hook in hooks:
+            hook.remove()
+    others = [token for token in range(NUM_TOKENS) if token != POISONED]
+    for (name, first), (_, second) in zip(*indices, strict=True):
+        if first.shape[:2] == (1, NUM_TOKENS) and not torch.equal(first[:, others], second[:, others]):
+            raise ValueError(
+                f"{type(model).__name__} mixes tokens outside of attention, in {name} (nn.Embedding), whose index "
+                f"depends on other tokens: {MEND}"
+            )
+    tolerance = TOLERANCE.get(outputs[0].dtype, COARSE) * outputs[0].double().abs().max().clamp(min=1e-6)
+    if not (outputs[0].double() - outputs[1].double())[:, others].abs().max() <= tolerance:
+        raise ValueError(f"{type(model).__name__} mixes tokens outside of attention while it trains: {MEND}")
+    for name, buffer, before in kept:
+        if "rotary" not in name and not torch.equal(buffer, before):
+            raise ValueError(
+                f"{name} changes with the tokens that the model trains on: each rank of a ring would have its own; "
+                "update it outside of the model's forward, from what all ranks have seen"
+            )
 
 
 def _mixed(value: Any) -> bool:

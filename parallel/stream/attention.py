@@ -36,7 +36,6 @@ from fourfold.parallel.attention.kernels import (
     SavedAttention,
     accumulation_dtype,
 )
-from fourfold.parallel.attention.soft_cap import SoftCapAttention
 from fourfold.parallel.stream.block_attention import attend_blocks, chunk_blocks
 from fourfold.parallel.stream.work_space import KEYS_A_CALL
 
@@ -185,7 +184,7 @@ def backend_for(chosen: AttentionBackend | str | None, k: Tensor, soft_cap: floa
         chosen: an attention backend or its name, or None to choose.
     """
     if soft_cap is not None:
-        return SoftCapAttention(soft_cap)
+        return select_backend(None, k, k, soft_cap)
     return select_backend(chosen, k, k) if chosen is None or isinstance(chosen, str) else chosen
 
 

@@ -127,10 +127,6 @@ def _project(here: LayerRun, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor
         here.attend(x[:, start:stop], call, replay=replay, piece="project")
         assert call.taken is not None
         assert call.options is not None
-        if call.options.soft_cap is not None:
-            raise ValueError(
-                f"a soft cap of {call.options.soft_cap} on the scores: the ring has none; stream without cp"
-            )
         if not whole:  # tokens before heads in memory, as messages have them
             shapes = [(part.shape[0], x.shape[1], part.shape[1], part.shape[3]) for part in call.taken]
             whole = [part.new_empty(shape).transpose(1, 2) for part, shape in zip(call.taken, shapes, strict=True)]
@@ -139,7 +135,7 @@ def _project(here: LayerRun, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor
     assert call.options is not None
     # transformers counts the query itself among the window's keys.
     window = None if call.options.window is None else (call.options.window - 1, -1)
-    options = replace(here.run.options, scale=call.options.scale, window=window)
+    options = replace(here.run.options, scale=call.options.scale, window=window, soft_cap=call.options.soft_cap)
     ring = plan_ring(whole[0], whole[1], whole[2], here.run.group, options)
     return whole[0], whole[1], whole[2], ring
 

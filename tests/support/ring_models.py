@@ -33,7 +33,7 @@ def tiny_model(family: str, **options: Any) -> nn.Module:
     """A model with weights that are the same everywhere, in fp32."""
     torch.manual_seed(1)
     config_class = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, config_class)(**SIZES, **options)
+    config = getattr(transformers, config_class)(**{**SIZES, **options})
     model: nn.Module = getattr(transformers, f"{family}ForCausalLM")(config)
     return model
 

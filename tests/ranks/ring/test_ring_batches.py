@@ -11,6 +11,7 @@ from support.ring_models import (
     LONGROPE,
     complaint,
     ring_errors,
+    summed,
     tiny_batch,
     tiny_model,
 )
@@ -163,7 +164,20 @@ def misuses() -> list[str]:
     x = torch.randn(1 + rank, 1, 4, 8)
     answers.append(complaint(ring_attention, x, x, x, None))
     x = torch.randn(1, 1, 4, 8)
-    return [*answers, complaint(ring_attention, x, x, x, None, causal=bool(rank))]
+    answers.append(complaint(ring_attention, x, x, x, None, causal=bool(rank)))
+    uneven = torch.randn(1, 1, 20 + rank, 8)
+    contiguous = {"sharding": "contiguous"}
+    return [
+        *answers,
+        complaint(ring_attention, uneven, uneven, uneven, None, seq_len=40 + 2 * rank, **contiguous),
+        complaint(ring_attention, uneven, uneven, uneven, None, seq_len=40, **contiguous),
+        complaint(ring_attention, x, x, x, None, seq_len=8 if rank else None),
+        complaint(ring_attention, x, x.half() if rank else x, x, None),
+        complaint(ring_attention, x, x, x, None, soft_cap=1.0 + rank),
+        complaint(model.model, ids),
+        complaint(model.model, ids, position_ids=torch.arange(45)[None] % 7),
+        complaint(model, **{**shard, "attention_mask": {"full_attention": None}}),
+    ]
 
 
 def test_misuse_is_told_to_every_rank(ranks):
@@ -185,6 +199,14 @@ def test_misuse_is_told_to_every_rank(ranks):
         ["a call without position_ids", "ranks [0] of the group refuse their arguments"],
         ["the ranks of one group differ in the batch size: [1, 2] in rank order"],
         ["the ranks of one group differ in dtype or options"],
+        ["the ranks of one group differ in seq_len: [40, 42] in rank order"],
+        ["ranks [1] of the group refuse", "rank 1 holds 21 tokens, but its contiguous shard of seq_len=40 has 20"],
+        ["the ranks of one group differ in seq_len"],
+        ["ranks [1] of the group refuse", "cast and move them to one dtype"],
+        ["the ranks of one group differ in dtype or options"],
+        ["a call without position_ids around a ring"],
+        ["the position_ids of rank 0 are not those", "the position_ids of rank 1 are not those"],
+        ["an attention mask that is not [B, S] around a ring"],
     ]
     for rank, answers in enumerate(ranks(2)(misuses)):
         for answer, wanted in zip(answers, messages, strict=True):
@@ -271,3 +293,58 @@ def by_hand(batch: dict[str, Tensor]) -> float:
 
 def test_arguments_made_by_hand(ranks):
     assert max(ranks(2)(by_hand, tiny_batch())) < TOLERANCE
+
+
+def inside(family: str, options: dict[str, Any]) -> float:
+    """The model without its head, as trainers with a head of their own call it."""
+    batch = tiny_batch()
+    model = tiny_model(family, **options)
+    truth = model.model(batch["input_ids"]).last_hidden_state
+    use_ring_attention(model, None)
+    hidden = model.model(**shard_batch({"input_ids": batch["input_ids"]}, None)).last_hidden_state
+    return float((unshard_sequence(hidden.detach(), None, dim=1) - truth).detach().abs().max())
+
+
+@pytest.mark.parametrize(("family", "options"), [("Llama", {}), ("Phi3", LONGROPE)])
+def test_the_model_inside_is_called_by_itself(ranks, family, options):
+    assert max(ranks(2)(inside, family, options)) < 1e-5
+
+
+def embedded_errors() -> dict[str, float]:
+    """Embeddings that somebody made, of images say, and their gradient; with padding on the left."""
+    batch, embeddings = tiny_batch(), {}
+    mask = torch.ones(2, 45, dtype=torch.int64)
+    mask[1, :9] = 0
+    labels = batch["labels"].clone()
+    labels[1, :10] = -100
+    losses = {}
+    for name in ("whole", "ring"):
+        model = tiny_model("Llama")
+        embeddings[name] = model.model.embed_tokens(batch["input_ids"]).detach().requires_grad_()
+        arguments = {"inputs_embeds": embeddings[name], "labels": labels, "attention_mask": mask}
+        if name == "ring":
+            use_ring_attention(model, None)
+            arguments = shard_batch(arguments, None)
+        losses[name] = model(**arguments).loss
+        losses[name].backward()
+    found, expected = summed(embeddings["ring"].grad), embeddings["whole"].grad
+    return {
+        "loss": float(abs(summed(losses["ring"]) - losses["whole"].detach()) / losses["whole"].detach()),
+        "embeddings": float((found - expected).norm() / expected.norm()),
+    }
+
+
+def test_embeddings_instead_of_tokens(ranks):
+    assert_ranks(ranks(2)(embedded_errors), TOLERANCE, "inputs_embeds")
+
+
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), [("DeepseekV3", LATENT), ("Cohere", {}), ("StableLm", {})])
+def test_heads_of_two_sizes_and_scaled_logits(ranks, family, options):
+    assert_ranks(ranks(2)(length_errors, (family, options), False), TOLERANCE, family)

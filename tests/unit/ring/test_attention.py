@@ -111,6 +111,35 @@ def test_what_a_device_gets(kind, capability, packages, dtype, head_size, name):
     assert choose_backend(Hardware(kind, capability, frozenset(packages)), dtype, head_size) == name
 
 
+CAPPED = [
+    ("cpu", (0, 0), (), "math"),
+    ("cuda", (9, 0), (), "math"),  # neither cuDNN's nor torch's own kernel caps scores
+    ("cuda", (9, 0), ("flash_attn",), "flash_attn"),
+    ("cuda", (9, 0), ("flash_attn", "flash_attn_interface"), "flash_attn_3"),
+    ("cuda", (10, 0), ("flash_attn.cute",), "math"),
+]
+
+
+@pytest.mark.parametrize(("kind", "capability", "packages", "name"), CAPPED)
+def test_what_a_device_gets_for_capped_scores(kind, capability, packages, name):
+    hardware = Hardware(kind, capability, frozenset(packages))
+    assert choose_backend(hardware, torch.bfloat16, 128, soft_cap=True) == name
+
+
+def test_capped_scores_are_done_some_rows_at_a_time(monkeypatch):
+    """The same numbers to the rounding, whatever the rows; causal and full."""
+    q, k, v, grad = block(40, 40)
+    for causal in (True, False):
+        results = []
+        for rows in (512, 7):
+            monkeypatch.setattr("fourfold.parallel.attention.soft_cap.ROWS", rows)
+            backend = select_backend(None, q, v, 1.5)
+            out, lse = backend.forward(q, k, v, causal=causal, scale=0.3)
+            saved = SavedAttention(q, k, v, out, lse)
+            results.append([out, lse, *backend.backward(grad, saved, causal=causal, scale=0.3)])
+        assert max(error(mine, truth.double()) for mine, truth in zip(*results, strict=True)) < 2e-6
+
+
 def test_a_device_gets_nothing_for_whole_numbers():
     with pytest.raises(ValueError, match=r"no attention backend takes torch\.int64 tensors on cuda"):
         choose_backend(Hardware("cuda", (9, 0)), torch.int64, 128)
@@ -151,6 +180,10 @@ def test_the_choice_and_its_refusals():
         select_backend("flash_attn", q, k)
     with pytest.raises(ValueError, match="cuda_flash needs tensors on a CUDA device, not on cpu"):
         select_backend("cuda_flash", q, k)
+    with pytest.raises(ValueError, match="backend='cpu_flash' has no soft cap: choose one of flash_attn, flash_attn_3"):
+        select_backend("cpu_flash", q, k, 2.0)
+    with pytest.raises(ValueError, match="soft_cap=0"):
+        select_backend(None, q, k, 0.0)
     with pytest.raises(ValueError, match=r"not torch\.int64"):
         select_backend("math", q.long(), k.long())
 

@@ -1,6 +1,7 @@
 """What mixes tokens outside of attention is refused by name; what does not is taken."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -91,6 +92,47 @@ class Counting(nn.Module):
         return torch.arange(x.shape[1], dtype=x.dtype).expand(1, -1).unsqueeze(-1) * 0.1
 
 
+class NGrams(nn.Module):
+    """Token embeddings, and those of pairs of tokens, as yet zero."""
+
+    def __init__(self, inner: nn.Embedding) -> None:
+        super().__init__()
+        self.inner, self.pairs = inner, nn.Embedding(101, 32)
+        self.weight = inner.weight
+        nn.init.zeros_(self.pairs.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(ids) + self.pairs((ids + 7 * ids.roll(1, 1)) % 101)
+
+
+class Load(nn.Module):
+    """Counts what it sees while it trains, as routers do that balance themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += x.mean((0, 1))
+        return torch.zeros_like(x)
+
+
+class Capacity(nn.Module):
+    """While it trains, an expert drops the tokens that come after so many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        chosen = self.gate(x).argmax(-1, keepdim=True)
+        place = nn.functional.one_hot(chosen[..., 0], 2).cumsum(1).gather(2, chosen)
+        return x * (place <= x.shape[1] // 3)
+
+
 def zero_convolution() -> nn.Module:
     convolution = CausalConvolution(32, 32, 3)
     nn.init.zeros_(convolution.weight)
@@ -105,6 +147,18 @@ def test_a_users_own_module_that_mixes_is_refused(added):
     answer = complaint(use_ring_attention, model, None)
     kind = type(added).__name__
     assert f"mixes tokens outside of attention, in model.layers.1.mlp.added ({kind})" in answer
+
+
+def test_what_no_nan_passes_is_refused():
+    """Indices, counts, and what only training does."""
+    hashing = tiny_model("Llama")
+    hashing.model.embed_tokens = NGrams(hashing.model.embed_tokens)
+    assert "in model.embed_tokens.pairs (nn.Embedding), whose index" in complaint(use_ring_attention, hashing, None)
+    for added, words in ((Load(), "layers.1.mlp.added.seen changes with"), (Capacity(), "attention while it trains")):
+        model = tiny_model("Llama").eval()
+        model.model.layers[1].mlp = Around(model.model.layers[1].mlp, added)
+        assert words in complaint(use_ring_attention, model, None)
+        assert not model.training
 
 
 def test_counting_tokens_and_statistics_of_batches_are_refused():
@@ -215,3 +269,23 @@ def test_losses_of_something_else_than_next_tokens_are_refused(task):
     answer = complaint(use_ring_attention, model, None)
     assert f"LlamaFor{task} makes its loss of something else than next tokens" in answer
     use_ring_attention(model.base_model, None)
+
+
+def test_losses_of_labels_that_are_not_shifted_are_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.EuroBertForMaskedLM(transformers.EuroBertConfig(**sizes, vocab_size=64, pad_token_id=None))
+    answer = complaint(use_ring_attention, model, None)
+    assert "the loss of EuroBertForMaskedLM is not the sum over its shift_labels" in answer
+
+
+def test_a_model_around_a_ring_is_copied_and_not_pickled():
+    model = tiny_model("Llama")
+    before = model(torch.arange(9)[None]).logits
+    use_ring_attention(model, None)
+    twin = copy.deepcopy(model)
+    assert "cannot be pickled (torch.save(model))" in complaint(pickle.dumps, model)
+    stop_ring_attention(twin)
+    assert not twin._forward_pre_hooks
+    assert torch.equal(twin(torch.arange(9)[None]).logits, before)
+    assert model.config._attn_implementation == "fourfold_ring"
+    pickle.dumps(twin)
