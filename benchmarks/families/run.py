@@ -36,11 +36,44 @@ COLUMNS: dict[str, set[str]] = {
     "both, router loss": {"stream", "ring", "router"},
     "both, LoRA": {"stream", "ring", "lora"},
 }
-# Families that the columns refuse, for the reason that each gives.
+WINDOWED = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPED = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {
+    **GROUPED, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 12,
+}  # fmt: skip
+# Families that some columns take, and some that none does, for the reason that each gives.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}),
-    "stablelm": ("StableLm", {}),
+    "smollm3, a layer without rope": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "olmo": ("Olmo", {}),
+    "olmo3, windows": ("Olmo3", WINDOWED),
+    "glm": ("Glm", {"head_dim": 8}),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "glm4_moe": ("Glm4Moe", {**GROUPED, "head_dim": 8}),
+    "starcoder2": ("Starcoder2", {}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 16}),
+    "granitemoe": ("GraniteMoe", EXPERTS),
+    "olmoe": ("Olmoe", EXPERTS),
+    "ministral, windows": ("Ministral", {**WINDOWED, "head_dim": 8}),
+    "ministral3": ("Ministral3", {"head_dim": 8}),
+    "exaone4, windows": ("Exaone4", {**WINDOWED, "head_dim": 8}),
+    "helium": ("Helium", {"head_dim": 8}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 8}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 8}),
+    "apertus": ("Apertus", {}),
+    "arcee": ("Arcee", {"head_dim": 8}),
+    "cohere": ("Cohere", {}),
+    "cohere2, windows": ("Cohere2", {**WINDOWED, "head_dim": 8}),
+    "seed_oss": ("SeedOss", {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "deepseek_v3": ("DeepseekV3", LATENT),
+    "vaultgemma, soft caps": ("VaultGemma", {**WINDOWED, "head_dim": 8, "attn_logit_softcapping": 2.0}),
+    "phimoe": ("Phimoe", {**EXPERTS, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "nemotron": ("Nemotron", {}),
     "gpt_oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    "stablelm": ("StableLm", {}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 
@@ -52,7 +85,7 @@ def make(family: str) -> nn.Module:
     name, changes = OTHERS[family]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return model.train()
 
 

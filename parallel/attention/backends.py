@@ -140,10 +140,9 @@ def attend_block(
             . . #                  # # #
     """
     queries, keys = slice(*block.q), slice(*block.k)
-    tensors = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+    tensors = _padded(backend, q[:, :, queries], k[:, :, keys], v[:, :, keys])
     # The dtype is the caller's choice: autocast would compute a kernel's own fp32 products in another.
     with torch.autocast(q.device.type, enabled=False):
-        tensors = _padded(backend, *tensors)
         if block.shape != "anticausal":
             out, lse = backend.forward(*tensors, causal=block.shape == "causal", scale=scale)
             return out[..., : v.shape[3]], lse

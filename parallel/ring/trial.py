@@ -162,7 +162,7 @@ def _refuse_hidden_ways(model: nn.Module, ids: Tensor, positions: Tensor) -> Non
     model.train()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+            module.__dict__["gradient_checkpointing"] = False
     kept = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers() if not buffer.is_meta]
     tables = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     hooks = [table.register_forward_pre_hook(partial(note, name)) for name, table in tables]

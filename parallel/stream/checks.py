@@ -22,7 +22,7 @@ SUPPORTED = frozenset({
     "qwen3", "qwen3_moe",
 })  # fmt: skip
 # Packages whose hooks gather or move weights and leave values as they are.
-FRAMEWORKS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.")
+FRAMEWORKS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.", "fourfold.parallel.ring.")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

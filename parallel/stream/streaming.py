@@ -253,6 +253,8 @@ class Streaming:
             inputs["output_router_logits"] = False
         if call.return_dict is not None and not isinstance(call, LabelledCall):
             inputs["return_dict"] = call.return_dict
+        if call.ring_seq_len is not None:  # by which the ring knows the call as one that it has checked
+            inputs["ring_seq_len"] = call.ring_seq_len
         embedding = cast(nn.Module, self.model.get_input_embeddings())
         with ExitStack() as stack:
             stack.enter_context(self.current.entered(run))
