@@ -151,7 +151,7 @@ def cell(family: str, ways: set[str]) -> str:
 def table(note: Callable[[str], None]) -> tuple[list[str], list[str]]:
     """Rows of the table, and the refusals that it numbers."""
     rows, reasons = [], []
-    for family in (*FAMILIES, *OTHERS):
+    for family in dict.fromkeys((*FAMILIES, *OTHERS)):
         cells = []
         for ways in COLUMNS.values():
             said = cell(family, ways)
