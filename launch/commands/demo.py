@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from fourfold.launch.commands.launch import fresh_folder, run_layout
 from fourfold.launch.commands.profile import profile_machine
+from fourfold.launch.main_job import Machine, main_job, this_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
@@ -35,10 +35,15 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("run"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the training on the best layout.")] = 200,
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face config.json; default: a small byte-level Llama.")
+        Path | None,
+        typer.Option(help="A Hugging Face config.json; default: a byte-level Llama, on GPUs as large as has room."),
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
-    global_batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 8,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a sequence; default: 256, with the default model on GPUs 1024.")
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences a step; default: 8, with the default model on GPUs 32.")
+    ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to use; default: one a GPU, or a core (at most 4).")
     ] = None,
@@ -51,7 +56,14 @@ def demo(
     console = Console()
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    config = model or Path(str(files("fourfold.launch").joinpath("data/byte-llama.json")))
+    job = main_job(_known_machine(cluster) if cluster is not None else this_machine(ranks), steps=steps)
+    config = model
+    if config is None:
+        config = out / f"{job.name}.json"
+        config.write_text(json.dumps(dict(job.config), indent=1) + "\n")
+    else:  # somebody else's model: of the job only the size of a batch on processors is left
+        job = main_job(_PROCESSORS, steps=steps)
+    seq_len, global_batch = seq_len or job.seq_len, global_batch or job.global_batch
     decoder = replace(load_model(config), name=config.stem)
 
     _headline(console, "1. profile", "what this machine can do")
@@ -75,7 +87,7 @@ def demo(
     best = min(compared, key=lambda row: row["measured_step_s"])["priced"]
     write_layout_file(out / "layout.toml", best.layout, decoder)
     _headline(console, "4. train", f"on the fastest of them, {best.layout}")
-    result = _train(out, best, decoder, machine, steps)
+    result = _train(out, best, decoder, machine, {"steps": steps, "learning_rate": job.learning_rate})
     console.print(
         f"loss {result['losses'][0]:.3f} at the first step, {result['losses'][-1]:.3f} at the last; "
         f"held-out loss {result['heldout_loss']:.3f} nats a byte "
@@ -88,6 +100,20 @@ def demo(
     _write_report(out, plan, summary, result)
     console.print(f"{out / 'report.html'}  {out / 'summary.json'}  {out / 'runs.csv'}")
     console.print(f"Done in {summary['wall_s']:.0f} s.")
+
+
+_PROCESSORS = Machine(device_type="cpu", num_devices=1, memory_bytes=0.0, peak_flops_per_s=0.0)
+
+
+def _known_machine(cluster: Path) -> Machine:
+    """What a cluster.toml says of the machine that it was measured on."""
+    known = load_cluster(cluster)
+    return Machine(
+        device_type=known.device.type,
+        num_devices=known.num_devices or 1,
+        memory_bytes=known.device.memory_bytes,
+        peak_flops_per_s=known.device.peak_flops_per_s,
+    )
 
 
 def _measured_cluster(
@@ -124,18 +150,22 @@ def _measure(console: Console, out: Path, plan: Plan, machine: Cluster) -> list[
                 "measured_step_s": typical_step_s(result["steps_s"]),
                 "predicted_peak_gib": priced.peak_bytes / GIB,
                 "measured_peak_gib": result["peak_bytes"] / GIB,
+                "reserved_gib": result["reserved_bytes"] / GIB,
             }
         )
     return rows
 
 
-def _train(out: Path, best: PricedLayout, model: ModelConfig, machine: Cluster, steps: int) -> dict[str, Any]:
+def _train(
+    out: Path, best: PricedLayout, model: ModelConfig, machine: Cluster, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    steps = int(options["steps"])
     folder = fresh_folder(out / "training")
     run_layout(
         best.layout,
         model,
         out=folder,
-        steps=steps,
+        **options,
         checkpoint_every=max(1, steps // 2),
         peak_flops_per_s=machine.device.peak_flops_per_s * best.layout.world_size,
     )
@@ -212,7 +242,8 @@ def _show_machine(console: Console, machine: Cluster) -> None:
 def _comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Predicted against measured", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layout", no_wrap=True)
-    for name in ("said", "step", "off by", "said", "GiB", "off by"):
+    reserved = any(row["reserved_gib"] for row in rows)  # by CUDA's allocator, which a CPU has not
+    for name in ("said", "step", "off by", "said", "GiB", "off by", *["reserved"] * reserved):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -223,5 +254,6 @@ def _comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             gib_text(row["predicted_peak_gib"] * GIB),
             gib_text(row["measured_peak_gib"] * GIB),
             f"{row['predicted_peak_gib'] / row['measured_peak_gib'] - 1:+.1%}",
+            *[gib_text(row["reserved_gib"] * GIB)] * reserved,
         )
     return table
