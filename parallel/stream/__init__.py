@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.stream.memory import stream_memory as stream_memory
     from fourfold.parallel.stream.model import stream_backprop as stream_backprop
     from fourfold.parallel.stream.model import stream_backprop_disable as stream_backprop_disable
+    from fourfold.parallel.stream.model import streamed_layers as streamed_layers
     from fourfold.parallel.stream.settings import StreamSettings as StreamSettings
     from fourfold.parallel.stream.statistics import TokenStatistics as TokenStatistics
     from fourfold.parallel.stream.statistics import token_logprobs as token_logprobs
@@ -33,6 +34,7 @@ __getattr__, __dir__, __all__ = exported(
         "stream_backprop": "model",
         "stream_backprop_disable": "model",
         "stream_memory": "memory",
+        "streamed_layers": "model",
         "token_logprobs": "statistics",
         "token_statistics": "statistics",
     },

@@ -118,7 +118,8 @@ class LabelledCall(BaseCall):
             raise ValueError(why)
         if any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
             raise ValueError(
-                "gradient checkpointing is on: streaming replaces it, call gradient_checkpointing_disable()"
+                "gradient checkpointing is on: streaming replaces it, call gradient_checkpointing_disable(), or "
+                "leave gradient_checkpointing=True out of a trainer's arguments"
             )
         if not isinstance(self.logits_to_keep, int) or self.logits_to_keep:
             raise ValueError("logits_to_keep with labels: mask labels with -100 instead")

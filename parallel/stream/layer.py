@@ -36,6 +36,7 @@ class Current:
     """The pass over a batch that is under way in a model; None is none, and its layers run as they are."""
 
     run: "Run | None" = None
+    num_streamed: int = 0  # layers, of all passes so far
 
     @contextmanager
     def entered(self, run: "Run | None") -> Iterator[None]:
@@ -242,6 +243,7 @@ class LayerStream:
             return plain(hidden_states, *args, **kwargs)
         if args:
             raise ValueError(f"{type(self.layer).__name__} takes positional arguments: streaming cannot use it")
+        self._current.num_streamed += 1
         with self.patched(), without_checkpointing(self.layer):
             return run.layer(self, hidden_states, kwargs)
 

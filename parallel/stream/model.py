@@ -105,3 +105,13 @@ def stream_backprop_disable(model: nn.Module) -> nn.Module:
     if streaming is not None:
         streaming.disable()
     return model
+
+
+def streamed_layers(model: nn.Module) -> int:
+    """How many layers of a model have gone forward streaming since stream_backprop; 0 where it does not stream.
+
+    A step of a model of n layers adds n. The comparison with plain backpropagation, and backward's recomputation, do
+    not count. For logs and tests: a trainer that goes around streaming has the same losses.
+    """
+    streaming: Streaming | None = find_causal_lm(model).__dict__.get(ATTRIBUTE)
+    return 0 if streaming is None else streaming.current.num_streamed

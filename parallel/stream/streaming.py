@@ -294,11 +294,11 @@ class Streaming:
 
     def verify(self, bounds: Bounds = ASKED) -> None:
         """Raises ValueError where a tiny batch has other gradients streamed than plain."""
-        self._verifying = True
+        self._verifying, before = True, self.current.num_streamed
         try:
             verify_gradients(self.model, self._tiny_loss, self.small_chunks, self.paused, bounds=bounds)
         finally:
-            self._verifying = False
+            self._verifying, self.current.num_streamed = False, before
 
     def _tiny_loss(self, ids: Tensor) -> Tensor:
         """The loss to verify: the model's, or, where its end is not transformers' own, of its last hidden states.

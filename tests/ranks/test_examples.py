@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 def run(command: str) -> str:
     """What the command prints, run from the root as a user would, with the interpreter of the tests."""
     words = shlex.split(command)
-    words[:1] = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    if words[:2] == ["accelerate", "launch"]:
+        words[:2] = [sys.executable, "-m", "accelerate.commands.launch"]
+    words[:1] = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}.get(
+        words[0], words[:1]
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
@@ -28,13 +33,21 @@ def run(command: str) -> str:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_example(script):
     text = script.read_text()
+    for library in set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)):
+        if find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
     assert len(text.splitlines()) <= 40
-    commands = re.findall(r"^    ((?:torchrun|python) .*)$", text, re.MULTILINE)
+    commands = re.findall(r"^    ((?:torchrun|python|accelerate) .*)$", text, re.MULTILINE)
     assert commands, f"{script.name} does not say how it is run"
     printed = run(commands[0])
     assert re.search(r"loss \d+\.\d+", printed), printed
     for error in re.findall(r"largest relative error of a gradient (\S+)", printed):
         assert float(error) < 2e-6  # fp32 rounding, as in the tests of each system
+    for difference in re.findall(r"largest difference of a loss (\S+)", printed):
+        assert float(difference) < 1e-5  # of losses of about 4, after a few fp32 updates
+    streamed = re.findall(r"layers streamed (\d+)", printed)
+    assert all(int(layers) >= 2 for layers in streamed), printed  # a model of two layers has streamed at least once
+    assert bool(streamed) == ("streamed_layers" in text), printed
 
 
 def test_the_mesh_does_not_change_the_losses():

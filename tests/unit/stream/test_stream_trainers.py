@@ -15,7 +15,7 @@ from support.streamed_layers import counted_layers
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from fourfold.parallel.stream import stream_backprop
+from fourfold.parallel.stream import stream_backprop, streamed_layers
 from fourfold.parallel.testing.compare import assert_gradients, gradients
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
@@ -95,10 +95,32 @@ def test_trainer_streams_every_layer_of_every_step(case, tmp_path):
     with counted_layers() as layers:
         streamed = run(model)
     micro_batches = 3 * changes.get("gradient_accumulation_steps", 1)
-    assert len(layers) == 2 * micro_batches
+    assert len(layers) == streamed_layers(model) == 2 * micro_batches
     assert streamed == pytest.approx(plain, rel=LOSS_TOLERANCE)
     for (name, mine), theirs in zip(model.named_parameters(), plain_model.parameters(), strict=True):
         assert (mine - theirs).norm() <= LOSS_TOLERANCE * theirs.norm(), name
+
+
+def test_checkpointing_is_refused_with_the_argument_to_leave_out(tmp_path):
+    model = stream_backprop(tiny("llama"), **CHUNKS)
+    settings = arguments(tmp_path, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="leave gradient_checkpointing=True out of a trainer's arguments"):
+        Trainer(model=model, args=settings, train_dataset=Rows()).train()
+
+
+def test_a_resumed_training_goes_on_as_the_plain_one(tmp_path):
+    def run(model: nn.Module, kind: str) -> list[float]:
+        settings = arguments(tmp_path / kind, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch")
+        Trainer(model=model, args=settings, train_dataset=Rows()).train()
+        torch.manual_seed(1)
+        trainer = Trainer(model=model, args=settings, train_dataset=Rows())
+        trainer.train(resume_from_checkpoint=str(tmp_path / kind / "checkpoint-2"))
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    plain = run(tiny("llama"), "plain")
+    streamed = run(stream_backprop(tiny("llama"), **CHUNKS), "streamed")
+    assert len(plain) == 4
+    assert streamed == pytest.approx(plain, rel=1e-4)  # AdamW's first updates divide roundings by roundings
 
 
 def test_evaluation_gives_the_metrics_their_logits(tmp_path):
