@@ -58,8 +58,7 @@ def refusals() -> dict[str, str]:
         return made
 
     attempts: dict[str, Callable[[], Any]] = {
-        "an untested family": lambda: stream_backprop(model("StableLm", intermediate_size=8)),
-        "attention sinks": lambda: stream_backprop(model("GptOss", num_local_experts=2, intermediate_size=8)),
+        "an untested family": lambda: stream_backprop(model("Persimmon", intermediate_size=8)),
         "attention dropout": lambda: stream_backprop(tiny("llama", attention_dropout=0.1))(input_ids=ids, labels=ids),
         "no causal language model": lambda: stream_backprop(nn.Linear(2, 2)),
         "hidden states asked for": lambda: stream_backprop(tiny("llama"))(

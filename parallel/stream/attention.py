@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.parallel.attention.backends import attend_block_backward, select_backend
@@ -92,11 +93,39 @@ class ScoreOptions:
         scale: they are multiplied by it.
         window: keys a query sees, itself included; None is all before it.
         soft_cap: then they become soft_cap * tanh(scores / soft_cap); None is no cap.
+        sinks: [H], a score of each head that every query has beside those of its keys, with a value of zero.
     """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    sinks: Tensor | None = None
+
+
+def with_sinks(attended: tuple[Tensor, Tensor], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention without sinks as those with them: one more term of each softmax, which adds nothing.
+
+    Args:
+        attended: out [B, H, S, D] and lse [B, H, S].
+        sinks: [H]; None is none.
+    """
+    if sinks is None:
+        return attended
+    out, lse = attended
+    whole = torch.logaddexp(lse, sinks.detach().to(lse.dtype)[None, :, None])
+    return (out * (lse - whole).exp().unsqueeze(-1)).to(out.dtype), whole
+
+
+def sinks_gradient(grad_out: Tensor, attended: tuple[Tensor, Tensor], sinks: Tensor) -> Tensor:
+    """[H], of what with_sinks had: a sink's weight shrinks the output in proportion, so it is -weight * (out . grad).
+
+    Args:
+        attended: with_sinks' result.
+    """
+    out, lse = attended
+    agreement = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    weights = (sinks.detach().to(lse.dtype)[None, :, None] - lse).exp()
+    return -(weights * agreement).sum((0, 2)).to(sinks.dtype)
 
 
 class LayerKeys:
@@ -130,9 +159,9 @@ class LayerKeys:
         """(out [B, H, chunk, D] in q.dtype, lse [B, H, chunk]) of a chunk's queries; all its keys must be written."""
         parts = [self._attend_rows(q, mask, start, options) for mask in self._masks]
         if len(parts) == 1:
-            return parts[0]
+            return with_sinks(parts[0], options.sinks)
         outs, lses = zip(*parts, strict=True)
-        return torch.cat(outs), torch.cat(lses)
+        return with_sinks((torch.cat(outs), torch.cat(lses)), options.sinks)
 
     def attend_backward(
         self, grad_out: Tensor, q: Tensor, attended: tuple[Tensor, Tensor], start: int, options: ScoreOptions
@@ -277,7 +306,7 @@ class AttendAgain:
     """(out, lse) of the forward pass, where they were kept."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> Tensor:
-        out: Tensor = ChunkAttention.apply(q, k, v, self, options)  # type: ignore[no-untyped-call]
+        out: Tensor = ChunkAttention.apply(q, k, v, options.sinks, self, options)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -285,7 +314,9 @@ class ChunkAttention(torch.autograd.Function):
     """A chunk's attention in autograd's graph; gradients of the prefix's keys go to `keys`, beside the graph."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: AttendAgain, options: ScoreOptions) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttendAgain, options: ScoreOptions
+    ) -> Tensor:
         out, lse = call.keys.attend(q, call.start, options) if call.kept is None else call.kept
         ctx.save_for_backward(q, out, lse)
         ctx.keys, ctx.start, ctx.options = call.keys, call.start, options
@@ -296,7 +327,8 @@ class ChunkAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, *attended = ctx.saved_tensors
         gradients = ctx.keys.attend_backward(grad_out, q, tuple(attended), ctx.start, ctx.options)
-        return *gradients, None, None
+        sinks = ctx.options.sinks
+        return *gradients, None if sinks is None else sinks_gradient(grad_out, tuple(attended), sinks), None, None
 
 
 def stream_attention_forward(
@@ -319,8 +351,8 @@ def stream_attention_forward(
         raise ValueError(
             f"{type(module).__name__} does not pass the arguments of its layer on: streaming cannot use it"
         )
-    if arguments.get("dropout") or arguments.get("s_aux") is not None:
-        raise ValueError(f"{type(module).__name__} asks for attention dropout or sinks: no kernel here has them")
+    if arguments.get("dropout"):
+        raise ValueError(f"{type(module).__name__} asks for attention dropout: no kernel repeats it exactly")
     # As autocast does for scaled_dot_product_attention: norms in fp32 have left q and k in fp32.
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
@@ -329,8 +361,12 @@ def stream_attention_forward(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         window=arguments.get("sliding_window"),
         soft_cap=arguments.get("softcap"),
+        sinks=arguments.get("s_aux"),
     )
-    out = stream_call.attend(query, key, value, options)
+    # Kernels want heads of one size. Zeros at the end of a key add nothing to a score, those of a value are left out.
+    size, value_size = max(query.shape[-1], value.shape[-1]), value.shape[-1]
+    query, key, value = (x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
+    out = stream_call.attend(query, key, value, options)[..., :value_size]
     return out.transpose(1, 2).contiguous(), None
 
 

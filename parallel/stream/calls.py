@@ -17,6 +17,8 @@ REFUSED_ARGUMENTS = {
 }
 # Of packed documents, as flash-attention's kernels and state-space layers want them: position_ids say the same.
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+# What a vision-language model hands its language model for some of its layers; it is done between layers.
+VISION_ARGUMENTS = ("visual_pos_masks", "deepstack_visual_embeds")
 # Arguments of a loss, which transformers' models pass on to their base models, where nobody reads them.
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -64,7 +66,8 @@ class BaseCall:
             value = others.pop(name, None)
             if value is not None and value is not False:
                 return f"{name} while streaming: {why}"
-        unknown = sorted(name for name, value in others.items() if value is not None and name not in LOSS_ARGUMENTS)
+        known = (*LOSS_ARGUMENTS, *VISION_ARGUMENTS)
+        unknown = sorted(name for name, value in others.items() if value is not None and name not in known)
         if unknown:
             return f"streaming does not know the arguments {unknown}: leave them out"
         config: Any = model.config
@@ -72,14 +75,30 @@ class BaseCall:
             return f"an attention_mask that is a {type(self.attention_mask).__name__}: give [B, T], 0 at padding"
         if self.attention_mask is not None and self.attention_mask.dim() != 2:
             return f"an attention_mask of {self.attention_mask.dim()} dims: give [B, T], 0 at padding"
-        if self.position_ids is not None and self.position_ids.dim() != 2:
+        if self.position_ids is not None and self.position_ids.dim() != 2 and not self._is_grid():
             return f"position_ids of {self.position_ids.dim()} dims: give [B, T] or [1, T]"
         if config.output_attentions or config.output_hidden_states:
             return "output_attentions or output_hidden_states is set in the config: unset it"
         dropout = getattr(config, "attention_dropout", 0.0)
         if model.training and dropout:
             return f"attention dropout of {dropout}: set attention_dropout=0, no kernel repeats it exactly"
-        return _packing_refusal(packing, self.position_ids, self.attention_mask)
+        return _packing_refusal(packing, self.text_positions(), self.attention_mask)
+
+    def text_positions(self) -> Tensor | None:
+        """[B or 1, T], whose falls begin documents; None where nothing tells.
+
+        Of images, positions are [3, B, T] of a grid, where a fall means nothing, or [4, B, T] with those of text first.
+        """
+        if self.position_ids is None or not self._is_grid():
+            return self.position_ids
+        return self.position_ids[0] if len(self.position_ids) == 4 else None
+
+    def vision(self) -> dict[str, Any]:
+        """What a vision-language model hands on beside the rest."""
+        return {name: self.others[name] for name in VISION_ARGUMENTS if self.others.get(name) is not None}
+
+    def _is_grid(self) -> bool:
+        return self.position_ids is not None and self.position_ids.dim() == 3 and len(self.position_ids) in (3, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +140,10 @@ class LabelledCall(BaseCall):
                 "gradient checkpointing is on: streaming replaces it, call gradient_checkpointing_disable(), or "
                 "leave gradient_checkpointing=True out of a trainer's arguments"
             )
+        for name in ("labels", "shift_labels"):
+            given = getattr(self, name)
+            if given is not None and given.shape != self.shape:
+                raise ValueError(f"{name} of shape {tuple(given.shape)}: give {self.shape}, one for each token")
         if not isinstance(self.logits_to_keep, int) or self.logits_to_keep:
             raise ValueError("logits_to_keep with labels: mask labels with -100 instead")
 

@@ -10,30 +10,50 @@ from inspect import Parameter, signature
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.distributed._composable.contract import _get_registry
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fourfold.parallel.stream.kept_inputs import weights_are_sharded
-from fourfold.parallel.stream.patching import Patches, hooks_of, plain_parameter
+from fourfold.parallel.stream.patching import (
+    Patches,
+    hooks_of,
+    hooks_of_all_modules,
+    is_transformed,
+    operations_are_watched,
+    plain_parameter,
+)
 
 # Model types that are tested against plain backpropagation; others are refused.
 SUPPORTED = frozenset({
-    "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "olmo2", "phi", "phi3", "qwen2",
-    "qwen3", "qwen3_moe",
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite",
+    "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minimax_m2",
+    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3",
+    "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text", "qwen3", "qwen3_moe", "qwen3_vl_text", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
 })  # fmt: skip
 # Packages whose hooks gather or move weights and leave values as they are.
 FRAMEWORKS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.", "fourfold.parallel.ring.")
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, FSDP, peft or DeepSpeed wrappers: one with a head of some kind."""
+    """The transformers model inside DDP, FSDP, peft or DeepSpeed wrappers: one with a head of some kind.
+
+    Of a vision-language model it is the language model inside, whose head is left to the wrapper.
+    """
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     heads = [module for module in found if module.get_output_embeddings() is not None]
     # Classifiers and reward models: a base model with a small head of their own.
     heads += [module for module in found if module.base_model is not module]
+    # A base model alone, of an embedding model for example.
+    heads += [module for module in found if isinstance(getattr(module, "layers", None), nn.ModuleList)]
     if not heads:
         raise ValueError(f"{type(model).__name__} holds no transformers causal language model")
-    return heads[0]
+    inside = getattr(heads[0].base_model, "language_model", None)
+    return inside if isinstance(inside, PreTrainedModel) else heads[0]
 
 
 def final_norm(base: nn.Module) -> nn.Module:
@@ -61,10 +81,26 @@ def check_model(model: PreTrainedModel, *, any_type: bool = False) -> None:
     if any(type(p).__name__ == "DTensor" for p in model.parameters()):
         raise ValueError(f"{name} is sharded already: call stream_backprop before fully_shard; tp is not supported")
     check_layers(model)
-    for layer in cast(nn.ModuleList, model.base_model.layers):
+    for layer in plain_layers(model.base_model):
         attention = cast(nn.Module, layer.self_attn)
         if not any(each.kind is Parameter.VAR_KEYWORD for each in signature(attention.forward).parameters.values()):
             raise ValueError(f"{name}: its {type(attention).__name__} takes no further arguments: streaming needs one")
+
+
+def plain_layers(base: nn.Module) -> list[nn.Module]:
+    """The base model's decoder layers, inside torch.compile's wrappers where they have some."""
+    return [cast(nn.Module, getattr(layer, "_orig_mod", layer)) for layer in cast(nn.ModuleList, base.layers)]
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raises ValueError for weights that no backward of streaming's can differentiate."""
+    if model.device.type == "meta":
+        raise ValueError(f"{type(model).__name__} is on the meta device and has no weights yet: load them first")
+    if is_transformed(next(model.parameters())):
+        raise ValueError(
+            "torch.func's transforms cannot differentiate a streamed layer: use loss.backward() or "
+            "torch.autograd.grad, or stream_backprop_disable(model)"
+        )
 
 
 def check_layers(model: PreTrainedModel) -> None:
@@ -72,8 +108,9 @@ def check_layers(model: PreTrainedModel) -> None:
     name, layers = type(model).__name__, getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"{name}: its base model has no list of layers")
-    for layer in layers:
-        if hasattr(layer, "_checkpoint_wrapped_module"):
+    _check_attention_function(model)
+    for layer in plain_layers(model.base_model):
+        if hasattr(layer, "_checkpoint_wrapped_module") or "checkpoint" in (_get_registry(layer) or {}):
             raise ValueError(
                 f"{name}: its layers are wrapped for activation checkpointing, which streaming replaces: call "
                 "stream_backprop on the model without these wrappers"
@@ -83,6 +120,16 @@ def check_layers(model: PreTrainedModel) -> None:
                 f"{name}: a {type(layer).__name__} has no self_attn, so it may mix tokens in another way than by "
                 "attention: streaming cannot cut it"
             )
+        if not hasattr(layer.self_attn, "config"):
+            raise ValueError(
+                f"{name}: {type(layer.self_attn).__name__} has taken the place of an attention module of transformers: "
+                "streaming cannot cut it"
+            )
+        for module in layer.modules():
+            if isinstance(module, _NormBase):
+                raise ValueError(
+                    f"{name}: a {type(module).__name__} in a layer normalizes over tokens: streaming cannot cut it"
+                )
 
 
 def projection_of(model: PreTrainedModel) -> nn.Module | None:
@@ -103,6 +150,8 @@ def is_plain_linear(head: nn.Module | None) -> bool:
 
 def unverifiable(model: PreTrainedModel) -> str | None:
     """Why the model cannot be compared with itself, plain, on a tiny batch here and now; None where it can."""
+    if operations_are_watched():
+        return "torch's operations are recorded now"
     layers = cast(nn.ModuleList, model.base_model.layers)
     if getattr(cast(Any, layers[0]).self_attn, "ring_settings", None) is not None:
         return "a rank of a ring holds a shard, which has no plain counterpart"
@@ -110,16 +159,18 @@ def unverifiable(model: PreTrainedModel) -> str | None:
         return "its weights are sharded"
     if any(parameter.is_meta for parameter in model.parameters()):
         return "it has no weights yet"
-    if any(not _from_framework(hook) for module in model.modules() for hook in hooks_of(module)):
+    hooks = [hook for module in model.modules() for hook in hooks_of(module)]
+    if any(not _from_framework(hook) for hook in (*hooks, *hooks_of_all_modules())):
         return "it has hooks, which would see the comparison"
     return None
 
 
 def inner_hook(layers: Iterable[nn.Module]) -> str | None:
     """The class of a module inside a layer that has a hook of the user's; None where no module has."""
+    general = hooks_of_all_modules()
     for layer in layers:
         for module in layer.modules():
-            if module is not layer and any(not _from_framework(hook) for hook in hooks_of(module)):
+            if module is not layer and any(not _from_framework(hook) for hook in (*hooks_of(module), *general)):
                 return type(module).__name__
     return None
 
@@ -148,11 +199,25 @@ def own_end(model: PreTrainedModel, norm: nn.Module, patches: Patches) -> str | 
         return f"the head is a {type(projection).__name__}"
     if model.loss_function is not ForCausalLMLoss:
         return f"the loss is {getattr(model.loss_function, '__name__', model.loss_function)}"
+    if any(not _from_framework(hook) for hook in hooks_of_all_modules()):
+        return "a hook is set on all modules"
     for module, name in ((base, "base model"), (norm, "final norm"), (head, "head"), (projection, "head")):
         mine = [hook for hook in hooks_of(module) if not _from_framework(hook)]
         if mine:
             return f"the {name} has a hook of {_module_of(mine[0])}"
     return None
+
+
+def _check_attention_function(model: PreTrainedModel) -> None:
+    """Raises ValueError for an attention function of somebody's own, which streaming would replace by its own."""
+    name = model.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if function is None or f"{_module_of(function)}.".startswith((*FRAMEWORKS, "fourfold.")):
+        return
+    raise ValueError(
+        f"{type(model).__name__} attends by {name!r}, a function of {_module_of(function)}: streaming would attend by "
+        "its own; set_attn_implementation('sdpa') first"
+    )
 
 
 def _from_framework(hook: Callable[..., Any]) -> bool:

@@ -6,7 +6,7 @@ autograd makes a new gradient of each weight for each chunk and adds it: for sma
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -156,6 +156,10 @@ class SummedLinears:
         self._skipped: Sequence[nn.Module | None] = ()
         self._rows: Mapping[nn.Module, slice] = {}
         self.linears: set[nn.Module] = set()
+        # OLMo clamps its projections' output in place, which a tensor without memory does not allow.
+        self._clamped = any(
+            getattr(getattr(part, "config", None), "clip_qkv", None) is not None for part in module.modules()
+        )
         for part in module.modules():
             if type(part) is nn.Linear and "forward" not in part.__dict__:
                 patches.add(part, partial(self._forward, part))
@@ -191,7 +195,7 @@ class SummedLinears:
     def _forward(self, linear: nn.Linear, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         rows = self._rows.get(linear)
         if any(linear is skipped for skipped in self._skipped):
-            return _no_output(linear, x, rows)
+            return _no_output(linear, x, rows, writable=self._clamped)
         sums, weight, bias = self._sums, linear.weight, linear.bias
         casts = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if casts else weight.dtype
@@ -205,9 +209,10 @@ class SummedLinears:
         return out
 
 
-def _no_output(linear: nn.Linear, x: Tensor, rows: slice | None = None) -> Tensor:
-    """Something of the output's shape, without memory."""
-    return x.new_zeros(()).expand(*x.shape[:-1], linear.out_features if rows is None else rows.stop - rows.start)
+def _no_output(linear: nn.Linear, x: Tensor, rows: slice | None = None, *, writable: bool = False) -> Tensor:
+    """Something of the output's shape, without memory unless it must be `writable`."""
+    shape = (*x.shape[:-1], linear.out_features if rows is None else rows.stop - rows.start)
+    return x.new_zeros(shape) if writable else x.new_zeros(()).expand(shape)
 
 
 class _SummedLinear(torch.autograd.Function):
@@ -300,12 +305,14 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def entered_autocast(settings: tuple[str, torch.dtype] | None) -> Iterator[None]:
-    """The autocast (device type, dtype) that was enabled in the forward pass; None is none."""
-    if settings is None:
+    """The autocast (device type, dtype) that was enabled in the forward pass; None is none, whatever is on now."""
+    with ExitStack() as stack:
+        if settings is not None:
+            stack.enter_context(torch.autocast(settings[0], dtype=settings[1]))
+        for kind in ("cpu", "cuda") if settings is None else ():
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
-    else:
-        with torch.autocast(settings[0], dtype=settings[1]):
-            yield
 
 
 def own_saved_tensors() -> saved_tensors_hooks:

@@ -74,7 +74,8 @@ def head_cut(stream: LayerStream) -> HeadCut | None:
     # The output's projection is not cut. Whatever else has weights must work on each head alone.
     output = getattr(attention, "o_proj", None) or getattr(attention, "dense", None)
     ends = {id(p) for module in (*projections, output) if isinstance(module, nn.Module) for p in module.parameters()}
-    if any(p.shape != (size,) for p in attention.parameters() if id(p) not in ends):
+    sinks = getattr(attention, "sinks", None)  # a score of each head, which is handed on as it is
+    if any(p.shape != (size,) for p in attention.parameters() if id(p) not in ends and p is not sinks):
         return None
     # A hook of a part would see, or change, some heads at a time.
     if any(hooks_of(module) for module in attention.modules() if module is not attention):
@@ -90,9 +91,15 @@ def is_whole(stream: LayerStream, groups: Sequence[Rows], taken: TakeInput, star
     """Whether the heads of all groups are those of the whole module, tried once a module on the tokens of `taken`."""
     seen = _tried.setdefault(stream.attention, {})
     if len(groups) not in seen:
-        whole, *parts = (project(stream, rows, taken, taken.hidden, start).taken for rows in ({}, *groups))
+        whole = project(stream, {}, taken, taken.hidden, start).taken
+        parts: list[tuple[Tensor, ...] | None]
+        try:
+            parts = [project(stream, rows, taken, taken.hidden, start).taken for rows in groups]
+        except (RuntimeError, ValueError):  # the module's code names the number of its heads
+            parts = [None] * len(groups)
         joined = [torch.cat(heads, dim=1) for heads in zip(*(part or () for part in parts), strict=True)]
-        seen[len(groups)] = all(_same(mine, theirs) for mine, theirs in zip(joined, whole or (), strict=True))
+        matches = [_same(mine, theirs) for mine, theirs in zip(joined, whole or (), strict=False)]
+        seen[len(groups)] = len(matches) == 3 and all(matches)
     return seen[len(groups)]
 
 

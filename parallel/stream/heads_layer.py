@@ -15,7 +15,8 @@ be cut, all heads are one group. What precedes attention, a norm, runs once for 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,19 @@ from torch import Tensor
 
 from fourfold.parallel.attention.blocks import Block
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, MathAttention, SavedAttention
-from fourfold.parallel.stream.attention import RowMask, ScoreOptions, backend_for, keys_a_call
+from fourfold.parallel.stream.attention import (
+    RowMask,
+    ScoreOptions,
+    backend_for,
+    keys_a_call,
+    sinks_gradient,
+    with_sinks,
+)
 from fourfold.parallel.stream.block_attention import attend_blocks, attend_blocks_backward, chunk_blocks
-from fourfold.parallel.stream.gradients import ParameterSums, find_unread
+from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.head_groups import TRIED_TOKENS, head_cut, is_whole, project
 from fourfold.parallel.stream.layer import HeadsOutput, TakeInput, chunks_of
-from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, with_gradients
+from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, finish_backward
 from fourfold.parallel.stream.random_numbers import random_numbers
 
 
@@ -84,13 +92,7 @@ class _HeadsLayer(torch.autograd.Function):
         here.save(ctx, x, (heads_out, lse) if here.stream.keep else ())
         del lse
         out, statistics = torch.empty_like(x), here.no_statistics(x)
-        for start, stop in chunks_of(0, x.shape[1], here.run.mlp_chunk):
-            with random_numbers(here.random, ("finish", start), replay=False):
-                part, *added = _finish(here, x[:, start:stop], heads_out[:, start:stop], start)
-            out[:, start:stop] = part
-            if here.routing is not None:
-                here.routing.add(statistics, added, start)
-            del part
+        here.finish(x, heads_out, out, statistics, piece=partial(_finish, here))
         ctx.mark_non_differentiable(*statistics[1:])
         return out, *statistics
 
@@ -106,7 +108,7 @@ class _HeadsLayer(torch.autograd.Function):
             grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):
-                grad_out = _finish_backward(here, x, heads_out, grads)
+                grad_out = finish_backward(here, x, heads_out, grads, piece=partial(_finish, here))
                 inputs = inputs or _inputs(here, x, replay=True)
                 grad_hidden = _attend_backward(here, inputs, (heads_out, lse, grad_out), sums)
                 del heads_out, lse, grad_out, inputs, kept
@@ -162,6 +164,7 @@ def _attend(here: LayerRun, inputs: _Inputs, *, replay: bool) -> tuple[Tensor, T
     out = lse = None
     for group in range(len(here.groups)):
         q, k, v, options = _heads(here, inputs, group, replay=replay)
+        options = _of_group(options, group, q.shape[1])
         part, part_lse = attend_whole(here.run, q, k, v, options)
         if out is None or lse is None:
             batch, heads, seq_len = part_lse.shape
@@ -181,23 +184,11 @@ def _finish(here: LayerRun, x: Tensor, heads_out: Tensor, start: int) -> tuple[T
     return here.stream.finish_heads(x, call, here.arguments, here.idle_rows, here.routing)
 
 
-def _finish_backward(here: LayerRun, x: Tensor, heads_out: Tensor, grads: LayerGradients) -> Tensor:
-    """Gradient of heads_out [B, T, H, D]; fills grads.x, less what comes by it."""
-    grad_out = torch.empty_like(heads_out)
-    for start, stop in chunks_of(0, x.shape[1], here.run.mlp_chunk):
-        piece = x[:, start:stop].detach().requires_grad_()
-        piece_out = heads_out[:, start:stop].detach().requires_grad_()
-        with torch.enable_grad(), random_numbers(here.random, ("finish", start), replay=True):
-            out, *statistics = _finish(here, piece, piece_out, start)
-        if not here.unread_known:
-            grads.sums.unread, here.unread_known = find_unread(out), True
-        outs, grad_outs = with_gradients(here, out, statistics, grads, start)
-        grad_piece, grad_piece_out = grads.sums.backward(outs, [piece, piece_out], grad_outs)
-        # This one first: grads.x may be the memory of outs[0], and what autograd gives may be a view of it.
-        grad_out[:, start:stop] = grad_piece_out
-        grads.x[:, start:stop] = grad_piece
-        del out, outs, grad_outs, grad_piece, grad_piece_out  # before the next piece's are made
-    return grad_out
+def _of_group(options: ScoreOptions, group: int, heads: int) -> ScoreOptions:
+    """What a module says of all its heads' scores, for a group of so many heads."""
+    if options.sinks is None:
+        return options
+    return replace(options, sinks=options.sinks[group * heads : (group + 1) * heads])
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +233,12 @@ def _attend_backward(
         alone = _project_chunk(here, inputs, group, 0) if len(inputs.chunks) == 1 else None
         q, k, v, options = _heads(here, inputs, group, replay=True) if alone is None else alone.detached()
         saved = SavedAttention(q, k, v, heads_out[:, :, mine].transpose(1, 2), lse[:, mine])
-        gradients = attend_whole_backward(here.run, grad_out[:, :, mine].transpose(1, 2), saved, options)
+        own, given = _of_group(options, group, heads), grad_out[:, :, mine].transpose(1, 2)
+        gradients = attend_whole_backward(here.run, given, saved, own)
+        if options.sinks is not None and own.sinks is not None and options.sinks.requires_grad:
+            part = torch.zeros_like(options.sinks)
+            part[mine] = sinks_gradient(given, (saved.out, saved.lse), own.sinks)
+            sums.backward([options.sinks], [], [part])
         del q, k, v, saved
         for index, (start, stop, _) in enumerate(inputs.chunks):
             chunk = _project_chunk(here, inputs, group, index) if alone is None else alone
@@ -276,9 +272,10 @@ def attend_whole(run: StreamRun, q: Tensor, k: Tensor, v: Tensor, options: Score
     for mask in run.masks:
         rows, blocks = slice(*mask.rows), whole_blocks(mask, q.shape[2], options.window, backend, run.chunk)
         parts.append(attend_blocks(backend, q[rows], k[rows], v[rows], blocks, options.scale))
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    whole = (
+        parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]))
+    )
+    return with_sinks(whole, options.sinks)
 
 
 def attend_whole_backward(run: StreamRun, grad_out: Tensor, saved: SavedAttention, options: ScoreOptions) -> Gradients:

@@ -11,21 +11,38 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fourfold.parallel.stream.attention import ChunkCall, Project, ScoreOptions, Stop
 from fourfold.parallel.stream.fused import Fused
 from fourfold.parallel.stream.gradients import SummedLinears
-from fourfold.parallel.stream.patching import Patches, Rotary, fused_rotary, without_checkpointing
+from fourfold.parallel.stream.patching import (
+    Patches,
+    Rotary,
+    fused_rotary,
+    inside_backward,
+    inside_checkpoint,
+    without_checkpointing,
+)
 from fourfold.parallel.stream.router import Routing
 
 # Keyword arguments of layers with one entry a token, and the dim of the token.
 TOKEN_DIMS = {"position_ids": 1, "position_embeddings": 1, "cache_position": 0}
 
 
+CHECKPOINTED = (
+    "{}: its forward is inside torch.utils.checkpoint (selective or not), which streaming replaces: take that off, or "
+    "stream_backprop_disable(model)"
+)
+
+
 class Run(Protocol):
     """One pass over a batch, as far as a layer asks: see layer_run.StreamRun."""
+
+    @property
+    def checkpointed(self) -> bool: ...
 
     def layer(self, stream: "LayerStream", x: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The layer's output for x [B, T, d]; `arguments` are the layer's other keyword arguments."""
@@ -129,18 +146,18 @@ class LayerStream:
     ) -> None:  # fmt: skip
         self.layer, self.keep, self._current = layer, keep, current
         self.attention: nn.Module = layer.self_attn  # type: ignore[assignment]
-        self._plain: Callable[..., Any] = layer.forward
         self._patches: Patches | None = None
         self._router, self._fused = router, fused
         self._rotary = None if fused is None else fused.rotary(self.attention)
         self._router_logits: list[Tensor] | None = None
         self._router_index = 0
         self._call: AttentionCall | None = None
+        self._streamed = False
         self.linears: SummedLinears | None = None
 
     def patch(self, patches: Patches) -> None:
         """Put the layer's and its modules' new forwards in place, until patches.undo."""
-        self._plain, self._patches = self.layer.forward, patches
+        self._patches = patches
         self.linears = SummedLinears(self.layer, patches)
         for module in self.layer.modules():
             if self._router is not None and isinstance(module, self._router):
@@ -167,14 +184,6 @@ class LayerStream:
     def has(self, kind: type[nn.Module]) -> bool:
         """Whether a module of this class is in the layer."""
         return any(isinstance(module, kind) for module in self.layer.modules())
-
-    def draws(self) -> bool:
-        """Whether the layer uses random numbers: dropout, or noise on what a router sees."""
-        return any(
-            (isinstance(m, nn.Dropout) and m.p > 0 and m.training)
-            or (m.training and bool(getattr(m, "jitter_noise", 0.0)))
-            for m in self.layer.modules()
-        )
 
     def attend(self, x: Tensor, arguments: Mapping[str, Any], call: ChunkCall) -> Tensor | None:
         """The attention module's output for the chunk x [B, chunk, d] that starts at call.start."""
@@ -240,9 +249,15 @@ class LayerStream:
     def _layer_forward(self, plain: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = self._current.run
         if run is None:
+            checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.layer.modules())
+            if inside_backward() and self._streamed and not checkpointing:
+                raise ValueError(CHECKPOINTED.format(type(self.layer).__name__))
             return plain(hidden_states, *args, **kwargs)
+        if inside_checkpoint() and not run.checkpointed:
+            raise ValueError(CHECKPOINTED.format(type(self.layer).__name__))
         if args:
             raise ValueError(f"{type(self.layer).__name__} takes positional arguments: streaming cannot use it")
+        self._streamed = True
         self._current.num_streamed += 1
         with self.patched(), without_checkpointing(self.layer):
             return run.layer(self, hidden_states, kwargs)
@@ -251,7 +266,8 @@ class LayerStream:
         """The layer's own forward, whose attention module does as `call` says."""
         before, self._call = self._call, call
         try:
-            return self._plain(x, **arguments)
+            assert self._patches is not None
+            return self._patches.plain(self.layer)(x, **arguments)
         finally:
             self._call = before
 
@@ -259,6 +275,9 @@ class LayerStream:
         call = self._call
         if call is None:
             return plain(*args, **kwargs)
+        # Recomputed under a checkpoint of its own. One around the whole pass runs a forward again, without gradients.
+        if torch.is_grad_enabled() and not isinstance(call, TakeInput) and inside_checkpoint() and inside_backward():
+            raise ValueError(CHECKPOINTED.format(type(self.layer).__name__))
         if isinstance(call, Attended):
             return call.output, None
         if isinstance(call, TakeInput):

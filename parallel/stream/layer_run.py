@@ -17,7 +17,7 @@ the module's output (queries against all earlier keys), and from it, in smaller 
             (in pieces of mlp_chunk)                  keys, and of all keys before it
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +33,18 @@ from fourfold.parallel.stream.host_memory import HostMemory
 from fourfold.parallel.stream.kept_inputs import Lookup
 from fourfold.parallel.stream.layer import LayerStream, chunks_of
 from fourfold.parallel.stream.passing import PassingGradient
-from fourfold.parallel.stream.patching import Switches, attention_function, swapped_parameters, without_checkpointing
+from fourfold.parallel.stream.patching import (
+    attention_function,
+    inside_checkpoint,
+    swapped_parameters,
+    without_checkpointing,
+)
 from fourfold.parallel.stream.random_numbers import RandomStates, random_numbers
 from fourfold.parallel.stream.router import Routing
+from fourfold.parallel.stream.switches import Switches
+
+# (x [B, piece, d], what its attention gave, its first token) to the layer's output and router statistics for it.
+Finish = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +62,7 @@ class StreamRun:
         lookup: the token embedding's; None where it cannot be looked up again.
         host: where what backward needs waits for it; None is on the device.
         routing: what to gather of a mixture of experts' routers; None gathers nothing.
+        checkpointed: whether the whole pass is inside torch.utils.checkpoint.
     """
 
     masks: Sequence[RowMask]
@@ -64,6 +74,7 @@ class StreamRun:
     lookup: Lookup | None = None
     host: HostMemory | None = None
     routing: Routing | None = None
+    checkpointed: bool = field(default_factory=inside_checkpoint)
 
     def function(self, here: "LayerRun", x: Tensor) -> type[torch.autograd.Function]:
         """What computes this layer of x [B, T, d]."""
@@ -75,13 +86,15 @@ class StreamRun:
         """The layer's output for x [B, T, d]; `arguments` are the layer's other keyword arguments."""
         parameters = [p for p in dict.fromkeys(stream.layer.parameters()) if p.requires_grad]
         routes = self.routing is not None and stream.has(self.routing.router)
+        random = RandomStates(x.device) if torch.is_grad_enabled() else None
         here = LayerRun(
-            stream=stream, run=self, arguments=arguments, parameters=parameters,
-            random=RandomStates(x.device) if stream.draws() else None,
+            stream=stream, run=self, arguments=arguments, parameters=parameters, random=random,
             routing=self.routing if routes else None, switches=Switches(stream.layer),
         )  # fmt: skip
         out: Tensor
         out, *statistics = self.function(here, x).apply(x, here, *parameters)  # type: ignore[no-untyped-call]
+        if random is not None and not random.drawn():
+            here.random = None
         if self.routing is not None and statistics:
             self.routing.layers.append(tuple(statistics))
         return out
@@ -136,16 +149,27 @@ class LayerRun:
         """Router statistics of no tokens; none where the layer has no router."""
         return () if self.routing is None else self.routing.zeros(x)
 
-    def finish(self, x: Tensor, attended: Tensor, out: Tensor, statistics: Sequence[Tensor], start: int) -> None:
-        """Fill the chunk of `out` at token `start`, given its attention module's output [B, chunk, d]."""
-        for first, last in chunks_of(start, start + attended.shape[1], self.run.mlp_chunk):
+    def finish_piece(self, x: Tensor, attended: Tensor, start: int) -> tuple[Tensor, ...]:
+        """LayerStream.finish for the piece x [B, piece, d] at token `start`."""
+        return self.stream.finish(x, attended, self.arguments, start, self.routing)
+
+    def finish(
+        self, x: Tensor, given: Tensor, out: Tensor, statistics: Sequence[Tensor], start: int = 0,
+        piece: Finish | None = None,
+    ) -> None:  # fmt: skip
+        """Fill the chunk of `out` at token `start`, piece by piece.
+
+        Args:
+            given: [B, chunk, ...], what its attention gave, as `piece` takes it: None is the module's output.
+        """
+        piece = piece or self.finish_piece
+        for first, last in chunks_of(start, start + given.shape[1], self.run.mlp_chunk):
             with random_numbers(self.random, ("finish", first), replay=False):
-                part, *added = self.stream.finish(
-                    x[:, first:last], attended[:, first - start : last - start], self.arguments, first, self.routing
-                )
+                part, *added = piece(x[:, first:last], given[:, first - start : last - start], first)
             out[:, first:last] = part
             if self.routing is not None:
                 self.routing.add(statistics, added, first)
+            del part  # before the next one is made
 
     def save(self, ctx: Any, x: Tensor, kept: Sequence[Tensor]) -> None:
         """Keep what backward needs, on the device or in host memory.
@@ -275,26 +299,32 @@ def _chunk_backward(here: LayerRun, x: Tensor, grads: LayerGradients, call: Atte
     grads.x[:, call.start : stop] += grad_chunk
 
 
-def finish_backward(here: LayerRun, x: Tensor, attended: Tensor, grads: LayerGradients, start: int) -> Tensor:
-    """Gradient of `attended` [B, chunk, d] at token `start`; fills its part of grads.x, less what comes by it."""
-    grad_attended = torch.empty_like(attended)
-    for first, last in chunks_of(start, start + attended.shape[1], here.run.mlp_chunk):
-        # Recompute a piece from its input and its attention's output.
+def finish_backward(
+    here: LayerRun, x: Tensor, given: Tensor, grads: LayerGradients, start: int = 0, piece: Finish | None = None
+) -> Tensor:
+    """Gradient of `given` [B, chunk, ...] at token `start`; fills its part of grads.x, less what comes by it.
+
+    Args:
+        given, piece: see LayerRun.finish.
+    """
+    piece = piece or here.finish_piece
+    grad_given = torch.empty_like(given)
+    for first, last in chunks_of(start, start + given.shape[1], here.run.mlp_chunk):
+        # Recompute a piece from its input and what its attention gave.
         inside = slice(first - start, last - start)
-        piece = x[:, first:last].detach().requires_grad_()
-        piece_attended = attended[:, inside].detach().requires_grad_()
+        leaf, given_leaf = (part.detach().requires_grad_() for part in (x[:, first:last], given[:, inside]))
         with torch.enable_grad(), random_numbers(here.random, ("finish", first), replay=True):
-            out, *statistics = here.stream.finish(piece, piece_attended, here.arguments, first, here.routing)
+            out, *statistics = piece(leaf, given_leaf, first)
         if not here.unread_known:
             grads.sums.unread, here.unread_known = find_unread(out), True
         # Go back.
         outs, grad_outs = with_gradients(here, out, statistics, grads, first)
-        grad_piece, grad_attended_piece = grads.sums.backward(outs, [piece, piece_attended], grad_outs)
+        grad_piece, grad_given_piece = grads.sums.backward(outs, [leaf, given_leaf], grad_outs)
         # This one first: where attention is only added to the rest it is a view of outs[0], which grads.x may be.
-        grad_attended[:, inside] = grad_attended_piece
+        grad_given[:, inside] = grad_given_piece
         grads.x[:, first:last] = grad_piece
-        del out, outs, grad_outs, grad_piece, grad_attended_piece  # before the next piece's are made
-    return grad_attended
+        del out, outs, grad_outs, grad_piece, grad_given_piece  # before the next piece's are made
+    return grad_given
 
 
 def with_gradients(

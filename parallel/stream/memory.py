@@ -92,11 +92,7 @@ def auto_sizes(
     asked = asked or Asked()
     groups = head_groups(device_type) if asked.head_groups == "auto" else asked.head_groups
     if groups == 0:
-        chunk, mlp = asked.chunk_size, asked.mlp_chunk
-        if chunk == "auto" or mlp == "auto":
-            found = auto_chunks(config, seq_len, device_type=device_type, chunk_size=chunk, **arguments)
-            chunk, mlp = found[0], found[1] if mlp == "auto" else mlp
-        return PieceSizes(groups=0, chunk=chunk, mlp_chunk=mlp)
+        return _by_chunks(config, seq_len, asked, device_type=device_type, **arguments)
     rows: int = arguments.get("batch", 1)
     most = Shape.of(config).kv_heads
 
@@ -104,7 +100,9 @@ def auto_sizes(
         return max(1, min(seq_len, tokens // rows))
 
     mlps = tuple(map(a_row, MLP_PIECES)) if asked.mlp_chunk == "auto" else (asked.mlp_chunk,)
-    counts = tuple(n for n in GROUPS if n <= most) if asked.head_groups == "auto" else (groups,)
+    counts = tuple(n for n in GROUPS if n <= most and (n == 1 or asked.can_cut))
+    if asked.head_groups != "auto":
+        counts = (groups,)
     chunks = tuple(map(a_row, PROJECTED_PIECES)) if asked.chunk_size == "auto" else (asked.chunk_size,)
 
     def total(sizes: PieceSizes) -> int:
@@ -114,21 +112,37 @@ def auto_sizes(
         ).total_bytes  # fmt: skip
 
     smallest = PieceSizes(groups=counts[-1], chunk=chunks[-1], mlp_chunk=mlps[-1])
+    usable = math.inf if free_bytes is None else USABLE * free_bytes
+    if not asked.can_cut and asked.head_groups == "auto" and total(smallest) > usable:
+        # All heads at once do not fit; some queries at a time may.
+        return _by_chunks(config, seq_len, asked, device_type=device_type, **arguments)
     short = rows * seq_len <= MLP_PIECES[0]
-    limit = math.inf if short else ROOM_BY_HEADS * total(smallest)
-    if free_bytes is not None:
-        limit = min(limit, USABLE * free_bytes)
+    limit = min(usable, math.inf if short else ROOM_BY_HEADS * total(smallest))
     sizes = (PieceSizes(groups=n, chunk=chunk, mlp_chunk=mlp) for mlp in mlps for chunk in chunks for n in counts)
     return next((each for each in sizes if total(each) <= limit), smallest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """Sizes as stream_backprop is given them."""
+    """Sizes as stream_backprop is given them.
+
+    Attributes:
+        can_cut: whether the model's attention can be cut into groups of heads: not where its projections are one, have
+            adapters, or a norm over all heads. By heads it is then one group.
+    """
 
     head_groups: Auto = "auto"
     chunk_size: Auto = "auto"
     mlp_chunk: Auto = "auto"
+    can_cut: bool = True
+
+
+def _by_chunks(config: Any, seq_len: int, asked: Asked, *, device_type: str, **arguments: Any) -> PieceSizes:
+    chunk, mlp = asked.chunk_size, asked.mlp_chunk
+    if chunk == "auto" or mlp == "auto":
+        found = auto_chunks(config, seq_len, device_type=device_type, chunk_size=chunk, **arguments)
+        chunk, mlp = found[0], found[1] if mlp == "auto" else mlp
+    return PieceSizes(groups=0, chunk=chunk, mlp_chunk=mlp)
 
 
 def auto_chunks(

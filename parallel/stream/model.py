@@ -20,6 +20,7 @@ from fourfold.parallel.stream.checks import check_model
 from fourfold.parallel.stream.patching import ATTRIBUTE, register_attention
 from fourfold.parallel.stream.settings import StreamSettings
 from fourfold.parallel.stream.streaming import Streaming, Verify
+from fourfold.parallel.stream.verify import Incomparable
 from fourfold.parallel.stream.work_space import Auto
 
 
@@ -92,7 +93,10 @@ def stream_backprop(
     try:
         streaming.enable()
         if verify is True:
-            streaming.verify()
+            try:
+                streaming.verify()
+            except Incomparable as why:
+                raise ValueError(f"verify=True: {why}; give verify=False") from why
     except BaseException:
         stream_backprop_disable(model)
         raise

@@ -1,8 +1,9 @@
 """Every change that StreamBP makes to objects that are not its own, and every private name it reads, with the reason.
 
 PATCHES is the whole list: no other file of this package replaces a module's forward, swaps a parameter, renames an
-attention function or calls a private function of torch. Lasting changes are made once, by `Patches.add`, and undone by
-`Patches.undo`; the others are context managers that put back what they found, also after an exception.
+attention function or calls a private function of torch (switches.py sets modes back for a backward). Lasting changes
+are made once, by `Patches.add`, and undone by `Patches.undo`; the others are context managers that put back what they
+found, also after an exception.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from types import MethodType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,20 +61,34 @@ PATCHES = (
     Patch("gradient_checkpointing of a layer", "call", "a streamed layer must not checkpoint each of its chunks"),
     Patch("nn.Module._parameters", "read", "a parameter can be swapped for a leaf that is none only there"),
     Patch("hooks of nn.Module", "read", "hooks of the user's on the model's end must be found; torch has no list"),
+    Patch("hooks of all modules", "read", "those, too; they would see the end of the model chunk by chunk"),
     Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
     Patch("Tensor._use_count", "read", "a gradient that a hook or autograd.grad holds must not be overwritten"),
     Patch("Tensor._version", "read", "a tensor that is changed while it is copied to the host must not be used"),
     Patch("Tensor._make_wrapper_subclass", "read", "logits that nobody reads need a shape without memory"),
     Patch("torch._C.DisableTorchFunctionSubclass", "read", "the shape of such a tensor is read without computing it"),
+    Patch("torch._C._autograd._top_saved_tensors_default_hooks", "read", "a layer inside a checkpoint must be refused"),
+    Patch("torch._C._len_torch_dispatch_stack", "read", "a comparison must not be recorded and replayed by others"),
+    Patch("torch._C._current_graph_task_id", "read", "a layer that a checkpoint calls again must be refused"),
+    Patch("torch._C._functorch", "read", "torch.func cannot differentiate a streamed layer, and must be refused"),
     Patch("Tensor._backward_hooks", "read", "a hook that waits for a gradient must see all of it, not zeros"),
 )
 
 
 class PatchedForward:
-    """A module's forward while it streams: replacement(plain, ...), where plain is the forward that was there."""
+    """A module's forward while it streams: replacement(plain, ...), where plain is the forward that was there.
 
-    def __init__(self, module: nn.Module, plain: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-        self.module, self.plain, self.replacement = module, plain, replacement
+    Args:
+        before: what stood in the module's own attributes; None where its class has the forward.
+    """
+
+    def __init__(self, module: nn.Module, before: Any, replacement: Callable[..., Any]) -> None:
+        self.module, self.before, self.replacement = module, before, replacement
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """Read at each call: somebody may give the class another forward while the model streams."""
+        return _unpatched(self.module, self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.replacement(self.plain, *args, **kwargs)
@@ -128,8 +143,8 @@ class Patches:
         """
         if module in self._forwards:
             return
-        plain, before = module.forward, module.__dict__.get("forward")
-        patched = _bound(module, plain, replacement) if method else PatchedForward(module, plain, replacement)
+        before = module.__dict__.get("forward")
+        patched = _bound(module, before, replacement) if method else PatchedForward(module, before, replacement)
         module.__dict__["forward"] = patched
         self._forwards[module] = (patched, before)
 
@@ -164,7 +179,12 @@ def _of_class(module: nn.Module, forward: Any) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
-def _bound(module: nn.Module, plain: Callable[..., Any], replacement: Callable[..., Any]) -> MethodType:
+def _unpatched(module: nn.Module, before: Any) -> Callable[..., Any]:
+    """The module's forward without ours: what stood in its own attributes, or its class's."""
+    return MethodType(type(module).forward, module) if before is None else cast(Callable[..., Any], before)
+
+
+def _bound(module: nn.Module, before: Any, replacement: Callable[..., Any]) -> MethodType:
     # Dynamo would trace into autograd functions that change modules while they run; it goes around this one.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -172,12 +192,12 @@ def _bound(module: nn.Module, plain: Callable[..., Any], replacement: Callable[.
             return type(module).forward(self, *args, **kwargs)
         if args and args[0] is module:  # Accelerate's unwrapping binds what is bound once more
             args = args[1:]
-        return replacement(plain, *args, **kwargs)
+        return replacement(_unpatched(module, before), *args, **kwargs)
 
     # Not functools.wraps: Accelerate and inspect follow __wrapped__, past this function to the plain one.
     vars(forward).pop("__wrapped__", None)
     own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = Signature([own, *signature(plain).parameters.values()])
+    forward.__signature__ = Signature([own, *signature(module.forward).parameters.values()])
     return MethodType(forward, module)
 
 
@@ -235,55 +255,6 @@ def swapped_parameters(module: nn.Module, parameters: Sequence[Tensor]) -> Itera
             home[name] = parameter
 
 
-class Switches:
-    """What a layer's modules are switched to: training or not, dropout's rate, which adapters are on.
-
-    Args:
-        layer: read now; a backward that runs later, perhaps in another mode, recomputes with what was read.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._modules = [(module, _switches(module)) for module in layer.modules()]
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """The modules as they were read; as they are now again after.
-
-        Raises:
-            ValueError: adapters were merged or unmerged in between, which changed the weights themselves.
-        """
-        changed: list[tuple[nn.Module, str, Any]] = []
-        try:
-            for module, switches in self._modules:
-                for name, before in switches.items():
-                    now = module.__dict__.get(name, before)
-                    if now == before:
-                        continue
-                    if name == "merged_adapters":
-                        raise ValueError(
-                            f"adapters were merged between forward and backward ({before} then, {now} now): backward "
-                            "would recompute with other weights; merge after backward"
-                        )
-                    changed.append((module, name, now))
-                    module.__dict__[name] = before
-            yield
-        finally:
-            for module, name, now in changed:
-                module.__dict__[name] = now
-
-
-def _switches(module: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
-        if isinstance(value, bool | float | str):
-            found[name] = value
-        elif isinstance(value, list) and all(isinstance(part, str) for part in value):
-            found[name] = list(value)
-        elif isinstance(value, dict) and value and all(isinstance(part, int | float) for part in value.values()):
-            found[name] = dict(value)
-    return found
-
-
 @contextmanager
 def without_checkpointing(layer: nn.Module) -> Iterator[None]:
     """The layer with transformers' gradient checkpointing off."""
@@ -307,6 +278,36 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks set on the module's forward and backward."""
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def hooks_of_all_modules() -> list[Callable[..., Any]]:
+    """The hooks that torch runs for every module (register_module_forward_hook and its like)."""
+    names = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks",
+             "_global_backward_hooks")  # fmt: skip
+    return [hook for name in names for hook in getattr(torch.nn.modules.module, name).values()]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def inside_checkpoint() -> bool:
+    """Whether what autograd saves now is taken by torch.utils.checkpoint, to be recomputed."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
+
+
+def operations_are_watched() -> bool:
+    """Whether somebody sees, counts or replays each of torch's operations now."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def inside_backward() -> bool:
+    """Whether autograd runs a backward now, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func differentiates or maps with regard to the tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def accumulates_now(parameter: Tensor) -> bool:

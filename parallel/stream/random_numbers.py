@@ -14,6 +14,11 @@ class RandomStates:
         self.device = device
         self.states: dict[tuple[str, int], list[Tensor]] = {}
 
+    def drawn(self) -> bool:
+        """Whether any of the work so far used random numbers, in a module or by a function."""
+        now, first = self.get(), next(iter(self.states.values()), None)
+        return first is not None and any(not torch.equal(a, b) for a, b in zip(now, first, strict=True))
+
     def get(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
         return [*states, torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states

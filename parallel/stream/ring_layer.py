@@ -80,8 +80,8 @@ class _RingLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, here: LayerRun, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.here = here
-        q, k, v, ring = _project(here, x, replay=False)
-        attended_to = ring.forward(q, k, v)
+        q, k, v, ring, sinks = _project(here, x, replay=False)
+        attended_to = ring.forward(q, k, v, sinks)
         del q, k, v
         here.save(ctx, x, (attended_to.out, attended_to.lse) if here.stream.keep else ())
         attention, out, statistics = ring.to_tokens(attended_to.out), torch.empty_like(x), here.no_statistics(x)
@@ -101,8 +101,8 @@ class _RingLayer(torch.autograd.Function):
         x, kept = here.saved(ctx)
         with here.recomputing() as leaves:
             with torch.no_grad():
-                q, k, v, ring = _project(here, x, replay=True)
-                attended_to = ring.saved(q, k, v, *kept) if kept else ring.forward(q, k, v)
+                q, k, v, ring, sinks = _project(here, x, replay=True)
+                attended_to = ring.saved(q, k, v, *kept) if kept else ring.forward(q, k, v, sinks)
                 del q, k, v
             passing, sums = here.run.passing, ParameterSums(leaves, here.parameters)
             grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
@@ -111,15 +111,17 @@ class _RingLayer(torch.autograd.Function):
                 attention = ring.to_tokens(attended_to.out)
                 grad_out = _after_attention(here, x, attention, grads)
                 del attention
-                gradients = ring.backward(grad_out, attended_to)
+                gradients, grad_sinks = ring.backward_with_sinks(grad_out, attended_to, sinks)
+                if sinks is not None and grad_sinks is not None and sinks.requires_grad:
+                    sums.backward([sinks], [], [grad_sinks])
                 del attended_to, grad_out
                 _before_attention(here, x, gradients, grads)
         passed = passing.hand_on(grads.x) if ctx.needs_input_grad[0] else None
         return passed, None, *sums.values(here.parameters)
 
 
-def _project(here: LayerRun, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor, Tensor, Ring]:
-    """q, k, v of the whole shard, [B, heads, S_local, D], and the ring for them."""
+def _project(here: LayerRun, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor, Tensor, Ring, Tensor | None]:
+    """q, k, v of the whole shard, [B, heads, S_local, D], the ring for them, and the module's sinks."""
     assert isinstance(here.run, RingRun)
     whole: list[Tensor] = []
     for start, stop in here.chunks(x):
@@ -137,7 +139,7 @@ def _project(here: LayerRun, x: Tensor, *, replay: bool) -> tuple[Tensor, Tensor
     window = None if call.options.window is None else (call.options.window - 1, -1)
     options = replace(here.run.options, scale=call.options.scale, window=window, soft_cap=call.options.soft_cap)
     ring = plan_ring(whole[0], whole[1], whole[2], here.run.group, options)
-    return whole[0], whole[1], whole[2], ring
+    return whole[0], whole[1], whole[2], ring, call.options.sinks
 
 
 def _after_attention(here: LayerRun, x: Tensor, attention: Tensor, grads: LayerGradients) -> Tensor:

@@ -12,6 +12,7 @@ Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6, as transformers'
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,3 +106,32 @@ class Routing:
         self.layers.clear()  # they refer to the layers' graph, which refers to this
         rows = (counts.sum() / self.top_k).clamp_min(1)
         return self.num_experts * (counts / rows * probabilities / rows).sum()
+
+
+def asks_for_routing(model: Any, wanted: bool | None) -> bool:
+    """Whether a call gives router logits or their loss: as it says, or else as the model's config does."""
+    return bool(getattr(model.config, "output_router_logits", False) if wanted is None else wanted)
+
+
+def routing_of(model: Any, mask: Tensor | None, *, whole: bool) -> Routing:
+    """What to gather of the routers of a transformers model.
+
+    Args:
+        mask, whole: Routing's.
+    Raises:
+        ValueError: it has none.
+    """
+    recorder = (model._can_record_outputs or {}).get("router_logits")
+    if recorder is None or not (whole or hasattr(model, "router_aux_loss_coef")):
+        raise ValueError(f"output_router_logits: {type(model).__name__} has no routers; leave it out")
+    config = model.config
+    num_experts = getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None)
+    return Routing(
+        router=recorder.target_class,
+        index=recorder.index,
+        num_experts=num_experts or config.num_experts,
+        top_k=getattr(model, "num_experts_per_tok", None) or config.num_experts_per_tok,
+        coefficient=getattr(model, "router_aux_loss_coef", 0.0),
+        mask=mask,
+        whole=whole,
+    )

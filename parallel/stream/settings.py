@@ -51,7 +51,7 @@ class StreamSettings:
 
 def new_run(
     settings: StreamSettings, config: Any, masks: Sequence[RowMask], shape: tuple[int, int], device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype, can_cut: bool = True,
 ) -> StreamRun:  # fmt: skip
     """What the layers of one pass over a batch share; autocast is as it is now.
 
@@ -59,11 +59,12 @@ def new_run(
         config: the model's.
         masks: row_masks of the batch, of `shape` (B, T) on this rank.
         dtype: of the hidden states.
+        can_cut: see memory.Asked.
     """
     kind = device.type
     asked = Asked(
-        head_groups=settings.head_groups, chunk_size=settings.chunk_size, mlp_chunk=settings.mlp_chunk
-    )  # fmt: skip
+        head_groups=settings.head_groups, chunk_size=settings.chunk_size, mlp_chunk=settings.mlp_chunk, can_cut=can_cut
+    )
     sizes = auto_sizes(
         config, shape[1], asked=asked, device_type=kind, free_bytes=free_memory(device), batch=shape[0],
         keep_attention=settings.keep_attention, offload=settings.offload is not None and kind == "cuda",
@@ -104,11 +105,12 @@ def new_head(
     """
     chunk, kind = settings.logits_chunk, projection.weight.device.type
     scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
+    factor = getattr(config, "logit_scale", None)  # Cohere's: they are multiplied by it
     return Head(
         norm=norm,
         normalise=normalise,
         projection=projection,
-        scale=1.0 if scaling is None else 1 / scaling,
+        scale=(1.0 if scaling is None else 1 / scaling) * (1.0 if factor is None else factor),
         soft_cap=getattr(config, "final_logit_softcapping", None),
         chunk=logits_chunk_size(projection.out_features, kind) if chunk == "auto" else chunk,
         tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk, kind),

@@ -54,5 +54,6 @@ def token_statistics(model: nn.Module, input_ids: Tensor, labels: Tensor, **argu
     if ATTRIBUTE not in causal_lm(model).__dict__:
         raise ValueError("the model does not stream: call stream_backprop(model) first")
     out = model(input_ids=input_ids, labels=labels, return_token_statistics=True, **arguments)
-    assert isinstance(out, TokenStatistics)
+    if not isinstance(out, TokenStatistics):
+        raise ValueError(f"{type(model).__name__} has a head of its own: token statistics need a causal language model")
     return out

@@ -25,25 +25,36 @@ from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.calls import BaseCall, LabelledCall
 from fourfold.parallel.stream.checks import (
     check_layers,
+    check_weights,
     final_norm,
     inner_hook,
     is_plain_linear,
     own_end,
+    plain_layers,
     projection_of,
     unverifiable,
 )
 from fourfold.parallel.stream.fused import liger
 from fourfold.parallel.stream.head import Head
+from fourfold.parallel.stream.head_groups import head_cut
 from fourfold.parallel.stream.kept_inputs import Lookup, can_look_up_again, weights_are_sharded
 from fourfold.parallel.stream.layer import Current, LayerStream
 from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.logits import LazyLogits
 from fourfold.parallel.stream.patching import Patches, attention_function, refuse_copy
 from fourfold.parallel.stream.ring_layer import RingRun, around_ring
-from fourfold.parallel.stream.router import Routing
+from fourfold.parallel.stream.router import asks_for_routing, routing_of
 from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
 from fourfold.parallel.stream.statistics import TokenStatistics
-from fourfold.parallel.stream.verify import ASKED, BY_ITSELF, Bounds, is_exact, projected, verify_gradients
+from fourfold.parallel.stream.verify import (
+    ASKED,
+    BY_ITSELF,
+    Bounds,
+    Incomparable,
+    is_exact,
+    projected,
+    verify_gradients,
+)
 
 Plain = Callable[..., Any]
 Verify = bool | Literal["first"] | None
@@ -55,23 +66,27 @@ class Streaming:
     Args:
         model: a causal language model that checks.check_model has passed.
         settings: its chunks.
-        verify: as stream_backprop's, but for True, which is its own affair.
+        verify: as stream_backprop's.
     """
 
     def __init__(self, model: PreTrainedModel, settings: StreamSettings, verify: Verify = False) -> None:
         self.model, self.settings = model, settings
-        # Whether the first pass that asks for a gradient compares a tiny batch with plain backpropagation first.
-        self._verify: Verify = "first" if verify == "first" else verify is None
+        # Whether the first pass that asks for a gradient, and the first with packed documents, compares a tiny batch
+        # with plain backpropagation first; and which of the two have been compared.
+        self._verify: Verify = verify if verify is not None else True
+        self._verified: set[bool] = set()
         self._verifying = False
         self.base = cast(nn.Module, model.base_model)
-        self.layers = list(cast(nn.ModuleList, self.base.layers))
+        self.layers = plain_layers(self.base)
         self.norm = final_norm(self.base)
         self.patches, self.current = Patches(), Current()
         recorder = (model._can_record_outputs or {}).get("router_logits")
         self._router: type[nn.Module] | None = getattr(recorder, "target_class", None)
         self._paused = False
+        self._streams: list[LayerStream] = []
         self._said: set[str] = set()
         self._head_was_plain = is_plain_linear(projection_of(model))
+        self._attentions = [layer.self_attn for layer in self.layers]
         self._names = {module: list(signature(module.forward).parameters) for module in (model, self.base)}
         # What norm, head and embedding do while a pass with a streamed head is under way.
         self._instead: dict[nn.Module, Callable[..., Any]] = {}
@@ -87,9 +102,12 @@ class Streaming:
         fused = liger() if self.settings.fused else None
         for index, layer in enumerate(self.layers):
             keep = self.settings.keeps(index, len(self.layers))
-            LayerStream(layer, self.current, keep=keep, router=self._router, fused=fused).patch(self.patches)
+            stream = LayerStream(layer, self.current, keep=keep, router=self._router, fused=fused)
+            stream.patch(self.patches)
+            self._streams.append(stream)
             self.patches.gather_whole(layer)
-        self.patches.add(self.model, self._model_forward, method=True)
+        if self.model is not self.base:
+            self.patches.add(self.model, self._model_forward, method=True)
         self.patches.add(self.base, self._base_forward, method=True)
         self._patch_ends()
 
@@ -165,7 +183,7 @@ class Streaming:
         self._check_unchanged()
         call = BaseCall.of(dict(zip(self._names[self.base], args, strict=False)) | kwargs)
         why = call.refusal(self.model)
-        if why is None and self._asks_for_routing(call):
+        if why is None and asks_for_routing(self.model, call.output_router_logits):
             why = self._why_no_router_logits(call)
         if why is not None:
             self._warn(f"this call does not stream, and takes plain backpropagation's memory: {why}")
@@ -251,40 +269,44 @@ class Streaming:
         }  # fmt: skip
         if getattr(self.model.config, "output_router_logits", False):  # which would be asked for whole
             inputs["output_router_logits"] = False
-        if call.return_dict is not None and not isinstance(call, LabelledCall):
-            inputs["return_dict"] = call.return_dict
+        if isinstance(call, LabelledCall) or call.return_dict is not None:
+            inputs["return_dict"] = isinstance(call, LabelledCall) or call.return_dict
         if call.ring_seq_len is not None:  # by which the ring knows the call as one that it has checked
             inputs["ring_seq_len"] = call.ring_seq_len
         embedding = cast(nn.Module, self.model.get_input_embeddings())
         with ExitStack() as stack:
             stack.enter_context(self.current.entered(run))
-            stack.enter_context(attention_function(self.model.config))
+            # One config, but for attention modules that came from another model.
+            configs = [self.model.config, *(cast(Any, attention).config for attention in self._attentions)]
+            for config in {id(config): config for config in configs}.values():
+                stack.enter_context(attention_function(config))
             if run.lookup is not None:
                 stack.enter_context(self._doing(embedding, run.lookup))
-            return base(use_cache=False, **inputs)
+            return base(use_cache=False, **inputs, **call.vision())
 
     def _ring(self) -> RingSettings | None:
         """The ring that the layers attend around, if any."""
-        found: RingSettings | None = getattr(cast(Any, self.layers[0]).self_attn, "ring_settings", None)
-        return found
+        return cast(RingSettings | None, getattr(self._attentions[0], "ring_settings", None))
 
     def _new_run(self, call: BaseCall, *, whole_router_logits: bool = False) -> StreamRun:
         """What all layers share in the pass that this call begins."""
         self._patch_ends()
+        check_weights(self.model)
         hooked = None if self._verifying else inner_hook(self.layers)
         if hooked is not None:
             self._warn(
                 f"{hooked} in a layer has a hook: it sees chunks of the sequence, and those again in backward; what it "
                 "does must be done to each token by itself"
             )
-        self._verify_first()
-        device, masks = call.tokens.device, row_masks(call.attention_mask, call.position_ids, call.shape)
-        run = new_run(self.settings, self.model.config, masks, call.shape, device, self.model.dtype)
+        device, masks = call.tokens.device, row_masks(call.attention_mask, call.text_positions(), call.shape)
+        self._verify_first(packed=any(len(mask.documents) > 1 for mask in masks))
+        can_cut = head_cut(self._streams[0]) is not None
+        run = new_run(self.settings, self.model.config, masks, call.shape, device, self.model.dtype, can_cut)
         embedding = cast(nn.Embedding, self.model.get_input_embeddings())
         usable = torch.is_grad_enabled() and can_look_up_again(embedding, self.model)
-        run = replace(
-            run, routing=self._routing(call, whole_router_logits), lookup=Lookup(embedding) if usable else None
-        )
+        routed = asks_for_routing(self.model, call.output_router_logits)
+        routing = routing_of(self.model, call.attention_mask, whole=whole_router_logits) if routed else None
+        run = replace(run, routing=routing, lookup=Lookup(embedding) if usable else None)
         ring = self._ring()
         if ring is not None:
             return around_ring(run, ring, call.ring_seq_len, call.ring_cu_seqlens)
@@ -292,73 +314,75 @@ class Streaming:
             raise ValueError("a shard of a sequence (ring_seq_len): call use_ring_attention(model, group) first")
         return run
 
-    def verify(self, bounds: Bounds = ASKED) -> None:
-        """Raises ValueError where a tiny batch has other gradients streamed than plain."""
+    def verify(self, bounds: Bounds = ASKED, *, packed: bool = False) -> None:
+        """Compare a tiny batch, streamed and plain, with `packed` of two documents in a row; raises as in verify.py."""
+        self._verified.add(packed)
         self._verifying, before = True, self.current.num_streamed
         try:
-            verify_gradients(self.model, self._tiny_loss, self.small_chunks, self.paused, bounds=bounds)
+            loss = partial(self._tiny_loss, packed=packed)
+            verify_gradients(self.model, loss, self.small_chunks, self.paused, bounds=bounds)
+        except ValueError as error:
+            if not packed:
+                raise
+            raise ValueError(
+                f"with packed documents: {error}; the model's own attention may not part them by position_ids"
+            ) from error
         finally:
             self._verifying, self.current.num_streamed = False, before
 
-    def _tiny_loss(self, ids: Tensor) -> Tensor:
+    def _tiny_loss(self, ids: Tensor, packed: bool) -> Tensor:
         """The loss to verify: the model's, or, where its end is not transformers' own, of its last hidden states.
 
         The classes' own forwards are called: nothing that is wrapped around the model or hooked to it may notice.
         """
-        plain: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        positions = None
+        if packed:
+            ids = ids.reshape(1, -1)
+            half, rest = ids.shape[1] // 2 - 1, ids.shape[1] - ids.shape[1] // 2 + 1
+            positions = torch.cat([torch.arange(half), torch.arange(rest)]).to(ids.device).unsqueeze(0)
+        plain: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         if hasattr(self.model.config, "output_router_logits"):
             plain["output_router_logits"] = False
         checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
         if not checkpointing and own_end(self.model, self.norm, self.patches) is None:
-            labelled = LabelledCall(input_ids=ids, labels=ids, output_router_logits=False)
+            labelled = LabelledCall(input_ids=ids, labels=ids, position_ids=positions, output_router_logits=False)
             model: Any = type(self.model)
             out = model.forward(self.model, labels=ids, **plain) if self._paused else self._with_labels(labelled)
             return cast(Tensor, out.loss)
         base: Any = partial(type(self.base).forward, self.base)
-        call = BaseCall(input_ids=ids, output_router_logits=False)
+        call = BaseCall(input_ids=ids, position_ids=positions, output_router_logits=False)
         out = base(**plain) if self._paused else self._hidden(base, self._new_run(call), call)
         return projected(out.last_hidden_state).sum()
 
-    def _verify_first(self) -> None:
+    def _verify_first(self, *, packed: bool) -> None:
         """The comparison that comes before the first pass with a gradient, where it was asked for or costs nothing.
 
         By itself it runs where nobody could notice but by the time it takes, and only a mistake can fail.
         """
         asked = self._verify == "first"
-        if not self._verify or self._verifying or not torch.is_grad_enabled():
+        if not self._verify or packed in self._verified or self._verifying or not torch.is_grad_enabled():
             return
         why = unverifiable(self.model)
         if not asked and why is None and self._router is not None and not is_exact(self.model):
             why = "a rounding may send a token to another expert"
         if why is None:
-            self.verify(ASKED if asked else BY_ITSELF)
-        elif asked:
+            try:
+                self.verify(ASKED if asked else BY_ITSELF, packed=packed)
+            except Incomparable as reason:
+                why = str(reason)
+            except BaseException:
+                self._verified.discard(packed)
+                raise
+        if why is not None and asked:
+            self._verified.discard(packed)
             raise ValueError(f"verify='first': {why}; give verify=True before that, or verify=False")
-        self._verify = False
-
-    def _asks_for_routing(self, call: BaseCall) -> bool:
-        wanted = call.output_router_logits
-        return bool(getattr(self.model.config, "output_router_logits", False) if wanted is None else wanted)
-
-    def _routing(self, call: BaseCall, whole: bool) -> Routing | None:
-        if not self._asks_for_routing(call):
-            return None
-        model: Any = self.model
-        recorder = (model._can_record_outputs or {}).get("router_logits")
-        if recorder is None or not (whole or hasattr(model, "router_aux_loss_coef")):
-            raise ValueError(f"output_router_logits: {type(model).__name__} has no routers; leave it out")
-        config = model.config
-        num_experts = getattr(config, "num_local_experts", None) or config.num_experts
-        return Routing(
-            router=recorder.target_class, index=recorder.index, num_experts=num_experts,
-            top_k=config.num_experts_per_tok, coefficient=getattr(model, "router_aux_loss_coef", 0.0),
-            mask=call.attention_mask, whole=whole,
-        )  # fmt: skip
+        self._verified.add(packed)
 
     def _check_unchanged(self) -> None:
         """Refuse modules put in place of those that were understood: their work would be left out."""
         check_layers(self.model)
-        if list(cast(nn.ModuleList, self.base.layers)) != self.layers:
+        layers = plain_layers(self.base)
+        if layers != self.layers or [layer.self_attn for layer in layers] != self._attentions:
             raise ValueError("the model's layers are others than stream_backprop found: call stream_backprop again")
         head: Any = self.model.get_output_embeddings()
         replaced = self._head_was_plain and not is_plain_linear(projection_of(self.model))

@@ -5,15 +5,18 @@ hook on them sees the comparison, and of each gradient only a product with a ran
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from fourfold.parallel.stream.gradients import own_saved_tensors
-from fourfold.parallel.stream.patching import swapped_parameters
+from fourfold.parallel.stream.patching import num_changes, swapped_parameters, without_checkpointing
+from fourfold.parallel.stream.random_numbers import RandomStates, random_numbers
 
 Mode = Callable[[], AbstractContextManager[None]]
 # A gradient below this part of the largest is zero but for rounding.
@@ -52,16 +55,25 @@ def verify_gradients(
     Returns:
         The largest relative error of the loss and of any parameter's gradient, as a random projection shows it.
     Raises:
-        ValueError: loss or gradients differ by more than rounding; names the parameter.
+        ValueError: loss or gradients differ by more than rounding; names the parameter. Or the streamed step fails.
+        Incomparable: the model cannot be compared: the plain step fails, or draws random numbers with dropout off.
     Cost: two steps on 2 * seq_len tokens; one set of gradients at a time.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (2, seq_len), generator=torch.Generator().manual_seed(0)).to(model.device)
     with _same_dropout(model), own_saved_tensors(), torch.enable_grad():
-        with streamed():
-            found = _step(model, loss, ids)
         with plain():
-            expected = _step(model, loss, ids)
+            expected = _plain_step(model, loss, ids)
+        with streamed(), _same_buffers(model):
+            try:
+                found = _step(model, loss, ids)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, IndexError, AttributeError) as failure:
+                raise ValueError(
+                    f"{type(model).__name__} runs plain and fails in chunks ({type(failure).__name__}: {failure}): do "
+                    "not stream this model"
+                ) from failure
     largest = max((float(value.norm()) for name, value in expected.items() if name != "the loss"), default=0.0)
     worst, where = 0.0, "the loss"
     for name, value in expected.items():
@@ -78,9 +90,35 @@ def verify_gradients(
     return worst
 
 
+class Incomparable(Exception):
+    """Why a model cannot be compared with itself."""
+
+
+def _plain_step(model: PreTrainedModel, loss: Callable[[Tensor], Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """_step; if it draws random numbers, once more in evaluation mode, which stays on."""
+    for _ in range(2):
+        numbers = RandomStates(model.device)
+        try:
+            with _same_buffers(model), random_numbers(numbers, ("step", 0), replay=False):
+                found = _step(model, loss, ids)
+        except Exception as error:
+            raise Incomparable(f"it does not take a tiny batch ({type(error).__name__}: {error})") from error
+        if not numbers.drawn():
+            return found
+        numbers.set(numbers.states["step", 0])
+        model.eval()
+    raise Incomparable("it draws random numbers, also in evaluation")
+
+
 def _step(model: PreTrainedModel, loss: Callable[[Tensor], Tensor], ids: Tensor) -> dict[str, Tensor]:
     """The loss and each parameter's gradient times a random vector, in fp64, by name."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if (
+        not named
+    ):  # prompts are trained, and not the model: a small parameter of the lowest layer sees the same gradient
+        lowest = cast(nn.ModuleList, model.base_model.layers)[0]
+        first = min(lowest.parameters(), key=Tensor.numel)
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter is first}
     with swapped_parameters(model, list(named.values())) as leaves:
         value = loss(ids)
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -115,11 +153,30 @@ def is_exact(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def _same_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout off: streamed and plain draw it in another order."""
+    """Dropout off, which streamed and plain draw in another order; where there is none, the mode is as it is.
+
+    Some modules do something else in training, and not all of it to each token alone.
+    """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if any(isinstance(module, _DropoutNd) and module.p > 0 for module in training):
+        model.eval()
     try:
-        yield
+        with ExitStack() as stack:
+            for module in model.modules():
+                stack.enter_context(without_checkpointing(module))
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers that a step changes (running means, counts) are put back."""
+    before = [(buffer, num_changes(buffer), buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for buffer, version, values in before:
+            if num_changes(buffer) != version:
+                buffer.copy_(values)

@@ -154,13 +154,15 @@ class Shape:
             return default if value is None else value
 
         hidden, heads = field("hidden_size"), field("num_attention_heads")
+        # Latent attention: keys have a rotated part, and every head has its own.
+        latent = field("qk_nope_head_dim", 0)
         return cls(
             layers=field("num_hidden_layers"),
             hidden=hidden,
-            intermediate=field("intermediate_size"),
+            intermediate=field("intermediate_size", 4 * hidden),
             heads=heads,
-            kv_heads=field("num_key_value_heads", heads),
-            head_dim=field("head_dim", hidden // heads),
+            kv_heads=heads if latent else field("num_key_value_heads", heads),
+            head_dim=latent + field("qk_rope_head_dim") if latent else field("head_dim", hidden // heads),
             vocabulary=field("vocab_size"),
             tied=bool(field("tie_word_embeddings", False)),
         )

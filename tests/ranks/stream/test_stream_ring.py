@@ -27,6 +27,8 @@ CASES = [
     ("gemma3, windows", 2, 50, {"sharding": "striped"}, {}, {}),
     ("mistral, window", 1, 51, {"heads_degree": 2}, {"keep_attention": True}, {}),
     ("mixtral", 2, 33, {}, {}, {"output_router_logits": True}),
+    ("gpt_oss", 2, 33, {}, {}, {}),
+    ("gpt_oss", 1, 37, {"heads_degree": 2}, {"keep_attention": True}, {}),
 ]
 
 

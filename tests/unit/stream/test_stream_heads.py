@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.dropout import slope_along_gradient
 from torch import nn
 
 from fourfold.parallel.attention.backends import BACKENDS
@@ -143,23 +144,9 @@ def test_heads_that_are_not_made_alone_are_found_by_trying(groups_used):
 
 
 def test_dropout_is_repeated():
-    # The loss is linear along a step of one weight's gradient to first order, with the same random numbers drawn.
-    model, ids = tiny("phi", resid_pdrop=0.2, embd_pdrop=0.1).double(), batch(2, 21)
-    stream_backprop(model, **HEADS)
-
-    def loss() -> torch.Tensor:
-        torch.manual_seed(3)
-        return model(input_ids=ids, labels=ids).loss
-
-    found = gradients(model, loss())
-    weight = model.model.layers[0].self_attn.k_proj.weight
-    direction, step = found["model.layers.0.self_attn.k_proj.weight"].clone(), 1e-4
-    with torch.no_grad():
-        weight += step * direction
-        above = loss()
-        weight -= 2 * step * direction
-        below = loss()
-    torch.testing.assert_close((above - below) / (2 * step), direction.square().sum(), rtol=1e-5, atol=0)
+    model = stream_backprop(tiny("phi", resid_pdrop=0.2, embd_pdrop=0.1).double(), **HEADS)
+    found, expected = slope_along_gradient(model, "model.layers.0.self_attn.k_proj.weight", batch(2, 21), step=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_later_micro_batches_are_added_where_the_gradients_are():

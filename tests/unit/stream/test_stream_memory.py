@@ -21,10 +21,15 @@ from fourfold.parallel.stream.memory import (
 )
 from fourfold.parallel.stream.model import stream_backprop
 from fourfold.parallel.stream.work_space import PieceSizes
+from fourfold.parallel.testing.tiny_models import FAMILIES, MORE_FAMILIES, tiny
 
 SHAPE = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+QWEN3_8B = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
 }  # fmt: skip
 CHUNKS = {"chunk_size": 256, "mlp_chunk": 256, "logits_chunk": 256}
 
@@ -188,3 +193,23 @@ def test_offloading_ends_where_host_memory_does():
         100e9 // a_token
     )
     assert stream_memory(QWEN3_4B, 1000, **arguments).copy_seconds(25e9) == 2 * 1000 * a_token / 25e9
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES])
+def test_sizes_are_chosen_for_every_family(family, device_type):
+    config = tiny(family).config
+    sizes = auto_sizes(config, 4096, device_type=device_type, free_bytes=1 << 30)
+    assert 1 <= sizes.mlp_chunk <= 4096
+    assert sizes.groups <= config.num_attention_heads
+
+
+def test_attention_that_cannot_be_cut_is_one_group_or_goes_by_queries():
+    step = {"device_type": "cuda", "itemsize": 2, "offload": True}
+    assert auto_sizes(QWEN3_8B, 1 << 17, **step).groups > 1
+    assert auto_sizes(QWEN3_8B, 1 << 17, asked=Asked(can_cut=False), **step).groups == 1
+    by_heads = stream_memory(QWEN3_8B, 1 << 17, head_groups=1, chunk_size=8192, mlp_chunk=2048, **step)
+    tight = auto_sizes(
+        QWEN3_8B, 1 << 17, asked=Asked(can_cut=False), free_bytes=int(0.9 * by_heads.total_bytes), **step
+    )
+    assert tight.groups == 0

@@ -117,9 +117,9 @@ def test_right_models_pass_in_any_precision(family, dtype):
 
 def test_an_unknown_type_is_admitted_if_it_agrees():
     ids = batch(2, 21)
-    config = transformers.StableLmConfig(**SMALL, use_qkv_bias=True)
+    config = transformers.HyperCLOVAXConfig(**SMALL)
     torch.manual_seed(0)
-    model = transformers.StableLmForCausalLM(config).train()
+    model = transformers.HyperCLOVAXForCausalLM(config).train()
     plain = gradients(model, model(input_ids=ids, labels=ids).loss)
     with pytest.raises(ValueError, match="verify='first' admits it"):
         stream_backprop(model)
