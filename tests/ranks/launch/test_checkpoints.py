@@ -48,6 +48,8 @@ def resume_from_step_two(axes: dict, options: dict, folder: str) -> list[float]:
     [
         (({"pp": 2}, {}), ({"dp": 2}, {"zero_stage": 3})),
         (({"dp": 2}, {"zero_stage": 3}), ({"tp": 2}, {})),
+        (({"dp": 2}, {"zero_stage": 1}), ({"tp": 2}, {"sequence_parallel": True})),
+        (({"tp": 2}, {}), ({"cp": 2}, {"zero_stage": 2})),
         (({"tp": 2}, {}), ({"pp": 2}, {})),
         (({"dp": 2}, {}), ({"dp": 2}, {})),
     ],
