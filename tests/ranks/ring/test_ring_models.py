@@ -81,6 +81,9 @@ def compare(family: str, options: dict[str, Any], wrap: str) -> dict[str, float]
         fully_shard(model, mesh=mesh)
     elif wrap == "compile":
         model = torch.compile(model, backend="eager")
+    elif wrap == "compiled layers":
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
     sharding = {"sharding": options["sharding"]} if "sharding" in options else {}
     loss = model(**shard_batch(batch, None, **sharding)).loss
     # FSDP averages what the ranks hold; the loss is their sum.
@@ -96,7 +99,7 @@ def test_families(ranks, family):
     assert_ranks(ranks(2)(compare, family, {}, ""), TOLERANCE, family)
 
 
-@pytest.mark.parametrize("wrap", ["checkpoint", "fsdp", "compile"])
+@pytest.mark.parametrize("wrap", ["checkpoint", "fsdp", "compile", "compiled layers"])
 def test_under_wrappers(ranks, wrap):
     answers = ranks(2)(compare, "Llama", {"heads_degree": 2, "sharding": "striped"}, wrap)
     assert_ranks(answers, TOLERANCE, f"Llama, striped, heads_degree 2, {wrap}")
