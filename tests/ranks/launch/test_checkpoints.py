@@ -52,6 +52,8 @@ def resume_from_step_two(axes: dict, options: dict, folder: str) -> list[float]:
         (({"tp": 2}, {}), ({"cp": 2}, {"zero_stage": 2})),
         (({"tp": 2}, {}), ({"pp": 2}, {})),
         (({"dp": 2}, {}), ({"dp": 2}, {})),
+        (({"dp": 2}, {"zero_stage": 2}), ({"dp": 2}, {"zero_stage": 3})),
+        (({"tp": 2}, {"sequence_parallel": True}), ({"dp": 2}, {"zero_stage": 1})),
     ],
     ids=str,
 )

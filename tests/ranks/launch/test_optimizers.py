@@ -81,6 +81,7 @@ def test_muon_takes_the_steps_of_one_process(ranks, tmp_path, axis):
     [
         ({"tp": 2}, "tp=2"),
         ({"dp": 2, "zero_stage": 3}, "zero_stage=3"),
+        ({"dp": 2, "zero_stage": 1}, "zero_stage=1"),
         ({"pp": 2, "schedule": "lockstep"}, "schedule='lockstep'"),
     ],
     ids=str,
