@@ -121,7 +121,9 @@ class DelayedOptimizer:
             # A post-hook is moved to the front: the user's see the step with all that the answers change of it.
             after = _once(partial(self._after_step, slots, after_step))
             last = optimizer.register_step_post_hook(lambda *_, after=after: after())
-            last.hooks_dict_ref().move_to_end(last.id, last=False)
+            hooks = last.hooks_dict_ref()
+            assert hooks is not None  # the optimizer, which holds them, is alive
+            hooks.move_to_end(last.id, last=False)
             try:
                 optimizer.step()
                 after()  # of an optimizer whose step runs no hooks
