@@ -80,9 +80,9 @@ def test_shards_that_stream_have_plain_gradients(ranks, size, cases):
 CU_SEQLENS = (0, 11, 12, 40)
 
 
-def packed() -> dict[str, float]:
+def packed(family: str) -> dict[str, float]:
     """Packed documents and a tail of padding against each document alone."""
-    ids, plain = batch(1, 45), tiny("qwen2")
+    ids, plain = batch(1, 45), tiny(family)
     total, count = torch.zeros(()), 0
     for start, stop in pairwise(CU_SEQLENS):
         if stop - start > 1:
@@ -92,7 +92,7 @@ def packed() -> dict[str, float]:
                 count + stop - start - 1,
             )
     expected = gradients(plain, total / count)
-    model = streamed(tiny("qwen2"), None, {}, {})
+    model = streamed(tiny(family), None, {}, {})
     arguments = shard_batch({"input_ids": ids, "labels": ids}, None, cu_seqlens=CU_SEQLENS)
     mine = {name: summed(grad, None) for name, grad in gradients(model, model(**arguments).loss).items()}
     return gradient_errors(mine, expected)
@@ -116,7 +116,8 @@ def preference() -> dict[str, float]:
 
 
 def test_packed_documents_and_losses_of_whole_rows(ranks):
-    assert_ranks(ranks(2)(packed), TOLERANCE, "packed documents")
+    for family in ("qwen2", "gpt_oss"):
+        assert_ranks(ranks(2)(packed, family), TOLERANCE, f"packed documents, {family}")
     assert_ranks(ranks(2)(preference), TOLERANCE, "preference of rows")
 
 

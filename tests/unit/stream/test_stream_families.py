@@ -59,6 +59,21 @@ def test_kept_attention_of_sinks_and_of_heads_of_two_sizes(family, settings):
     check(tiny(family), inputs(packed=False), family, **settings)
 
 
+@pytest.mark.parametrize("settings", [{}, {"head_groups": 2}, {"keep_attention": True}])
+def test_packed_documents_with_sinks_and_windows_are_each_document_alone(settings):
+    """gpt-oss's own attention sees across documents, so the truth is one run a document, in fp64."""
+    model, ids, lengths = tiny("gpt_oss").double(), batch(1, 24), (9, 1, 14)
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    parts = [part for part in ids.split(lengths, dim=1) if part.shape[1] > 1]
+    targets = sum(part.shape[1] - 1 for part in parts)
+    truth = torch.stack([model(input_ids=part, labels=part).loss * (part.shape[1] - 1) / targets for part in parts])
+    expected = gradients(model, truth.sum())
+    stream_backprop(model, **CHUNKS, **settings, verify=False)
+    loss = model(input_ids=ids, labels=ids.masked_fill(positions == 0, -100), position_ids=positions).loss
+    assert abs(loss - truth.sum()) <= LOSS_TOLERANCE * truth.sum()
+    assert_gradients(gradients(model, loss), expected, TOLERANCE)
+
+
 def test_every_type_that_is_admitted_is_tested():
     language = {tiny(family).config.model_type for family in (*FAMILIES, *MORE_FAMILIES)}
     # Of vision-language models: see test_stream_vision.py.
