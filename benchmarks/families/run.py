@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fourfold.parallel import shard_batch, stream_backprop, use_ring_attention
-from fourfold.parallel.testing.compare import gradients, worst_error
+from fourfold.parallel.testing.compare import gradient_errors, gradients
 from fourfold.parallel.testing.tiny_models import FAMILIES, MORE_FAMILIES, SMALL, batch, tiny
 
-# Ours is exact where it is not further from fp64 than MORE times plain fp32's own error, or than FLOOR: other orders of
-# sums of some hundred terms are a few roundings apart.
-MORE, FLOOR = 1.5, 2e-6
+# Ours is exact where it is not further from fp64 than MORE times plain fp32's own error and FLOOR: other orders of sums
+# of some hundred terms are a few roundings apart. A parameter of one number (apertus has some) has one rounding, and
+# not a norm of many: by chance alone two orders of a sum that nearly cancels differ by more.
+MORE, MORE_OF_ONE_NUMBER, FLOOR = 1.5, 4.0, 2e-6
 CHUNKS = {"chunk_size": 6, "mlp_chunk": 4, "logits_chunk": 5}
 LENGTHS = ((9, 1, 14), (20, 4))  # of the documents in two rows of 24 tokens
 # What a column turns on.
@@ -115,6 +116,8 @@ def truth(family: str, kinds: frozenset[str], precision: torch.dtype) -> dict[st
         kinds: those of "packed", "router" and "lora" that are on.
     """
     model, extra = make(family), {"output_router_logits": True} if "router" in kinds else {}
+    if precision == torch.float64:  # in which grouped products of experts do not exist
+        model.set_experts_implementation("eager")  # type: ignore[operator]
     model = (with_lora(model) if "lora" in kinds else model).to(precision)
     whole = inputs("packed" in kinds)
     parts = documents(whole) if "packed" in kinds else [(whole, 1.0)]
@@ -147,8 +150,10 @@ def ours(family: str, ways: set[str]) -> dict[str, Tensor]:
     arguments = shard_batch(whole, group) if "ring" in ways else whole
     found = gradients(model, model(**arguments, **extra).loss)
     if "ring" in ways:
-        for gradient in found.values():
-            dist.all_reduce(gradient, group=group)
+        summed = torch.cat([gradient.flatten() for gradient in found.values()])
+        dist.all_reduce(summed, group=group)
+        parts = summed.split([gradient.numel() for gradient in found.values()])
+        found = {name: part.view_as(found[name]) for name, part in zip(found, parts, strict=True)}
     return found
 
 
@@ -161,9 +166,24 @@ def cell(family: str, ways: set[str]) -> str:
         return "refused: " + str(refusal).replace("\n", " ").replace("|", "/")
     kinds = frozenset(ways - {"stream", "ring"})
     exact = truth(family, kinds, torch.float64)
-    error, plain = worst_error(found, exact), worst_error(truth(family, kinds, torch.float32), exact)
-    figures = f"{error:.0e} / {plain:.0e}"
-    return figures if error <= max(MORE * plain, FLOOR) else f"**differs: {figures}**"
+    mine, plain = gradient_errors(found, exact), gradient_errors(truth(family, kinds, torch.float32), exact)
+    figures = f"{max(mine.values()):.0e} / {max(plain.values()):.0e}"
+    exactly = is_rounding(mine, plain, {name: gradient.numel() for name, gradient in exact.items()})
+    return figures if exactly else f"**differs: {figures}**"
+
+
+def is_rounding(mine: dict[str, float], plain: dict[str, float], sizes: dict[str, int]) -> bool:
+    """Whether no gradient is further from fp64 than plain fp32's worst allows.
+
+    Args:
+        mine, plain: relative L2 errors of each parameter's gradient, by name.
+        sizes: numbers in each parameter.
+    """
+    allowed = MORE * max(error for name, error in plain.items() if sizes[name] > 1) + FLOOR
+    return all(
+        error <= (MORE_OF_ONE_NUMBER * plain[name] + FLOOR if sizes[name] == 1 else allowed)
+        for name, error in mine.items()
+    )
 
 
 def table(note: Callable[[str], None]) -> tuple[list[str], list[str]]:
@@ -187,10 +207,11 @@ def table(note: Callable[[str], None]) -> tuple[list[str], list[str]]:
 INTRODUCTION = f"""# Model families
 
 What was compared on two gloo ranks in fp32. The first figure of a cell is our worst relative L2 error of any
-parameter's gradient from fp64, the second is the same of plain backpropagation of one process in fp32, which is
-rounding. A cell stands here if ours is at most {MORE:g} times plain's, or at most {FLOOR:g}. The truth of packed
-documents is every document run alone. A number in brackets is that of the refusal below, and a dash stands where a
-family has no such thing. `python -m benchmarks.families.run` prints it and rewrites this file.
+parameter's gradient from fp64, the second is that of plain backpropagation of one process in fp32, which is rounding.
+A cell is exact where ours is at most {MORE:g} times plain's worst and {FLOOR:g} more; a parameter of one number, a sum
+that may nearly cancel, {MORE_OF_ONE_NUMBER:g} times plain's error of that number and {FLOOR:g} more. The truth of
+packed documents is every document run alone. A number in brackets is that of the refusal below, and a dash stands
+where a family has no such thing. `python -m benchmarks.families.run` prints it and rewrites this file.
 
 The families that `parallelize` takes are in `parallel/decoder/limits.py`, those that the planner reads in
 `layouts/inputs/families.py`.
