@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourfold.parallel.decoder.documents import document_positions, seen_tokens
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.ring.options import AgreedLength
 
@@ -24,7 +25,7 @@ class AsyncDecoderStage(DecoderStage):
 
     windowed = False
 
-    def forward(self, x: Any, targets: Tensor | None = None) -> Any:
+    def forward(self, x: Any, targets: Tensor | None = None, document_ids: Tensor | None = None) -> Any:
         """Run the stage.
 
         Args:
@@ -33,6 +34,7 @@ class AsyncDecoderStage(DecoderStage):
                     "attention_mask"  [B, S], 0 for padding, as a tokenizer gives it
                     "document_ids"    [B, S] int64; a token sees those of its own document only
                     "position_ids"    [B, S] int64; by default 0..S-1, in packed rows from each document's start
+            document_ids: the same as in the dict; not handed on.
         Returns:
             [B, S, vocab] logits on the last stage; else [B, S, hidden], in a dict with the rest where x is one.
         Raises:
@@ -42,16 +44,20 @@ class AsyncDecoderStage(DecoderStage):
         batch = dict(x) if isinstance(x, dict) else {}
         name = "input_ids" if self.is_first else "hidden"
         value = batch.pop(name, None) if isinstance(x, dict) else x
+        if document_ids is not None:
+            batch["document_ids"] = document_ids
         self._check(value, batch, name)
         shape, device = value.shape[:2], value.device
         positions = batch.get("position_ids")
         if positions is None:
-            positions = _positions(batch.get("document_ids"), int(shape[1]), device)
+            positions = torch.arange(int(shape[1]), device=device)[None]
+            if "document_ids" in batch:
+                positions = document_positions(batch["document_ids"])
         self.position_ids = positions
         arguments = {key: each for key, each in self.attention_arguments.items() if key != "attention_mask"}
         if self.windowed:
             arguments["ring_seq_len"] = AgreedLength(shape[1])
-        mask = _mask(batch.get("attention_mask"), batch.get("document_ids"), int(shape[1]))
+        mask = seen_tokens(batch.get("attention_mask"), batch.get("document_ids"))
         self.attention_arguments = arguments if mask is None else {**arguments, "attention_mask": mask}
         output = super().forward(value, targets)
         return output if self.is_last or not isinstance(x, dict) else {"hidden": output, **batch}
@@ -73,31 +79,3 @@ class AsyncDecoderStage(DecoderStage):
                 "attention_mask and document_ids need layers without sliding windows and without "
                 "checkpointing='stream': there attention takes no mask; use rows without padding, one document each"
             )
-
-
-def _positions(documents: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """[1, S] counted from 0, or [B, S] counted from the start of each document."""
-    places = torch.arange(length, device=device)[None]
-    if documents is None:
-        return places
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return places - torch.cummax(torch.where(starts, places, 0), dim=1).values
-
-
-def _mask(attention_mask: Tensor | None, documents: Tensor | None, length: int) -> Tensor | None:
-    """[B, 1, S, S], true where a query (row) sees a key: before it or itself, no padding, of its own document.
-
-    A query always sees itself, else padding would give the softmax nothing to sum over.
-    """
-    given = documents if documents is not None else attention_mask
-    if given is None:
-        return None
-    causal = torch.ones(length, length, dtype=torch.bool, device=given.device).tril()[None]
-    seen = causal
-    if attention_mask is not None:
-        seen = seen & (attention_mask != 0)[:, None, :]
-    if documents is not None:
-        seen = seen & (documents[:, :, None] == documents[:, None, :])
-    itself = torch.eye(length, dtype=torch.bool, device=given.device)[None]
-    return (seen | itself)[:, None]

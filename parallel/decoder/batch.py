@@ -6,6 +6,7 @@ of different sentences, and its embedding takes an id beyond the vocabulary for 
 of targets anyway; the same all-reduce carries a checksum of the rows and the number of ranks that refuse theirs.
 """
 
+from dataclasses import dataclass
 from typing import cast
 from zlib import crc32
 
@@ -14,17 +15,40 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from fourfold.parallel.decoder.documents import trouble_with_documents
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 
 _CHECKSUM_BITS, _WEIGHT_BITS = 30, 16
 """A product has 46 bits, so that the sum over 2^16 ranks stays below 2^63."""
 
 
-def trouble_with(input_ids: Tensor, labels: Tensor, *, vocab_size: int, micro_batch: int | None) -> str:
+@dataclass(frozen=True, slots=True)
+class LocalRows:
+    """A rank's rows, or a micro-batch of them.
+
+    Attributes:
+        inputs, targets: [B, S_local] int64, targets shifted.
+        document_ids: [B, S] int64, whole rows, where they are packed.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    document_ids: Tensor | None = None
+
+    def cut(self, micro_batch: int) -> "list[LocalRows]":
+        """Micro-batches of so many rows."""
+        inputs, targets = (torch.split(x, micro_batch) for x in (self.inputs, self.targets))
+        documents = [None] * len(inputs) if self.document_ids is None else torch.split(self.document_ids, micro_batch)
+        return [LocalRows(*each) for each in zip(inputs, targets, documents, strict=True)]
+
+
+def trouble_with(
+    input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None, *, vocab_size: int, micro_batch: int | None
+) -> str:
     """What is wrong with one rank's rows, in a sentence that names the value and the mend; empty where nothing is.
 
     Args:
-        input_ids, labels: as ParallelModel.forward_backward takes them.
+        input_ids, labels, document_ids: as ParallelModel.forward_backward takes them.
         micro_batch: sequences of a forward pass; None takes the batch whole.
     Cost: a pass over the tokens where they are; on a GPU that waits for them.
     """
@@ -50,13 +74,13 @@ def trouble_with(input_ids: Tensor, labels: Tensor, *, vocab_size: int, micro_ba
             f"label {int(strange[0])} in a vocabulary of {vocab_size}: "
             f"give {IGNORED_LABEL} where there is no target, and token ids elsewhere"
         )
-    return ""
+    return "" if document_ids is None else trouble_with_documents(document_ids, input_ids)
 
 
-def checksum(input_ids: Tensor, labels: Tensor) -> int:
-    """Of what two ranks must have alike: shape, ids and labels."""
+def checksum(input_ids: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> int:
+    """Of what two ranks must have alike: shape, ids, labels and documents."""
     value = crc32(repr(tuple(input_ids.shape)).encode())
-    for tensor in (input_ids, labels):
+    for tensor in (input_ids, labels, *(() if document_ids is None else (document_ids,))):
         value = crc32(tensor.cpu().to(torch.int64).contiguous().numpy().tobytes(), value)
     return value & (1 << _CHECKSUM_BITS) - 1
 
@@ -85,11 +109,11 @@ class BatchAgreement:
         # torch's fake group, of a dry run, sums nothing.
         self._alone = mesh.size() == 1 or dist.get_backend(self._group) == "fake"
 
-    def num_targets(self, input_ids: Tensor, labels: Tensor, trouble: str) -> int:
+    def num_targets(self, input_ids: Tensor, labels: Tensor, trouble: str, document_ids: Tensor | None = None) -> int:
         """Targets of the global batch; every rank of the mesh calls.
 
         Args:
-            input_ids, labels: [B, S], this rank's rows.
+            input_ids, labels, document_ids: [B, S], this rank's rows.
             trouble: what `trouble_with` said of them.
         Raises:
             ValueError: on every rank, where a rank has trouble (it is named) or peers have different rows.
@@ -102,19 +126,19 @@ class BatchAgreement:
         count, product = 0, 0
         if not trouble:
             count = int((labels[:, 1:] != IGNORED_LABEL).sum()) if self._is_first_peer else 0
-            product = checksum(input_ids, labels) * self._weight
+            product = checksum(input_ids, labels, document_ids) * self._weight
         values = torch.tensor([count, product, bool(trouble)], dtype=torch.int64, device=self._device)
         dist.all_reduce(values, group=self._group)
         total, difference, num_refusing = values.tolist()
         if num_refusing or difference:
-            self._refuse(input_ids, labels, trouble)
+            self._refuse(trouble, 0 if trouble else checksum(input_ids, labels, document_ids))
         return int(total)
 
-    def _refuse(self, input_ids: Tensor, labels: Tensor, trouble: str) -> None:
+    def _refuse(self, trouble: str, mine: int) -> None:
         """Tell every rank which of them has what; raises ValueError."""
-        mine = (dist.get_rank(), self._mesh.get_local_rank("dp"), trouble, trouble or checksum(input_ids, labels))
-        everyone: list[tuple[int, int, str, int | str]] = [mine] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, mine, group=self._group)
+        told = (dist.get_rank(), self._mesh.get_local_rank("dp"), trouble, trouble or mine)
+        everyone: list[tuple[int, int, str, int | str]] = [told] * dist.get_world_size(self._group)
+        dist.all_gather_object(everyone, told, group=self._group)
         for rank, _, said, _ in everyone:
             if said:
                 raise ValueError(f"rank {rank}: {said}")
@@ -126,7 +150,7 @@ class BatchAgreement:
                 apart = " and ".join(f"ranks {', '.join(map(str, ranks))}" for ranks in groups.values())
                 raise ValueError(
                     f"{apart} share the sequences of dp rank {replica} (pp, cp and tp cut the same rows), but were "
-                    "given different input_ids or labels: give each of them the rows of its dp rank (batch_rows), "
-                    "and seed the shuffling alike"
+                    "given different input_ids, labels or document_ids: give each of them the rows of its dp rank "
+                    "(batch_rows), and seed the shuffling alike"
                 )
         raise AssertionError("the checksums' sum is not zero, though all are alike")

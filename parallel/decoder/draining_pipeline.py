@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
+from fourfold.parallel.decoder.batch import LocalRows
 from fourfold.parallel.decoder.stage import DecoderStage
 
 _KEPT_SCHEDULES = 4
@@ -48,19 +49,22 @@ class Pipeline:
         self._index, self._num_stages = mesh.get_local_rank("pp"), mesh["pp"].size()
         self._schedules: dict[tuple[int, int, int, bool], tuple[PipelineScheduleSingle, PipelineStage]] = {}
 
-    def step(self, inputs: Tensor, targets: Tensor, micro_batch: int) -> list[Tensor]:
+    def step(self, rows: LocalRows, micro_batch: int) -> list[Tensor]:
         """Forward and backward over [B, S_local] inputs; the last stage returns its micro-batches' losses."""
-        return self._run(inputs, targets, micro_batch, train=True)
+        return self._run(rows, micro_batch, train=True)
 
-    def evaluate(self, inputs: Tensor, targets: Tensor, micro_batch: int) -> list[Tensor]:
+    def evaluate(self, rows: LocalRows, micro_batch: int) -> list[Tensor]:
         """Forward only; the last stage returns its micro-batches' losses."""
-        return self._run(inputs, targets, micro_batch, train=False)
+        return self._run(rows, micro_batch, train=False)
 
-    def _run(self, inputs: Tensor, targets: Tensor, micro_batch: int, *, train: bool) -> list[Tensor]:
+    def _run(self, rows: LocalRows, micro_batch: int, *, train: bool) -> list[Tensor]:
+        inputs, targets = rows.inputs, rows.targets
         schedule, stage = self._schedule(inputs, micro_batch, train)
         losses: list[Tensor] = []
         arguments = (inputs,) if self._stage.is_first else ()
         keywords: dict[str, Any] = {"target": targets, "losses": losses} if self._stage.is_last else {}
+        if rows.document_ids is not None:
+            keywords["document_ids"] = rows.document_ids  # torch cuts it with the micro-batches
         if self._stage.is_last and self._stage.checkpointing == "stream":
             keywords["targets"] = targets  # of the stage's forward: logits would be whole
         run = schedule.step if train else schedule.eval

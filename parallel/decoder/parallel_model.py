@@ -22,20 +22,24 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
-from fourfold.parallel.decoder.batch import BatchAgreement, trouble_with
+from fourfold.parallel.decoder.batch import BatchAgreement, LocalRows, trouble_with
+from fourfold.parallel.decoder.documents import document_shards, trouble_with_ring, without_first_tokens
 from fourfold.parallel.decoder.draining_pipeline import Pipeline
 from fourfold.parallel.decoder.precision import Precision
 from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
 from fourfold.parallel.ring.options import AgreedLength
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence, take
 
 # The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
 _DDP_ARGUMENTS = signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers": False
 }
+
+_SHARDING = "zigzag"
+"""use_ring_attention's, as parallelize calls it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +110,9 @@ class ParallelModel:
         self._agreement = BatchAgreement(mesh)
         self._loss_scale = 1.0
 
-    def forward_backward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward_backward(
+        self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:
         """Run one step's forward and backward passes and add to the parameters' gradients.
 
         Args:
@@ -114,22 +120,27 @@ class ParallelModel:
                 pp, cp and tp axes, and of the same shape on all ranks.
             labels: [B, S] int64, -100 where there is no target; position t holds the token that t-1 predicts
                 (transformers' convention: the shift is made here). None takes `input_ids`.
+            document_ids: [B, S] int64 where rows are packed: the number of each token's document. A token sees its own
+                document only, positions count from its start, and its first token is no target, whatever `labels` say.
+                Padding at a row's end is a document of its own, with labels of -100. None: each row is one document.
         Returns:
             The mean loss over all targets of the global batch, a detached float32 scalar, the same on every rank.
             Without any target: zero, and zero gradients.
         Raises:
             ValueError: on every rank, where one rank's batch has shapes that differ, does not divide by micro_batch, or
                 holds an id or label that is no token; or where the ranks of one dp rank have different rows. The
-                message names the rank.
+                message names the rank. Likewise document_ids that are in pieces; or under cp > 1 with pp > 1 or
+                sequence_parallel, where the ranks' shares of packed rows are not of one length.
         Cost: one forward and backward pass; the layout's collectives, and three of 8 to 24 bytes for count and loss.
-            A batch on the host is checked there; one on a GPU has to be waited for.
+            A batch on the host is checked there; one on a GPU has to be waited for. document_ids cost a mask of
+            micro_batch x S^2 bytes where attention is neither a ring's nor streamed.
         """
-        inputs, targets = self._prepare(input_ids, labels)
+        rows = self._prepare(input_ids, labels, document_ids)
         with self._loss_context():
             if self._pipeline is not None:
-                losses = self._pipeline.step(inputs, targets, self._micro_batch or 1)
+                losses = self._pipeline.step(rows, self._micro_batch or 1)
             else:
-                losses = list(self._accumulate(inputs, targets))
+                losses = list(self._accumulate(rows))
         parameters = list(self.stage.parameters())
         resolve_partial_gradients(parameters)
         if self._averages_own_gradients:
@@ -138,18 +149,17 @@ class ParallelModel:
         return self._mean_loss(losses)
 
     @torch.no_grad()
-    def evaluate(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+    def evaluate(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """The same mean loss as `forward_backward`, without gradients. Arguments, errors and cost likewise.
 
         Nothing else changes: gradients that wait for their step stay, and the next step is what it would have been.
         """
-        inputs, targets = self._prepare(input_ids, labels)
+        rows = self._prepare(input_ids, labels, document_ids)
         with self._left_as_it_was(), self._loss_context():
             if self._pipeline is not None:
-                losses = self._pipeline.evaluate(inputs, targets, self._micro_batch or 1)
+                losses = self._pipeline.evaluate(rows, self._micro_batch or 1)
             else:
-                pairs = zip(self._cut(inputs), self._cut(targets), strict=True)
-                losses = [self._loss(self._run(part, target), target) for part, target in pairs]
+                losses = [self._loss(self._run(part), part.targets) for part in self._cut(rows)]
         return self._mean_loss(losses)
 
     @contextmanager
@@ -216,24 +226,36 @@ class ParallelModel:
     def eval(self) -> "ParallelModel":
         return self.train(False)
 
-    def _prepare(self, input_ids: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """This rank's shard of inputs and shifted targets, both [B, S_local]; sets positions and the loss's scale."""
+    def _prepare(self, input_ids: Tensor, labels: Tensor | None, document_ids: Tensor | None) -> LocalRows:
+        """This rank's shard of inputs and shifted targets, both [B, S_local]; sets positions and the loss's scale.
+
+        Packed rows stay whole here: around a ring each micro-batch is cut by its own documents (see _cut).
+        """
         labels = input_ids if labels is None else labels
         # Checks, where the batch still is, and the global number of targets.
-        trouble = trouble_with(input_ids, labels, vocab_size=self.stage.vocab_size, micro_batch=self._micro_batch)
-        trouble = trouble or self._trouble_with_length(input_ids)
-        num_targets = self._agreement.num_targets(input_ids, labels, trouble)
+        trouble = trouble_with(
+            input_ids, labels, document_ids, vocab_size=self.stage.vocab_size, micro_batch=self._micro_batch
+        )
+        trouble = trouble or self._trouble_with_length(input_ids) or self._trouble_with_documents(document_ids)
+        if document_ids is not None and not trouble:
+            labels = without_first_tokens(labels, document_ids)
+        num_targets = self._agreement.num_targets(input_ids, labels, trouble, document_ids)
         # Divided in fp32, as transformers' mean over the targets is: an fp64 model then takes the very same step.
         self._loss_scale = (self._num_replicas / torch.tensor(max(num_targets, 1))).item()
         # This rank's tokens.
         seq_len = input_ids.shape[1]
         input_ids, labels = (x.to(self.device, torch.int64) for x in (input_ids, labels))
+        if document_ids is not None:
+            # The ring and streaming read documents on the host, a mask is made on the device.
+            on_host = self._ring is not None or self.stage.checkpointing == "stream"
+            document_ids = document_ids.to("cpu" if on_host else self.device, torch.int64)
+            return LocalRows(input_ids, shard_labels(labels, (0, 1)), document_ids)
         if self._ring is not None:
             self.stage.attention_arguments["ring_seq_len"] = AgreedLength(seq_len)
         place = (0, 1) if self._ring is None else self._ring  # without a ring this rank has the whole sequence
         positions = shard_positions(seq_len, place, device=self.device)
         self.stage.position_ids = positions[None]
-        return shard_sequence(input_ids, place, dim=1), shard_labels(labels, place)
+        return LocalRows(shard_sequence(input_ids, place, dim=1), shard_labels(labels, place))
 
     def _trouble_with_length(self, input_ids: Tensor) -> str:
         """What is wrong with a sequence that sequence parallelism has to cut evenly; empty where nothing is."""
@@ -246,17 +268,48 @@ class ParallelModel:
             f"sequence_parallel=True, tp={self._tp}: give a multiple of {even}"
         )
 
-    def _accumulate(self, inputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
+    def _trouble_with_documents(self, document_ids: Tensor | None) -> str:
+        """Why this layout cannot take these packed rows; empty where it can.
+
+        A ring shares out the work of each document, so its ranks hold as many tokens as the documents make it.
+        """
+        cp, pp = self.mesh["cp"].size(), self.mesh["pp"].size()
+        if document_ids is None or cp == 1:
+            return ""
+        if pp > 1:
+            return (
+                f"document_ids with cp={cp} and pp={pp}: a ring's shares of packed rows are of many lengths, and a "
+                "pipeline's buffers of one: choose cp=1 or pp=1"
+            )
+        if self._options.sequence_parallel:
+            return (
+                f"document_ids with cp={cp} and sequence_parallel=True: a ring's shares of packed rows are of many "
+                f"lengths, which tp={self._tp} does not always divide: choose cp=1 or sequence_parallel=False"
+            )
+        return trouble_with_ring(document_ids, size=cp, sharding=_SHARDING, micro_batch=self._micro_batch)
+
+    def _accumulate(self, rows: LocalRows) -> Iterator[Tensor]:
         """Micro-batches one after the other; gradients travel with the last, or with each where they are sharded."""
-        pairs = list(zip(self._cut(inputs), self._cut(targets), strict=True))
-        for index, (part, target) in enumerate(pairs):
-            with self._gradient_sync(is_last=index == len(pairs) - 1):
-                loss = self._loss(self._run(part, target), target)
+        parts = self._cut(rows)
+        for index, part in enumerate(parts):
+            with self._gradient_sync(is_last=index == len(parts) - 1):
+                loss = self._loss(self._run(part), part.targets)
                 loss.backward()  # type: ignore[no-untyped-call]
             yield loss.detach()
 
-    def _cut(self, batch: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(batch, self._micro_batch or max(1, len(batch)))
+    def _cut(self, rows: LocalRows) -> list[LocalRows]:
+        """Micro-batches, of packed rows around a ring this rank's tokens, [1, S_local] of all rows of each."""
+        parts = rows.cut(self._micro_batch or max(1, len(rows.inputs)))
+        if rows.document_ids is None or self.mesh["cp"].size() == 1:
+            return parts
+        cp, index = self.mesh["cp"].size(), self.mesh.get_local_rank("cp")
+        local = []
+        for part in parts:
+            assert part.document_ids is not None
+            shard = document_shards(part.document_ids, cp, _SHARDING)[index]
+            inputs, targets = (take(x.flatten()[None], shard, 1) for x in (part.inputs, part.targets))
+            local.append(LocalRows(inputs, targets, part.document_ids))
+        return local
 
     def _gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch's forward and backward: whether its gradients travel, and whether weights stay whole."""
@@ -272,10 +325,11 @@ class ParallelModel:
     def _loss_context(self) -> AbstractContextManager[None]:
         return loss_parallel() if self._tp > 1 else nullcontext()
 
-    def _run(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _run(self, rows: LocalRows) -> Tensor:
         """Logits, or where the stage streams the sum of the targets' cross-entropies."""
-        given = (inputs, targets) if self.stage.checkpointing == "stream" else (inputs,)
-        return cast(Tensor, self._module(*given))
+        given = (rows.inputs, rows.targets) if self.stage.checkpointing == "stream" else (rows.inputs,)
+        told = {} if rows.document_ids is None else {"document_ids": rows.document_ids}
+        return cast(Tensor, self._module(*given, **told))
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss that is differentiated: a sum over [B, S_local] targets, times the step's scale."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from fourfold.parallel.decoder.documents import PackedRows, packed_rows
 from fourfold.parallel.decoder.limits import FAMILIES, Choice, decoder_facts, refuse_decoder
 from fourfold.parallel.decoder.selective import run_selectively
 from fourfold.parallel.decoder.taken_over import refuse_wrapped
@@ -21,7 +22,7 @@ from fourfold.parallel.ring.transformers import NAME as RING
 from fourfold.parallel.stream.attention import stream_attention_forward
 from fourfold.parallel.stream.patching import NAME
 from fourfold.parallel.stream.settings import StreamSettings
-from fourfold.parallel.stream.stage import stage_run, stream_layers, stream_loss
+from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_layers, stream_loss
 
 
 def check_decoder(model: nn.Module, layout: Choice | None = None) -> None:
@@ -140,37 +141,58 @@ class DecoderStage(nn.Module):
             yield f"model.layers.{index}", layer
         yield from self.ends()
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Run the stage.
 
         Args:
             x: [B, S_local] int64 token ids on the first stage, else [B, S_local / sequence_shards, hidden].
             targets: [B, S_local] int64, shifted, negative for none; only where the stage streams, and read by the last.
+            document_ids: [B, S] int64, whole rows, where they are packed: then `position_ids` is not read, and around a
+                ring x holds this rank's tokens of all rows, [1, S_local] (see decoder.documents).
         Returns:
             [B, S_local, vocab] logits on the last stage (this rank's part of the vocabulary under tensor
             parallelism), with targets the sum of their cross-entropies instead; else hidden states as x would be.
         """
-        assert self.position_ids is not None
-        assert self.position_ids.shape[-1] == x.shape[1] * (1 if self.is_first else self.sequence_shards)
+        told = self._documents(document_ids, x.device)
+        positions = told.position_ids
+        given = x.shape[:2]
+        if "ring_cu_seqlens" in told.arguments:  # the ring takes one row
+            x = x.flatten(0, 1)[None]
+        assert positions.shape[-1] == x.shape[1] * (1 if self.is_first else self.sequence_shards)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             hidden = self.model.embed_tokens(x) if self.is_first else x  # type: ignore[operator]
-            rotary = self.model.rotary_emb(hidden, position_ids=self.position_ids)  # type: ignore[operator]
+            rotary = self.model.rotary_emb(hidden, position_ids=positions)  # type: ignore[operator]
             arguments: dict[str, Any] = {
                 "attention_mask": None,
-                "position_ids": self.position_ids,
+                "position_ids": positions,
                 "position_embeddings": rotary,
                 "use_cache": False,
                 **self.attention_arguments,
+                **told.arguments,
             }
             if self.checkpointing == "stream":
-                return self._streamed(hidden, arguments, targets)
+                return self._streamed(hidden, arguments, targets, packed=document_ids is not None)
             for layer in self.layers.values():
                 hidden = self._run(layer, hidden, arguments)
-            return self.lm_head(self.model.norm(hidden)) if self.is_last else hidden  # type: ignore[operator]
+            if self.is_last:
+                hidden = self.lm_head(self.model.norm(hidden))  # type: ignore[operator]
+            return hidden if hidden.shape[0] == given[0] else hidden.unflatten(1, (given[0], -1))[0]
 
-    def _streamed(self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None) -> Tensor:
+    def _documents(self, document_ids: Tensor | None, device: torch.device) -> PackedRows:
+        """Positions, and what attention is told besides; without documents what the caller has set."""
+        if document_ids is None:
+            assert self.position_ids is not None
+            return PackedRows(self.position_ids, {})
+        ring = getattr(next(iter(self.layers.values())).self_attn, "ring_settings", None)
+        return packed_rows(document_ids, ring=ring, streams=self.checkpointing == "stream", device=device)
+
+    def _streamed(self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None, *, packed: bool) -> Tensor:
         layers = list(self.layers.values())
-        shared = stage_run(self._stream, self.config, layers[0], hidden, self.attention_arguments.get("ring_seq_len"))
+        cu_seqlens = arguments.pop("ring_cu_seqlens", None)
+        shared = stage_run(
+            self._stream, self.config, layers[0], hidden,
+            RowsOfStage(arguments["position_ids"] if packed else None, arguments.get("ring_seq_len"), cu_seqlens),
+        )  # fmt: skip
         hidden = stream_layers(self._stream, layers, hidden, arguments, shared)
         if not self.is_last:
             return hidden

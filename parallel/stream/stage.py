@@ -5,12 +5,13 @@ for its forward, and again for its backward (LayerStream.patched).
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.ring.options import RingSettings
+from fourfold.parallel.sequence.tensors import Documents
 from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.fused import liger
 from fourfold.parallel.stream.layer import Current, LayerStream
@@ -20,20 +21,31 @@ from fourfold.parallel.stream.ring_layer import around_ring
 from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
 
 
-def stage_run(
-    settings: StreamSettings, config: Any, layer: nn.Module, hidden: Tensor, seq_len: int | None
-) -> StreamRun:
+class RowsOfStage(NamedTuple):
+    """What the rows of a stage's pass are.
+
+    Attributes:
+        position_ids: [B, S], whose falls begin documents; None where each row is one, and around a ring.
+        seq_len, cu_seqlens: of the whole sequence, for a ring.
+    """
+
+    position_ids: Tensor | None = None
+    seq_len: int | None = None
+    cu_seqlens: Documents = None
+
+
+def stage_run(settings: StreamSettings, config: Any, layer: nn.Module, hidden: Tensor, rows: RowsOfStage) -> StreamRun:
     """What a stage's layers share in one pass over hidden [B, S_local, d], around the ring where there is one.
 
     Args:
         config: the model's.
         layer: any of the stage's.
-        seq_len: tokens of the whole sequence, for a ring.
     """
     shape = (hidden.shape[0], hidden.shape[1])
-    run = new_run(settings, config, row_masks(None, None, shape), shape, hidden.device, hidden.dtype)
     ring: RingSettings | None = getattr(layer.self_attn, "ring_settings", None)
-    return run if ring is None else around_ring(run, ring, seq_len, None)
+    masks = row_masks(None, rows.position_ids if ring is None else None, shape)
+    run = new_run(settings, config, masks, shape, hidden.device, hidden.dtype)
+    return run if ring is None else around_ring(run, ring, rows.seq_len, rows.cu_seqlens)
 
 
 def stream_layers(
