@@ -19,6 +19,7 @@ from fourfold.layouts.output.tables import seconds_text
 from fourfold.layouts.search.explain import TERMS, difference, draw_schedule, neighbours
 from fourfold.layouts.search.rank import advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
+from fourfold.layouts.search.space import check_in_space
 
 Config = Annotated[str, typer.Argument(help="A Hugging Face config.json, or a preset such as llama-3.1-8b.")]
 ClusterName = Annotated[str, typer.Option(help="A measured cluster.toml, or a preset such as A100-80GB.")]
@@ -126,6 +127,7 @@ def _price(
     layout = parse_layout(
         words, num_devices=request.num_devices, global_batch=request.global_batch, seq_len=request.seq_len
     )
+    check_in_space(layout, model, request.space)
     runner = software or software_for(cluster, request.space, layout.precision)
     return price(model, cluster, [layout], software=runner)[0]
 

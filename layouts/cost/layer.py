@@ -74,6 +74,8 @@ def attention_times(pricing: Pricing) -> Times:
     """The attention core. Of the causal triangle a cp rank computes its even share, block by block, hop by hop."""
     model, layouts, constants = pricing.model, pricing.layouts, pricing.constants
     keys = np.full(len(layouts), model.score_length(layouts.seq_len))
+    if not keys.any():  # every layer is linear: no core
+        return Times(np.zeros(len(layouts)), np.zeros(len(layouts)))
     block = keys / np.maximum(layouts.cp // layouts.cp_heads, 1)
     forward, backward = pricing.kernels.attention_s(
         layouts.micro_batch, model.num_heads // layouts.tp, layouts.seq_len / layouts.cp, keys, block, model.head_dim

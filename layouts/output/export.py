@@ -23,13 +23,26 @@ FLAVORS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }  # fmt: skip
 """Its models: layers, width, heads, heads of keys, feed-forward, vocabulary."""
+ROTARY_BASE = {"llama3": 500000.0, "qwen3": 1000000.0}
+TIED = {"qwen3": ("0.6B", "1.7B", "4B")}
+"""Its flavors whose head is the embedding."""
 TARGETS = ("megatron", "deepspeed", "torchtitan", "torchrun", "slurm", "mpi")
 
 
 def _refuse(target: str, layout: Layout, **absent: bool) -> None:
-    for name, present in absent.items():
+    """Refuse what a target has not: those of `absent` that are true, and what no target's file says."""
+    for name, present in (absent | unsaid(layout)).items():
         if present:
             raise ValueError(f"{target} has no {name.replace('_', ' ')}, which {layout} uses: fix it to its default")
+
+
+def unsaid(layout: Layout) -> dict[str, bool]:
+    """What no exported file says of a layout: they ask for bf16 over fp32 weights, and leave compiling to the tool."""
+    return {
+        f"word here for precision {layout.precision}": layout.precision != "auto",
+        "word here for compiled or uncompiled layers": layout.compile is not None,
+        "offloading without checkpointing": layout.offload and layout.checkpointing == "none",
+    }
 
 
 def _torchtitan_less(layout: Layout, model: ModelConfig) -> tuple[int, int]:
@@ -59,6 +72,7 @@ def deepspeed_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
         context_parallelism=layout.cp > 1, expert_parallelism=layout.ep > 1,
         StreamBP=layout.checkpointing == "stream", selective_checkpointing=layout.checkpointing == "selective",
         checkpointing_every_few_layers=layout.checkpoint_every > 1, asynchronous_pipeline=layout.asynchronous,
+        gradients_sharded_at_every_micro_batch=layout.sharded_accumulation,
     )  # fmt: skip
     zero: dict[str, Any] = {"stage": layout.zero_stage}
     if layout.zero_stage:
@@ -84,25 +98,53 @@ def _flavor(model: ModelConfig) -> dict[str, str]:
     for name, flavors in FLAVORS.items():
         for flavor, dimensions in flavors.items():
             if sizes == dimensions and model.qk_norm == (name == "qwen3"):
+                other = _not_of_flavor(model, name, flavor)
+                if other:
+                    raise ValueError(
+                        f"torchtitan's {name} {flavor} has no {', no '.join(other)}, which {model.name} has"
+                    )
                 return {"name": name, "flavor": flavor}
     known = ", ".join(f"{name} {flavor}" for name, flavors in FLAVORS.items() for flavor in flavors)
     raise ValueError(f"torchtitan has no model of {model.name}'s dimensions; it has {known}")
+
+
+def _not_of_flavor(model: ModelConfig, name: str, flavor: str) -> list[str]:
+    """What tells a model from the flavor with its dimensions: it would start, and train another model."""
+    config = model.config
+    rope = {**config, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    family = {"llama3": "llama", "qwen3": "qwen3"}[name]
+    kind, base, tied = config.get("model_type", family), rope.get("rope_theta"), flavor in TIED.get(name, ())
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    activation = config.get("hidden_act") or "silu"
+    reasons = {
+        f"parts of the family {kind}": kind != family,
+        "biases": model.qkv_bias or model.out_bias or model.mlp_bias,
+        f"heads of {model.head_dim}": model.head_dim != 128,
+        "sliding window": bool(model.sliding_window),
+        "head tied to the embedding" if model.tied_embeddings else "head of its own": model.tied_embeddings != tied,
+        f"rotary base {base}": base is not None and base != ROTARY_BASE[name],
+        f"rotary scaling {scaling!r}": scaling not in ("default", *(["llama3"] * (name == "llama3"))),
+        f"activation {activation!r}": activation not in ("silu", "swish"),
+    }
+    return [reason for reason, true in reasons.items() if true]
 
 
 def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
     """torchtitan's TOML: [training], [parallelism], [activation_checkpoint], of TORCHTITAN.
 
     Raises:
-        ValueError: StreamBP, offloading, ZeRO 1 or 2, tp without sequence parallelism (torchtitan always has it), and
-            replicas without sharding beside tp, pp or cp (its replicas are DDP, which it has on one axis alone).
+        ValueError: StreamBP, offloading, ZeRO 1 or 2, ZeRO 3 on one rank, tp without sequence parallelism (torchtitan
+            always has it), and replicas without sharding beside tp, pp or cp (its replicas are DDP, which it has on
+            one axis alone).
     """
     _refuse(
         "torchtitan", layout, StreamBP=layout.checkpointing == "stream", offloading=layout.offload,
         ZeRO_1_or_2=layout.zero_stage in (1, 2), asynchronous_pipeline=layout.asynchronous,
-        head_exchange=layout.cp_heads > 1,
+        head_exchange=layout.cp_heads > 1, gradients_sharded_at_every_micro_batch=layout.sharded_accumulation,
         tensor_parallelism_without_sequence_parallelism=layout.tp > 1 and not layout.sequence_parallel,
         replicas_without_sharding_beside_other_axes=layout.zero_stage == 0
         and (layout.cp > 1 or (layout.dp > 1 and layout.tp * layout.pp > 1)),
+        sharding_over_one_rank=layout.zero_stage == 3 and layout.dp * layout.cp == 1,
     )  # fmt: skip
     sharded = layout.zero_stage == 3
     checkpoint: dict[str, Any] = {"mode": layout.checkpointing}

@@ -6,8 +6,10 @@ run that starts and computes another model is worse than none.
 
 from typing import Any
 
+from fourfold.layouts.inputs.families import SAME_AS
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.layouts.output.export import unsaid
 from fourfold.parallel.grid import layer_ranges
 
 VERSION = "core_v0.15.3"
@@ -19,9 +21,12 @@ _FOREIGN = {
     "gemma3_text": "norms after each block", "olmo2": "norms after each block", "olmo3": "norms after each block",
     "granite": "multipliers of embedding, residual and logits", "smollm3": "layers without rotary embedding",
     "phi": "attention and feed-forward side by side", "gpt_oss": "sinks and clamped experts",
+    "deepseek_v3": "counterpart here for latent attention with its own norms and rotary scaling",
     "qwen3_next": "linear attention and output gates", "llama4_text": "chunked attention without rotary embedding",
 }  # fmt: skip
 """Families with something that Megatron-LM's arguments have no word for."""
+GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+"""Of a feed-forward without a gate; Megatron computes its fused approximation for each."""
 
 
 def check_model(model: ModelConfig, target: str = "megatron") -> None:
@@ -31,6 +36,7 @@ def check_model(model: ModelConfig, target: str = "megatron") -> None:
         ValueError: names what has no counterpart.
     """
     kind = str(model.config.get("model_type", ""))
+    kind = SAME_AS.get(kind, kind)
     reasons = [_FOREIGN[kind]] if kind in _FOREIGN else []
     if kind == "gpt_neox" and model.config.get("use_parallel_residual", True):
         reasons.append("attention and feed-forward side by side (use_parallel_residual)")
@@ -40,11 +46,44 @@ def check_model(model: ModelConfig, target: str = "megatron") -> None:
         reasons.append(f"a window in {model.num_windowed_layers} of {model.num_layers} layers")
     if model.gated_mlp and _activation(model) not in ("silu", "swish"):
         reasons.append(f"a feed-forward gated by {_activation(model)!r}")
+    if not model.gated_mlp and _activation(model) not in GELU:
+        reasons.append(f"activation {_activation(model)!r}")
+    if model.mlp_bias and not (model.qkv_bias and model.out_bias):
+        reasons.append("biases in the feed-forward alone")
+    if model.out_bias and not model.mlp_bias:
+        reasons.append("biases in attention's output alone")
+    if _sigmoid_router(model) and not model.config.get("norm_topk_prob", True):
+        reasons.append("sigmoid routing whose weights do not add up to 1 (norm_topk_prob=false)")
+    base = _rope(model)["rope_theta"]
+    if model.rotary and base != int(base):
+        reasons.append(f"rotary base {base} (a whole number)")
     scaling = _rope(model).get("rope_type", "default")
     if scaling not in ("default", "llama3") or (scaling == "llama3" and not _is_llama3(model)):
         reasons.append(f"rotary scaling {scaling!r} of other factors than Llama 3.1's")
     if reasons:
         raise ValueError(f"{target} has no {', no '.join(reasons)}, which {model.name} has")
+
+
+def _sigmoid_router(model: ModelConfig) -> bool:
+    """Whether experts are chosen by sigmoid scores and a bias that balances them (DeepSeek-V3's routing)."""
+    return model.config.get("model_type") == "glm4_moe"
+
+
+def _router_words(model: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """(options with a value, options without) of how tokens choose experts.
+
+    Megatron's default, a softmax over the chosen experts alone, is that of Mixtral, and of Qwen with norm_topk_prob.
+    """
+    config = model.config
+    if _sigmoid_router(model):
+        words = {"moe-router-score-function": "sigmoid"}
+        words["moe-router-topk-scaling-factor"] = config.get("routed_scaling_factor", 1.0)
+        groups = config.get("n_group", 1)
+        if groups > 1:
+            words |= {"moe-router-num-groups": groups, "moe-router-group-topk": config.get("topk_group", 1)}
+        return words, ["moe-router-enable-expert-bias"]
+    unscaled = config.get("model_type") == "qwen3_moe" and not config.get("norm_topk_prob", False)
+    return {}, ["moe-router-pre-softmax"] * unscaled
 
 
 def _activation(model: ModelConfig) -> str:
@@ -143,14 +182,7 @@ def _model_words(layout: Layout, model: ModelConfig) -> tuple[dict[str, Any], li
     flags += ["add-qkv-bias"] * (model.qkv_bias and not model.mlp_bias)
     flags += ["qk-layernorm"] * model.qk_norm
     flags += ["untie-embeddings-and-output-weights"] * (not model.tied_embeddings)
-    if model.latent is not None:
-        flags.append("multi-latent-attention")
-        words |= {
-            "kv-lora-rank": model.latent.kv_rank, "qk-head-dim": model.latent.nope_dim,
-            "qk-pos-emb-head-dim": model.latent.rope_dim, "v-head-dim": model.latent.value_dim,
-        }  # fmt: skip
-        words |= {"q-lora-rank": model.latent.q_rank} if model.latent.q_rank else {}
-    elif model.num_kv_heads != model.num_heads:
+    if model.num_kv_heads != model.num_heads:
         flags.append("group-query-attention")
         words["num-query-groups"] = model.num_kv_heads
     if model.sliding_window:
@@ -162,6 +194,9 @@ def _model_words(layout: Layout, model: ModelConfig) -> tuple[dict[str, Any], li
         }  # fmt: skip
         if model.shared_expert_ffn_size:
             words["moe-shared-expert-intermediate-size"] = model.shared_expert_ffn_size
+        routing, routing_flags = _router_words(model)
+        words |= routing
+        flags += routing_flags
         pattern = _moe_layers(model)
         if pattern is not None:
             words["moe-layer-freq"] = str(pattern).replace(" ", "")
@@ -201,6 +236,9 @@ def megatron_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
             "moe_ffn_hidden_size": model.expert_ffn_size, "expert_model_parallel_size": layout.ep,
             "moe_layer_freq": _moe_layers(model) or 1,
         }  # fmt: skip
+        routing, routing_flags = _router_words(model)
+        fields |= {name.replace("-", "_"): value for name, value in routing.items()}
+        fields |= {name.replace("-", "_"): True for name in routing_flags}
         if model.shared_expert_ffn_size:
             fields["moe_shared_expert_intermediate_size"] = model.shared_expert_ffn_size
     return fields
@@ -211,6 +249,7 @@ def _check_layout(layout: Layout, model: ModelConfig) -> None:
         "StreamBP": layout.checkpointing == "stream", "offloading": layout.offload,
         "ZeRO 2 or 3": layout.zero_stage >= 2, "asynchronous pipeline": layout.asynchronous,
         "checkpointing every few layers": layout.checkpoint_every > 1, "head exchange": layout.cp_heads > 1,
+        **unsaid(layout),
     }  # fmt: skip
     for name, present in absent.items():
         if present:

@@ -78,7 +78,7 @@ def layout_of_torchtitan(config: Mapping[str, Any], model: ModelConfig) -> Layou
     layout = Layout(
         dp=dp, pp=pp, cp=axes["context_parallel_degree"], tp=tp, ep=axes["expert_parallel_degree"],
         micro_batch=axes.get("pipeline_parallel_microbatch_size", training["local_batch_size"]),
-        zero_stage=3 if shards > 1 or axes["context_parallel_degree"] > 1 or dp == 1 else 0, checkpointing=mode,
+        zero_stage=3 if shards > 1 or axes["context_parallel_degree"] > 1 else 0, checkpointing=mode,
         checkpoint_every=every, sequence_parallel=tp > 1, global_batch=training["global_batch_size"],
         seq_len=training["seq_len"],
     )  # fmt: skip

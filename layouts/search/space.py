@@ -12,7 +12,7 @@ import numpy as np
 
 from fourfold.layouts.cost.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
 from fourfold.layouts.cost.stages import layers_of
-from fourfold.layouts.inputs.layout import MITIGATION, PRECISIONS, SCHEDULES, facts_of
+from fourfold.layouts.inputs.layout import MITIGATION, PRECISIONS, SCHEDULES, Layout, check, facts_of
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.decoder.limits import (
@@ -287,3 +287,17 @@ def _check_runnable(model: ModelConfig, facts: DecoderFacts, fix: Mapping[str, A
         alone = [limit for limit in RUNTIME if limit.fields == (name,)]
         if alone and any(broken(alone, DecoderFacts(), Choice(**{name: as_number(name, value)}))):
             raise ValueError(f"{name}={str(value).lower()}: fourfold's runtime has no such layouts: add --space full")
+
+
+def check_in_space(layout: Layout, model: ModelConfig, space: str) -> None:
+    """Refuse a layout that the software of `space` has not, for the reasons that a plan counts.
+
+    Raises:
+        ValueError: the layout cannot cut the model, or breaks a limit of the space.
+    """
+    check(layout, model)
+    facts, choice = facts_of(model), Choice.of(layout)
+    limits = OPTIONS if space == "full" else RUNTIME
+    for limit in broken(limits, facts, choice):
+        mend = "" if space == "full" else "; or add --space full to price it for other software"
+        raise ValueError(f"{layout}: {limit.told(facts, choice)}{mend}")

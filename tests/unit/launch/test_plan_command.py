@@ -127,3 +127,21 @@ def test_compare_sets_two_side_by_side():
     assert result.exit_code == 0
     assert "tensor-parallel communication" in result.stdout
     assert "against pp4 tp2 mb1" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["explain", "compare"])
+@pytest.mark.parametrize(
+    ("model", "words", "space", "message"),
+    [
+        ("llama-3.1-8b", "tp2 pp4 vp2", "runtime", "add --space full"),
+        ("gpt2", "mb1", "runtime", "add --space full"),
+        ("llama-3.1-8b", "mb1 sp", "full", "sequence parallelism needs tp of at least 2"),
+        ("llama-3.1-8b", "mb1 offload", "full", "offloading moves the inputs of checkpointed layers"),
+    ],
+)
+def test_a_layout_outside_the_space_is_refused(command, model, words, space, message):
+    layouts = ["--layout", words] if command == "explain" else [words, "mb1"]
+    sizes = ["--cluster", "A100-80GB", "--gpus", "8", "--global-batch", "16", "--seq-len", "512"]
+    result = call(command, model, *layouts, *sizes, "--space", space)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)

@@ -192,3 +192,14 @@ def test_new_families_are_priced_in_every_kind_of_layout():
         )
         assert 0 < one.mfu < 1
         assert two.step_s > 0
+
+
+def test_a_model_whose_every_layer_is_linear_has_a_price():
+    from fourfold.layouts.cost.price import price
+    from fourfold.layouts.inputs.cluster import load_cluster
+    from fourfold.layouts.inputs.layout import Layout
+
+    config = case("qwen3_next", {"num_experts": 8, "num_experts_per_tok": 2, "full_attention_interval": 7})
+    priced = price(load_model(config), load_cluster("H100-80GB"), [Layout(dp=2, global_batch=2, seq_len=64)])[0]
+    assert 0 < priced.step_s < 1
+    assert 0 < priced.mfu <= 1

@@ -164,3 +164,21 @@ def test_no_free_memory_is_refused(tmp_path):
     (tmp_path / "cluster.toml").write_text(tomli_w.dumps(document))
     with pytest.raises(ValueError, match="no free memory to train in"):
         load_cluster(tmp_path / "cluster.toml")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tp2 tp4", "'tp4' states tp a second time"),
+        ("z1 z2", "'z2' states zero_stage a second time"),
+        ("fp32 bf16", "'bf16' states precision a second time"),
+        ("compile nocompile", "'nocompile' states compile a second time"),
+        ("full selective", "'selective' states checkpointing a second time"),
+        ("full/2x3", "'full/2x3' is none of"),
+        ("none/2", "'none/2' is none of"),
+        ("selectivex4", "'selectivex4' is none of"),
+    ],
+)
+def test_a_name_that_says_two_things_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_layout(words, num_devices=8, global_batch=8, seq_len=64)

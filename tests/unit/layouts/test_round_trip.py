@@ -174,3 +174,92 @@ def test_megatron_core_builds_the_same_model(name):
     assert (built.num_moe_experts or 0) == model.num_experts
     assert built.hidden_dropout == built.attention_dropout == 0.0
     assert (built.window_size is not None) == bool(model.sliding_window)
+
+
+SHAPES = [
+    {"dp": 16}, {"dp": 1, "tp": 16, "sequence_parallel": True}, {"dp": 8, "tp": 2}, {"dp": 4, "pp": 4},
+    {"dp": 8, "cp": 2}, {"dp": 4, "cp": 4, "cp_heads": 2}, {"dp": 4, "pp": 4, "vp": 2},
+]  # fmt: skip
+OPTIONS = [
+    {}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 3, "sharded_accumulation": True},
+    {"checkpointing": "selective"}, {"checkpointing": "full", "checkpoint_every": 2},
+    {"checkpointing": "full", "offload": True}, {"offload": True}, {"checkpointing": "stream", "stream_chunks": 4},
+    {"precision": "fp32"}, {"precision": "bf16"}, {"precision": "bf16-mixed"}, {"zero_stage": 3, "precision": "fp32"},
+    {"compile": True}, {"compile": False}, {"schedule": "2bw"}, {"micro_batch": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+@pytest.mark.parametrize("tool", TRIP)
+def test_every_option_comes_back_or_is_refused_by_name(tool, option):
+    for shape in SHAPES:
+        try:
+            layout = Layout(**{"global_batch": 64, "seq_len": 4096, **shape, **option})
+        except ValueError:
+            continue  # no such layout: 2bw without a pipeline
+        refusal = ""
+        try:
+            again = TRIP[tool](layout)
+        except ValueError as error:
+            again, refusal = layout, str(error)
+        assert again == layout
+        assert not refusal or (tool in refusal and "\n" not in refusal)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "no biases"),
+        ({"mlp_bias": True}, "no biases"),
+        ({"head_dim": 64}, "no heads of 64"),
+        ({"tie_word_embeddings": True}, "no head tied to the embedding"),
+        ({"rope_theta": 10000.0}, "no rotary base 10000.0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no rotary scaling 'yarn'"),
+        ({"hidden_act": "gelu"}, "no activation 'gelu'"),
+        ({"model_type": "mistral"}, "no parts of the family mistral, no sliding window"),
+        ({"model_type": "granite"}, "no parts of the family granite"),
+    ],
+    ids=str,
+)
+def test_another_model_of_the_same_dimensions_is_refused_by_torchtitan(changes, message):
+    model = load_model({**model_presets()["llama-3.1-8b"]["config"], **changes})
+    with pytest.raises(ValueError, match=message):
+        torchtitan_config(Layout(dp=8, zero_stage=3, global_batch=64, seq_len=2048), model)
+
+
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128,
+    "intermediate_size": 96,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama", "attention_bias": True}, "biases in attention's output alone"),
+        ({"model_type": "llama", "mlp_bias": True}, "biases in the feed-forward alone"),
+        ({"model_type": "llama", "rope_theta": 10000.5}, "rotary base 10000.5"),
+        ({"model_type": "starcoder2", "hidden_act": "relu"}, "activation 'relu'"),
+        ({"model_type": "deepseek_v3"}, "latent attention"),
+        ({"model_type": "kimi_k2"}, "latent attention"),
+        ({"model_type": "glm4_moe", "norm_topk_prob": False}, "do not add up to 1"),
+    ],
+    ids=str,
+)
+def test_biases_activations_and_routing_without_a_counterpart_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        megatron_arguments(Layout(dp=8, global_batch=64, seq_len=1024), load_model({**SMALL, **config}))
+
+
+def test_experts_are_chosen_as_the_model_chooses_them():
+    layout = Layout(dp=8, global_batch=64, seq_len=1024)
+    glm = {**SMALL, "model_type": "glm4_moe", "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2}
+    words = megatron_arguments(layout, load_model(glm))
+    pairs = dict(itertools.pairwise(words))
+    assert pairs["--moe-router-score-function"] == "sigmoid"
+    assert pairs["--moe-router-topk-scaling-factor"] == "2.5"
+    assert (pairs["--moe-router-num-groups"], pairs["--moe-router-group-topk"]) == ("4", "2")
+    assert "--moe-router-enable-expert-bias" in words
+    for scaled in (True, False):
+        qwen = load_model({**SMALL, "model_type": "qwen3_moe", "norm_topk_prob": scaled})
+        assert ("--moe-router-pre-softmax" in megatron_arguments(layout, qwen)) is not scaled
