@@ -6,16 +6,17 @@ Its three steps are those of one process.
 """
 
 import copy
+import sys
 
 import deepspeed
-import deepspeed.comm.torch
 import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold.parallel.stream import stream_backprop, streamed_layers
 
-deepspeed.comm.torch.build_shm_op = lambda: None  # on a CPU it would be compiled first; not needed on GPUs
+# On a CPU it would be compiled first. By its module: as an attribute, deepspeed.comm.torch is torch itself.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 deepspeed.init_distributed("gloo")
 torch.manual_seed(0)
 config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)

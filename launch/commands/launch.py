@@ -48,6 +48,7 @@ def launch(
     resume_anyway: Annotated[
         bool, typer.Option("--resume-anyway", help="Also where the checkpoint's run had other settings.")
     ] = False,
+    engine: Annotated[str, typer.Option(help="native, or deepspeed: its ZeRO over dp, in fp32.")] = "native",
     timeout_minutes: Annotated[
         float, typer.Option(help="Without progress, before a hang is told and the ranks are ended.")
     ] = 10.0,
@@ -61,7 +62,7 @@ def launch(
     run_layout(
         plan, model, steps=steps, out=out, learning_rate=learning_rate, seed=seed,
         checkpoint_every=checkpoint_every, resume=resume, resume_anyway=resume_anyway,
-        timeout_minutes=timeout_minutes, quiet=quiet,
+        timeout_minutes=timeout_minutes, quiet=quiet, engine=engine,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.launch.training.async_loop import AsynchronousModel, held_out_loss_asynchronously
+from fourfold.launch.training.deepspeed_engine import deepspeed_model
 from fourfold.launch.training.loop import held_out_loss
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.optimizers import make_optimizers
@@ -74,6 +75,10 @@ def build(
     Raises:
         ValueError: weights that do not fit the model.
     """
+    if settings.engine == "deepspeed":
+        gauge = MemoryGauge(torch.device(mesh.device_type))
+        whole = empty_model(model.config)
+        return deepspeed_model(whole, mesh, settings, layout=layout, model=model, pretrained=pretrained), gauge
     # One small step, so that what is measured afterwards is the model's own.
     _warm_up(layout, model, settings, mesh)
     gauge = MemoryGauge(torch.device(mesh.device_type))

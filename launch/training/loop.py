@@ -18,6 +18,7 @@ from fourfold.launch.training.settings import TrainSettings, learning_rate_at
 from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
+from fourfold.parallel.decoder.deepspeed_model import DeepSpeedModel
 
 COUNTED_STEPS = 2
 """Steps whose memory is counted: the optimizer's states are made in the first and held through the second."""
@@ -109,7 +110,8 @@ def train(
     """
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     check_optimizer(layout, settings)
-    optimizers = make_optimizers(model, settings)
+    # DeepSpeed has the optimizer, and updates when it clips.
+    optimizers = [] if isinstance(model, DeepSpeedModel) else make_optimizers(model, settings)
     first = 0
     if run.resume:
         run.activity.now("reading a checkpoint")
@@ -129,6 +131,8 @@ def train(
         rate = learning_rate_at(step, settings)
         clock.ended("data_s")
         set_rate(optimizers, rate)
+        if isinstance(model, DeepSpeedModel):
+            model.set_rate(rate)
         # Gradients, refused before they reach the weights where they are no numbers; then the update.
         run.activity.now(f"step {step}: forward and backward")
         loss = model.forward_backward(ids).item()

@@ -14,6 +14,7 @@ from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchr
 from fourfold.launch.training.build import build, check_world, empty_model, exported_loss, meet
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.corpus import found_sources, read_corpus
+from fourfold.launch.training.deepspeed_engine import check_engine
 from fourfold.launch.training.folder_lock import FolderLock
 from fourfold.launch.training.loop import TrainingRun, largest_memory, train
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
@@ -55,6 +56,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     settings, resume = _settings(options), Resume(choice=options.resume, anyway=options.resume_anyway)
     check_world(layout, model)
     empty_model(model.config)
+    check_engine(layout, settings, resume=options.resume)
     check_optimizer(layout, settings)
     check_trackers(options, layout)
     if layout.seq_len < 2:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fourfold.launch.train_options import OPTIMIZERS, SCHEDULES
+from fourfold.launch.train_options import ENGINES, OPTIMIZERS, SCHEDULES
 from fourfold.layouts.inputs.layout import Layout
 
 
@@ -22,6 +22,7 @@ class TrainSettings:
             "cosine", "linear", or "constant" for not at all.
         beta1, beta2: AdamW's, at the global batch.
         optimizer: "adamw", or "muon" for the layers' matrices with AdamW for the rest.
+        engine: "native", or "deepspeed" for its ZeRO.
         max_norm: gradients are clipped to this 2-norm over the whole model.
         precision: a word of parallel.decoder.limits.PRECISIONS; None for the device's.
         evaluate_every: steps between held-out losses while training; 0 takes none before the end.
@@ -38,6 +39,7 @@ class TrainSettings:
     beta2: float = 0.95
     max_norm: float = 1.0
     optimizer: str = "adamw"
+    engine: str = "native"
     seed: int = 0
     precision: str | None = None
     evaluate_every: int = 0
@@ -60,6 +62,8 @@ class TrainSettings:
             raise ValueError(f"schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r}: choose one of {', '.join(ENGINES)}")
         if self.evaluate_every and not self.held_out_batches:
             raise ValueError(f"evaluate_every={self.evaluate_every} with held_out_batches=0: give held-out batches")
 

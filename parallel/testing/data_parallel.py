@@ -2,8 +2,9 @@
 
 import copy
 import os
+import sys
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -111,10 +112,10 @@ def _deepspeed(model: nn.Module, stage: int) -> Any:
     """DeepSpeed's engine, told to keep nothing gathered that it can gather again."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()))
     import deepspeed
-    import deepspeed.comm.torch
 
     # On CPU it would first compile a shared-memory operator, for minutes.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # By its module: as an attribute, deepspeed.comm.torch is torch itself.
+    cast(Any, sys.modules["deepspeed.comm.torch"]).build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     zero = {
         "stage": stage, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
