@@ -1,5 +1,7 @@
 """Where the published runs lie, for the tests that read them; and no deadlines on a machine that may be busy."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,13 @@ def published_runs() -> Path:
     if not PUBLISHED_RUNS.is_dir():
         pytest.skip("the published runs are not beside this checkout")
     return PUBLISHED_RUNS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    """A process group that a test leaves behind changes what later tests of this process see."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("a test of this module left torch.distributed running")

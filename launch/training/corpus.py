@@ -6,6 +6,7 @@ Rank 0 tokenizes a file once and leaves the tokens in the run's folder; every ra
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Corpus:
     unit: str
 
 
+_TOKENIZER_FILE = re.compile(
+    r"^(tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|config\.json)|\.(model|tiktoken|bpe)$"
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
     """The files of a corpus; none where the demo's text is meant."""
@@ -52,7 +58,9 @@ class Sources:
 
     def identity(self) -> str:
         """A checksum of the files' names, sizes and times, and of what makes tokens of them."""
-        tokenizer = sorted(self.tokenizer.glob("*")) if self.tokenizer is not None else []
+        # Of the tokenizer's folder its own files alone: a run that is kept there, too, has others that come and go.
+        found = sorted(self.tokenizer.iterdir()) if self.tokenizer is not None else []
+        tokenizer = [path for path in found if _TOKENIZER_FILE.search(path.name)]
         told = [
             [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
             for path in (*self.train, *self.held_out, *tokenizer)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fourfold.launch.training import text_files
+from fourfold.launch.training.corpus import Sources
 from fourfold.launch.training.text_files import documents, found_files
 
 
@@ -91,3 +92,16 @@ def test_files_folders_and_patterns(tmp_path):
     assert [path.name for path in found_files([str(tmp_path / "*.txt")], "data")] == ["a.txt", "b.txt"]
     with pytest.raises(ValueError, match=r"data='.*none': no such file"):
         found_files([str(tmp_path / "none")], "data")
+
+
+def test_a_run_kept_in_the_tokenizers_folder_does_not_change_what_its_tokens_are_of(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    sources = Sources(train=(text,), held_out=(), tokenizer=tmp_path, text_column="text")
+    before = sources.identity()
+    (tmp_path / "tokens.partial").mkdir()
+    (tmp_path / "summary.json").write_text("{}")
+    assert sources.identity() == before
+    (tmp_path / "tokenizer.json").write_text('{"other": 1}')
+    assert sources.identity() != before
