@@ -4,9 +4,13 @@ The backend is torch's aot_eager: what the compiler captures and differentiates 
 compiler. What inductor makes of it on a GPU is for tests/gpu.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from support.one_loss import check_layout, tiny_model
+from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel import init_mesh, parallelize
 from fourfold.parallel.decoder.compiled import chosen_backend
@@ -44,8 +48,14 @@ def test_two_ranks(ranks, mesh_shape, options, model, graphs):
         assert found == graphs or (graphs is None and 1 <= found <= 8)
 
 
-def test_without_a_compiler_nothing_is_compiled():
-    mesh = init_mesh(device_type="cpu")
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    yield init_mesh(device_type="cpu")
+    dist.destroy_process_group()
+
+
+def test_without_a_compiler_nothing_is_compiled(mesh):
     model = parallelize(tiny_model(), mesh)
     assert all(layer._compiled_call_impl is None for layer in model.stage.layers.values())
     assert not model.compiled
@@ -73,13 +83,12 @@ def test_the_default_is_by_device_and_by_what_is_allowed(device, layout, expecte
     assert chosen_backend(False, device, Choice()) is None
 
 
-def test_what_is_no_compiler_is_refused():
+def test_what_is_no_compiler_is_refused(mesh):
     with pytest.raises(ValueError, match=r"compile='llvm': choose true, false, or one of torch's backends: .*inductor"):
-        parallelize(tiny_model(), init_mesh(device_type="cpu"), compile="llvm")
+        parallelize(tiny_model(), mesh, compile="llvm")
 
 
-def test_a_model_that_was_compiled_before_is_refused():
-    mesh = init_mesh(device_type="cpu")
+def test_a_model_that_was_compiled_before_is_refused(mesh):
     whole, inside = tiny_model(), tiny_model()
     inside.model.layers[1].compile(backend="eager")
     for model, where in ((torch.compile(whole, backend="eager"), "this model"), (inside, "module 'model.layers.1'")):
@@ -88,10 +97,9 @@ def test_a_model_that_was_compiled_before_is_refused():
     parallelize(whole, mesh)
 
 
-def test_a_peft_model_is_refused():
+def test_a_peft_model_is_refused(mesh):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    mesh = init_mesh(device_type="cpu")
     for model in (adapted, adapted.get_base_model()):
         with pytest.raises(ValueError, match=r"peft's \w+: adapters are not cut over ranks; merge them first"):
             parallelize(model, mesh)
