@@ -65,7 +65,7 @@ class Sources:
             [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
             for path in (*self.train, *self.held_out, *tokenizer)
         ]
-        described = [told, len(self.train), self.text_column]
+        described = [told, len(self.train), self.text_column, str(self.tokenizer and self.tokenizer.resolve())]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 

@@ -60,7 +60,9 @@ def _pieces(path: Path) -> Iterator[bytes]:
             piece = b""
             more += file.readline()
             if b"\0" in more:
-                raise ValueError(f"{path}: holds zero bytes, so it is no text: give UTF-8, or tokens as .npy")
+                raise ValueError(
+                    f"{path}: holds zero bytes, so it is no text: give UTF-8, or tokens as .npy; a file that is not UTF-8 is not read"
+                )
             yield more
 
 

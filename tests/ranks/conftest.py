@@ -3,8 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch.distributed as dist
 from hypothesis import settings
 from support.rank_pool import RankPool
+from torch.distributed.device_mesh import DeviceMesh
+
+from fourfold.parallel import init_mesh
 
 # pytest tests/ranks/ring/test_ring_sweep.py -s --hypothesis-profile=thorough
 settings.register_profile("thorough", max_examples=500, deadline=None)
@@ -20,3 +24,10 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for started in pools.values():
         started.close()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    yield init_mesh(device_type="cpu")
+    dist.destroy_process_group()

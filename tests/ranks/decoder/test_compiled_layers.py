@@ -4,15 +4,11 @@ The backend is torch's aot_eager: what the compiler captures and differentiates 
 compiler. What inductor makes of it on a GPU is for tests/gpu.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 from support.one_loss import check_layout, tiny_model
-from torch.distributed.device_mesh import DeviceMesh
 
-from fourfold.parallel import init_mesh, parallelize
+from fourfold.parallel import parallelize
 from fourfold.parallel.decoder.compiled import chosen_backend
 from fourfold.parallel.decoder.limits import FULL, SELECTIVE, STREAM, Choice
 from fourfold.parallel.testing.compare import assert_ranks
@@ -46,13 +42,6 @@ def test_two_ranks(ranks, mesh_shape, options, model, graphs):
     assert_ranks([errors for errors, _ in answers], 1e-5, f"{mesh_shape} {options} {model}")
     for _, found in answers:
         assert found == graphs or (graphs is None and 1 <= found <= 8)
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone."""
-    yield init_mesh(device_type="cpu")
-    dist.destroy_process_group()
 
 
 def test_without_a_compiler_nothing_is_compiled(mesh):

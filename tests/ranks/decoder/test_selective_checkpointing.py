@@ -3,8 +3,9 @@
 import pytest
 import torch
 from support.one_loss import assert_one_loss, batches, tiny_model
+from torch.distributed.device_mesh import DeviceMesh
 
-from fourfold.parallel import init_mesh, parallelize
+from fourfold.parallel import parallelize
 
 
 @pytest.mark.parametrize("mesh_shape", [{}, {"dp": 2}, {"cp": 2}, {"tp": 2}, {"pp": 2}], ids=str)
@@ -30,9 +31,9 @@ class Counted(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step(checkpointing: str) -> tuple[int, dict[str, int]]:
+def step(checkpointing: str, mesh: DeviceMesh) -> tuple[int, dict[str, int]]:
     """Bytes that live after a forward for its backward, parameters left out, and the operators of a whole step."""
-    model = parallelize(tiny_model(), init_mesh(device_type="cpu"), checkpointing=checkpointing)
+    model = parallelize(tiny_model(), mesh, checkpointing=checkpointing)
     ids = batches(False)[0][0]
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -51,8 +52,8 @@ def step(checkpointing: str) -> tuple[int, dict[str, int]]:
     return sum(kept.values()), counted.calls
 
 
-def test_matrix_products_run_once_and_what_is_cheap_runs_twice():
-    none, selective, full = (step(kind)[1] for kind in ("none", "selective", "full"))
+def test_matrix_products_run_once_and_what_is_cheap_runs_twice(mesh):
+    none, selective, full = (step(kind, mesh)[1] for kind in ("none", "selective", "full"))
     products = [sum(calls.get(name, 0) for name in ("mm", "addmm", "bmm")) for calls in (none, selective, full)]
     assert products[0] == products[1] < products[2]
     attention = [
