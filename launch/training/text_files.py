@@ -61,7 +61,8 @@ def _pieces(path: Path) -> Iterator[bytes]:
             more += file.readline()
             if b"\0" in more:
                 raise ValueError(
-                    f"{path}: holds zero bytes, so it is no text: give UTF-8, or tokens as .npy; a file that is not UTF-8 is not read"
+                    f"{path}: holds zero bytes, so it is no text: give UTF-8, or tokens as .npy; "
+                    "what is not UTF-8 is not read"
                 )
             yield more
 
