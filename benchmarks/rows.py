@@ -51,6 +51,16 @@ def measurement(
     }  # fmt: skip
 
 
+def append_row(path: Path, row: Mapping[str, Any], fields: Sequence[str]) -> None:
+    """Add a row to a table of these columns, whose header is written first where there is no file."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace `path` by `rows`."""
     with path.open("w", newline="") as file:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from benchmarks.pipelined_backprop import data, models
-from benchmarks.rows import FIELDS, measurement
+from benchmarks.rows import FIELDS, append_row, measurement
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -194,15 +194,6 @@ def done(table: Path) -> set[tuple[str, str]]:
         return {(row["case"], row["seed"]) for row in csv.DictReader(file)}
 
 
-def append(table: Path, row: dict[str, Any]) -> None:
-    new = not table.exists()
-    with table.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def report(table: Path) -> None:
     """Every task and optimizer: mean, spread and each seed, with the distance to training without delays.
 
@@ -274,7 +265,7 @@ def main() -> None:
                     metric="test_loss" if textual else "test_accuracy", unit="nats/byte" if textual else "%",
                     samples=[value], kind="cpu", seed=seed,
                 )  # fmt: skip
-                append(given.table, row)
+                append_row(given.table, row, FIELDS)
             shown = " ".join(f"{value:.3f}" for value in values)
             print(f"{case}: {shown} ({time.process_time() - start:.0f} s of CPU)", flush=True)
 

@@ -28,8 +28,8 @@ from statistics import mean, stdev
 
 import torch
 from benchmarks.pipelined_backprop import data, models
-from benchmarks.pipelined_backprop.accuracy import append, decay, evaluate
-from benchmarks.rows import measurement
+from benchmarks.pipelined_backprop.accuracy import decay, evaluate
+from benchmarks.rows import FIELDS, append_row, measurement
 from torch import Tensor
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
@@ -209,7 +209,7 @@ def measured(run: Run, seeds: Sequence[int], text: Tensor, table: Path) -> list[
                 benchmark="pipelined_backprop/depth", provider="fourfold", case=run.case, metric="test_loss",
                 unit="nats/byte", samples=[value], kind="cpu", seed=seed,
             )  # fmt: skip
-            append(table, row)
+            append_row(table, row, FIELDS)
             known[seed] = value
         shown = " ".join(f"{value:.3f}" for value in values)
         print(f"{run.case}: {shown} ({time.process_time() - start:.0f} s of CPU)", flush=True)

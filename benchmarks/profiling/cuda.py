@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import commit
+from benchmarks.rows import append_row, commit
 
 from fourfold.launch.commands.launch import run_layout
 from fourfold.launch.commands.profile import profile_machine
@@ -61,15 +61,6 @@ def read_samples(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def measured(priced: PricedLayout, model: ModelConfig, steps: int) -> dict[str, Any]:
@@ -143,7 +134,7 @@ def main() -> None:
                 print("the budget is spent: call again to go on")
                 break
             result = measured(priced, model, options.steps)
-            append(
+            append_row(
                 options.out,
                 {
                     **case, "layout": str(priced.layout), "software": plan.software.name,
@@ -152,6 +143,7 @@ def main() -> None:
                     "said_gib": f"{priced.peak_bytes / GIB:.6g}", "held_gib": f"{result['peak_bytes'] / GIB:.6g}",
                     "reserved_gib": f"{result['reserved_bytes'] / GIB:.6g}", "commit": commit(),
                 },
+                FIELDS,
             )  # fmt: skip
             print(table(of_this_case()[-1:]).splitlines()[-1], flush=True)
     print(f"{case['model']} on {case['num_devices']} x {case['device']}:")

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
-from benchmarks.rows import commit, measurement, write_rows
+from benchmarks.rows import append_row, commit, measurement, write_rows
 from benchmarks.stream_backprop.shapes import SHAPES
 
 from fourfold.parallel.stream.memory import stream_memory
@@ -64,20 +64,12 @@ def measure(arguments: argparse.Namespace) -> None:
                     continue
                 python = arguments.peer_python if provider.split(",")[0].split("+")[0] in PEER_KINDS else sys.executable
                 result = step(provider, length, arguments.shape, arguments.allocator, python)
-                append(path, {**dict(zip(FIELDS[:5], key, strict=True)), **result, "commit": commit()})
+                row = {**dict(zip(FIELDS[:5], key, strict=True)), **result, "commit": commit()}
+                append_row(path, row, FIELDS)
                 print(*key, result, flush=True)
 
 
 PEER_KINDS = ("liger", "streambp")
-
-
-def append(path: Path, sample: Sample) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(sample)
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -111,7 +111,10 @@ def train(
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     check_optimizer(layout, settings)
     # DeepSpeed has the optimizer, and updates when it clips.
-    optimizers = [] if isinstance(model, DeepSpeedModel) else make_optimizers(model, settings)
+    if isinstance(model, DeepSpeedModel):
+        optimizers, rated = [], [model.optimizer]
+    else:
+        optimizers = rated = make_optimizers(model, settings)
     first = 0
     if run.resume:
         run.activity.now("reading a checkpoint")
@@ -130,9 +133,7 @@ def train(
         )
         rate = learning_rate_at(step, settings)
         clock.ended("data_s")
-        set_rate(optimizers, rate)
-        if isinstance(model, DeepSpeedModel):
-            model.set_rate(rate)
+        set_rate(rated, rate)
         # Gradients, refused before they reach the weights where they are no numbers; then the update.
         run.activity.now(f"step {step}: forward and backward")
         loss = model.forward_backward(ids).item()

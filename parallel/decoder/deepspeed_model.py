@@ -32,6 +32,12 @@ from fourfold.parallel.grid import AXES
 from fourfold.parallel.ring.transformers import use_ring_attention
 
 
+def skip_shared_memory_operator() -> None:
+    """Keep an imported deepspeed from compiling, on a CPU, an operator for shared memory first, for minutes."""
+    # By its module: as an attribute, deepspeed.comm.torch is torch itself.
+    cast(Any, sys.modules["deepspeed.comm.torch"]).build_shm_op = lambda: None
+
+
 class DeepSpeedModel(ParallelModel):
     """A decoder in fp32 over dp ranks; `initialize` must follow before it takes a step.
 
@@ -87,19 +93,18 @@ class DeepSpeedModel(ParallelModel):
         filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)  # of what DeepSpeed calls
         import deepspeed
 
-        if self.device.type == "cpu":  # it would first compile an operator for shared memory, for minutes
-            # By its module: as an attribute, deepspeed.comm.torch is torch itself.
-            cast(Any, sys.modules["deepspeed.comm.torch"]).build_shm_op = lambda: None
+        if self.device.type == "cpu":
+            skip_shared_memory_operator()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         self._engine = deepspeed.initialize(model=self.stage, optimizer=make_optimizer(), config=dict(config))[0]
         self._zero_stage = config.get("zero_optimization", {}).get("stage", 0)
         self._module = self._engine
 
-    def set_rate(self, rate: float) -> None:
-        """The learning rate of the coming step, for all groups."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+    @property
+    def optimizer(self) -> Optimizer:
+        """DeepSpeed's, after `initialize`; its groups' learning rates may be set, and `clip_grad_norm_` steps it."""
+        return cast(Optimizer, self._engine.optimizer)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip and update, which DeepSpeed does in one call; returns the 2-norm before, a float64 scalar.

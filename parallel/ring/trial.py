@@ -86,7 +86,7 @@ def _try(model: nn.Module, callers: list[nn.Module]) -> None:
     if not streams:
         _refuse_hidden_ways(model, ids, positions)
     # 3. A shard against the whole.
-    tolerance = TOLERANCE.get(whole.dtype, COARSE) * whole.double().abs().max().clamp(min=1e-6)
+    tolerance = _tolerance(whole)
     if not (part.double() - whole[:, shard].double()).abs().max() <= tolerance:
         raise ValueError(f"{name} gives other outputs for a shard than for the whole sequence: {MEND}")
     # 4. The loss of a shard.
@@ -186,7 +186,7 @@ def _refuse_hidden_ways(model: nn.Module, ids: Tensor, positions: Tensor) -> Non
                 f"{type(model).__name__} mixes tokens outside of attention, in {name} (nn.Embedding), whose index "
                 f"depends on other tokens: {MEND}"
             )
-    tolerance = TOLERANCE.get(outputs[0].dtype, COARSE) * outputs[0].double().abs().max().clamp(min=1e-6)
+    tolerance = _tolerance(outputs[0])
     if not (outputs[0].double() - outputs[1].double())[:, others].abs().max() <= tolerance:
         raise ValueError(f"{type(model).__name__} mixes tokens outside of attention while it trains: {MEND}")
     for name, buffer, before in kept:
@@ -195,6 +195,11 @@ def _refuse_hidden_ways(model: nn.Module, ids: Tensor, positions: Tensor) -> Non
                 f"{name} changes with the tokens that the model trains on: each rank of a ring would have its own; "
                 "update it outside of the model's forward, from what all ranks have seen"
             )
+
+
+def _tolerance(outputs: Tensor) -> Tensor:
+    """By how much rounding may change one of them."""
+    return TOLERANCE.get(outputs.dtype, COARSE) * outputs.double().abs().max().clamp(min=1e-6)
 
 
 def _mixed(value: Any) -> bool:

@@ -2,9 +2,8 @@
 
 import copy
 import os
-import sys
 from collections import Counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fourfold.parallel import shard_batch, stream_backprop, token_logprobs, use_ring_attention
+from fourfold.parallel.decoder.deepspeed_model import skip_shared_memory_operator
 from fourfold.parallel.testing.compare import gradient_errors
 
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "cp")
@@ -113,9 +113,7 @@ def _deepspeed(model: nn.Module, stage: int) -> Any:
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()))
     import deepspeed
 
-    # On CPU it would first compile a shared-memory operator, for minutes.
-    # By its module: as an attribute, deepspeed.comm.torch is torch itself.
-    cast(Any, sys.modules["deepspeed.comm.torch"]).build_shm_op = lambda: None
+    skip_shared_memory_operator()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     zero = {
         "stage": stage, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
