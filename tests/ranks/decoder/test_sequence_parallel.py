@@ -9,6 +9,7 @@ from fourfold.parallel import init_mesh, parallelize
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_in_fp64_nothing_but_rounding_is_left(ranks, family):
+    # What remains is transformers' own: its norms and rotary tables are fp32.
     model = {"double": True, "family": family}
     assert_one_loss(ranks(2), {"tp": 2}, masked=True, model=model, tolerance=1e-6, sequence_parallel=True)
 

@@ -12,8 +12,9 @@ from fourfold.parallel.testing.data_parallel import CountCollectives
 @pytest.mark.parametrize("zero_stage", [1, 2])
 @pytest.mark.parametrize("mesh_shape", [{}, {"dp": 2}, {"cp": 2}, {"tp": 2}, {"pp": 2}], ids=str)
 def test_two_ranks(ranks, mesh_shape, zero_stage):
-    if zero_stage == 2 and "pp" in mesh_shape:
+    if zero_stage == 2 and "pp" in mesh_shape:  # refused: test_limits_are_the_runtime_s.py
         pytest.skip("a stage's gradients are whole until the end of a step")
+    # In fp64 what remains is transformers' own: its norms and rotary tables are fp32.
     model = {"double": True}
     how = {"micro_batch": 1, "zero_stage": zero_stage, "model": model, "tolerance": 1e-6}
     assert_one_loss(ranks(2 if mesh_shape else 1), mesh_shape, masked=True, **how)
@@ -76,4 +77,4 @@ def held_between_steps(zero_stage: int) -> tuple[float, float]:
 def test_a_rank_holds_its_share_of_the_states(ranks, zero_stage):
     expected = 1.0 if zero_stage == 0 else 0.5
     for held in ranks(2)(held_between_steps, zero_stage):
-        assert held == pytest.approx((expected, expected), rel=0.02)
+        assert held == (expected, expected)
