@@ -94,8 +94,8 @@ def measure(
     """Time `cases` on every rank of the world; every rank must call with the same cases.
 
     Args:
-        seconds: budget. Where it is too short for MIN_ROUNDS of all, the costliest cases that are not essential are
-            left out; the essential ones are measured even beyond the budget.
+        seconds: budget; rank 0's counts. Where it is too short for MIN_ROUNDS of all, the costliest cases that are not
+            essential are left out; the essential ones are measured even beyond the budget.
         timings: (rank 0) what an earlier, interrupted call had measured: its rounds and its time count.
         progress: called on rank 0 with the finished fraction.
         keep: called on rank 0 after each round with all timings so far.
@@ -105,6 +105,9 @@ def measure(
     """
     timings = timings or Timings()
     start = time.perf_counter() - timings.elapsed_s
+    # Each rank has counted its own time: with budgets of their own, two ranks could choose other cases and wait for
+    # each other in different ones.
+    (seconds,) = _from_rank_0([seconds])
     past = _from_rank_0([float(len(timings.rounds.get(case.key, ()))) for case in cases])
     # What a call of each case takes, by the slowest rank.
     estimates = []

@@ -152,6 +152,22 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(ranks, tmp_path):
     assert second == (2, 0, first[2])
 
 
+def budgets_that_differ() -> list[str]:
+    """The cases that a rank left out, where its own budget alone would leave out others than its peer's."""
+
+    def case(name: str, seconds: float) -> Case:
+        return Case(table="matmul", fields={"m": name}, run=lambda *_: (seconds,), essential=name == "first")
+
+    cases = [case("first", 1e-3), case("second", 2e-3), case("third", 4e-3)]
+    _, left_out = measure(cases, Clock(torch.device("cpu")), seconds=0.1 if dist.get_rank() == 0 else 1e-4)
+    return [str(case.fields["m"]) for case in left_out]
+
+
+def test_ranks_measure_the_same_cases_whatever_time_each_has_left(ranks):
+    first, second = ranks(2)(budgets_that_differ, timeout_s=30.0)
+    assert first == second
+
+
 def test_another_machines_partial_profile_is_refused(tmp_path):
     settings = ProfileSettings(out=tmp_path / "c.toml")
     PartialProfile(settings, [], {"ranks": 2}).save(Timings())
