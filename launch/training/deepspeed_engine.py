@@ -44,8 +44,8 @@ def check_engine(layout: Layout, settings: TrainSettings, *, resume: str = "no")
          "its ZeRO 2 and 3 always shard at every micro-batch; use sharded_accumulation=false"),
         ("compile=true", bool(layout.compile), "layers run as they are; use compile=false"),
         (f"optimizer={settings.optimizer!r}", settings.optimizer != "adamw", "use optimizer='adamw'"),
-        (f"precision={precision!r}", precision != "fp32",
-         "its bf16 also reduces and rounds gradients in bf16; use precision='fp32'"),
+        (f"precision={precision!r}", precision not in ("fp32", "bf16-mixed"),
+         "its own bf16 also rounds and reduces gradients in bf16; use precision='fp32' or 'bf16-mixed'"),
         (f"checkpoint_every={settings.checkpoint_every}", settings.checkpoint_every > 0,
          "its checkpoints are not the ones that this training verifies; use checkpoint_every=0 and export"),
         (f"resume={resume!r}", resume != "no", "there are no checkpoints of it; leave resume out"),
@@ -61,7 +61,10 @@ def check_engine(layout: Layout, settings: TrainSettings, *, resume: str = "no")
 
 
 def configuration(layout: Layout, model: ModelConfig, settings: TrainSettings) -> dict[str, Any]:
-    """The exported JSON of `layout`, with the training's precision (fp32) and clipping, without an optimizer."""
+    """The exported JSON of `layout`, with fp32 weights and gradients and the training's clipping, without an optimizer.
+
+    Products in bf16 are the model's own doing, see DeepSpeedModel.
+    """
     exported = deepspeed_config(replace(layout, precision="auto", compile=None), model)
     del exported["optimizer"]
     return exported | {"bf16": {"enabled": False}, "gradient_clipping": settings.max_norm}
@@ -78,8 +81,9 @@ def deepspeed_model(
 ) -> DeepSpeedModel:
     """The model under DeepSpeed; every rank calls. Arguments and errors as `build`'s, `whole` on the meta device."""
     made = DeepSpeedModel(
-        whole, mesh, micro_batch=layout.micro_batch, checkpointing=layout.checkpointing, seed=settings.seed
-    )
+        whole, mesh, micro_batch=layout.micro_batch, checkpointing=layout.checkpointing,
+        precision=precision_of(layout, settings), seed=settings.seed,
+    )  # fmt: skip
     if pretrained is not None:
         load_pretrained(pretrained, made)
 

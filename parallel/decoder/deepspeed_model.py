@@ -39,21 +39,24 @@ def skip_shared_memory_operator() -> None:
 
 
 class DeepSpeedModel(ParallelModel):
-    """A decoder in fp32 over dp ranks; `initialize` must follow before it takes a step.
+    """A decoder with fp32 weights over dp ranks; `initialize` must follow before it takes a step.
 
     Args:
         model: as `parallelize` takes it, on the meta device or with weights, of which the first rank's count.
         mesh: from `init_mesh`, with dp alone above 1.
         micro_batch: sequences a forward pass.
         checkpointing: "none" or "full".
+        precision: "fp32", or "bf16-mixed": products in bf16, weights, gradients and optimizer states in fp32, as
+            `parallelize` has it with zero_stage=0. None for the device's.
         seed: of the weights of a model on the meta device.
     Raises:
-        ValueError: another axis than dp; what `parallelize` refuses of a model.
+        ValueError: another axis than dp, or another precision; what `parallelize` refuses of a model.
     """
 
     def __init__(
-        self, model: nn.Module, mesh: DeviceMesh, *, micro_batch: int, checkpointing: str = "none", seed: int = 0
-    ) -> None:
+        self, model: nn.Module, mesh: DeviceMesh, *, micro_batch: int, checkpointing: str = "none",
+        precision: str | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
         for axis in AXES[1:]:
             if mesh[axis].size() > 1:
                 raise ValueError(f"{axis}={mesh[axis].size()} with DeepSpeed, which shards over dp alone: use {axis}=1")
@@ -66,8 +69,13 @@ class DeepSpeedModel(ParallelModel):
             use_ring_attention(model, windows)
         else:
             cast(Any, model).set_attn_implementation("sdpa")
+        stored = chosen_precision(precision, None, model, mesh.device_type)
+        if stored.weights != torch.float32:
+            raise ValueError(f"precision={stored.name!r} with DeepSpeed: choose 'fp32' or 'bf16-mixed'")
         config = cast(Any, model).config
-        stage = DecoderStage(model, range(config.num_hidden_layers), checkpointing=checkpointing)
+        # DeepSpeed is left in fp32: its own bf16 would also add and reduce gradients in bf16.
+        layers = range(config.num_hidden_layers)
+        stage = DecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=stored.products)
         for name, part in stage.named_parts():
             materialise(part, name, model, seed=seed, device=device_of(mesh), dtype=torch.float32)
         if config.tie_word_embeddings:
@@ -75,7 +83,7 @@ class DeepSpeedModel(ParallelModel):
         take_over(model)
         options = StepOptions(
             micro_batch=micro_batch, zero_stage=0, sharded_accumulation=False, sequence_parallel=False, compiled=False,
-            precision=chosen_precision("fp32", None, model, mesh.device_type), ring=windows,
+            precision=stored, ring=windows,
         )  # fmt: skip
         super().__init__(stage, mesh, mesh["cp"], options, model)  # one replica: DeepSpeed averages over dp
         self._engine: Any = None
