@@ -37,7 +37,7 @@ class TrainOptions:
     weights: str = _key("auto", "pretrained, random, or auto: what the model's folder has", choices=WEIGHTS)
     precision: str = _key("auto", "of weights and products; auto: fp32, on CUDA bf16-mixed", choices=PRECISION_WORDS)
     layout: str = _key("plan", "layout.toml; or a layout by its name, as 'dp2 z3'; or plan: the best for --cluster")
-    engine: str = _key("native", "native; or deepspeed: its ZeRO over dp, in fp32", choices=ENGINES)
+    engine: str = _key("native", "native; or deepspeed: its ZeRO over dp", choices=ENGINES)
     cluster: str | None = _key(None, "cluster.toml or preset to plan for")
     ranks: int = _key(0, "ranks to plan for or to spread a layout's name over; 0: the cluster's, the name's")
     global_batch: int = _key(0, "sequences a step; needed without a layout file")
