@@ -26,12 +26,12 @@ from fourfold.profiling.shapes import model_shape, read_config
 class TrainingParallelism:
     """profiling's `Parallelism`, by the functions that `fourfold.parallel.parallelize` itself calls."""
 
-    def cut_layer(self, layer: nn.Module, tp_mesh: DeviceMesh) -> None:
-        tensor_parallel.cut_layer(layer, tp_mesh)
+    def cut_layer(self, layer: nn.Module, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
+        tensor_parallel.cut_layer(layer, tp_mesh, sequence_parallel=sequence_parallel)
 
-    def cut_ends(self, model: Any, tp_mesh: DeviceMesh) -> None:
+    def cut_ends(self, model: Any, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
         model.is_first = model.is_last = True  # a whole model is the first stage and the last one
-        tensor_parallel.cut_ends(model, tp_mesh)
+        tensor_parallel.cut_ends(model, tp_mesh, sequence_parallel=sequence_parallel)
 
     def put_ring_around(self, model: Any, cp_group: dist.ProcessGroup) -> None:
         use_ring_attention(model, cp_group)

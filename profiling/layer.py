@@ -9,7 +9,8 @@ Tables, each row a median over all ranks at work together:
     [[layer]]      dtype, tp, micro_batch, seq_len, forward_s, backward_s, activation_bytes, peak_bytes
     [[ends]]       dtype, tp, micro_batch, seq_len, embedding_forward_s, embedding_backward_s, head_forward_s,
                    head_backward_s
-    [[tp_layer]], [[tp_ends]]   the same times, measured on groups of tp ranks by DTensor, collectives inside
+    [[tp_layer]], [[tp_ends]]   the same times, and sequence_parallel; measured on groups of tp ranks by DTensor,
+                   collectives inside
     [[cp_layer]]   dtype, cp, micro_batch, seq_len, forward_s, backward_s, measured on groups of cp ranks
     [[optimizer]]  dtype, parameters, tensors, fused, step_s, clip_s
 
@@ -19,7 +20,8 @@ storages that one layer's forward pass keeps for its backward pass, its input am
 most that one layer's forward and backward pass hold at a time, its input, weights and their gradients included.
 [[ends]]: embedding with the rotary tables; final norm, head and the summed cross-entropy of fp32 logits.
 [[tp_layer]] and [[tp_ends]], for tp > 1 within a host: the whole model's layer cut as training cuts it (see
-parallelism.py). What they take beyond [[layer]] and four all-reduces is DTensor's own work on the host.
+parallelism.py), once with hidden states whole between its matrices and, where tp divides the sequence, once with them
+cut along it (sequence_parallel). What they take beyond [[layer]] and their messages is DTensor's own work on the host.
 [[cp_layer]], for cp > 1 within a host: a layer on seq_len / cp tokens a rank, attending by training's ring. What it
 takes beyond [[layer]] on as many tokens is the ring: its messages, its smaller blocks, and the attention to the other
 ranks' tokens.
@@ -30,6 +32,7 @@ dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 wei
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,19 +85,28 @@ def tensor_parallel_cases(
     tp: int,
     micro_batches: tuple[int, ...],
     seq_len: int,
+    sequence_parallel: bool = False,
 ) -> list[Case]:
-    """[[tp_layer]] and [[tp_ends]] for groups of `tp` neighbouring ranks; every rank of the world must call."""
+    """[[tp_layer]] and [[tp_ends]] for groups of `tp` neighbouring ranks; every rank of the world must call.
+
+    Args:
+        seq_len: tokens of a sequence, a multiple of tp where `sequence_parallel`: every rank then has seq_len / tp of
+            them between its matrices.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size() // tp, tp), mesh_dim_names=("outer", "tp"))["tp"]
     with device:
         model = local_model(config, num_layers=DEPTH)
     for layer in model.model.layers:
-        parallelism.cut_layer(layer, mesh)
-    parallelism.cut_ends(model, mesh)
+        parallelism.cut_layer(layer, mesh, sequence_parallel=sequence_parallel)
+    parallelism.cut_ends(model, mesh, sequence_parallel=sequence_parallel)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = []
     for micro_batch in micro_batches:
-        work = _Work(model, device, dtype, micro_batch, seq_len, mesh)
-        fields = {"dtype": str(dtype).removeprefix("torch."), "tp": tp, "micro_batch": micro_batch, "seq_len": seq_len}
+        work = _Work(model, device, dtype, micro_batch, seq_len, _Cut(mesh, tp if sequence_parallel else 1))
+        fields = {
+            "dtype": str(dtype).removeprefix("torch."), "tp": tp, "sequence_parallel": sequence_parallel,
+            "micro_batch": micro_batch, "seq_len": seq_len,
+        }  # fmt: skip
         layers = Case(table="tp_layer", fields=fields, columns=_LAYER, run=work.time_layers, essential=True)
         cases += [layers, Case(table="tp_ends", fields=fields, columns=_ENDS, run=work.time_ends, essential=True)]
     return cases
@@ -127,6 +139,14 @@ def context_parallel_cases(
     return cases
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The tp mesh that a model is cut on, and into how many pieces its hidden states are between the matrices."""
+
+    mesh: DeviceMesh
+    sequence_shards: int
+
+
 class _Work:
     """Timed passes through the layers and the ends of one model, on random input."""
 
@@ -137,11 +157,13 @@ class _Work:
         dtype: torch.dtype,
         micro_batch: int,
         seq_len: int,
-        mesh: DeviceMesh | None = None,
+        cut: _Cut | None = None,
         **attention_arguments: Any,
     ) -> None:
-        self._model, self._device, self._dtype, self._mesh = model, device, dtype, mesh
-        self._shape = (micro_batch, seq_len, model.config.hidden_size)
+        self._model, self._device, self._dtype = model, device, dtype
+        self._mesh = cut.mesh if cut else None
+        self._token_shape = (micro_batch, seq_len)
+        self._shape = (micro_batch, seq_len // (cut.sequence_shards if cut else 1), model.config.hidden_size)
         self._positions = torch.arange(seq_len, device=device)[None]
         self._attention_arguments = attention_arguments
 
@@ -173,7 +195,7 @@ class _Work:
 
     def time_ends(self, clock: Clock, iterations: int) -> tuple[float, float, float, float]:
         model, vocab = self._model, self._model.config.vocab_size
-        tokens = torch.randint(vocab, self._shape[:2], device=self._device)
+        tokens = torch.randint(vocab, self._token_shape, device=self._device)
         hidden, grad = self._hidden(), torch.randn(self._shape, device=self._device)
         totals = [0.0] * 4
         for _ in range(iterations):

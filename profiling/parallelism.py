@@ -12,10 +12,13 @@ from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 class Parallelism(Protocol):
     """The ways in which training spreads a layer over ranks. Each changes a transformers model in place."""
 
-    def cut_layer(self, layer: nn.Module, tp_mesh: DeviceMesh) -> None:
-        """Replace a decoder layer's parameters by DTensors on `tp_mesh`; every rank of it calls."""
+    def cut_layer(self, layer: nn.Module, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
+        """Replace a decoder layer's parameters by DTensors on `tp_mesh`; every rank of it calls.
 
-    def cut_ends(self, model: Any, tp_mesh: DeviceMesh) -> None:
+        With `sequence_parallel` its input and output are this rank's tp-th of the tokens.
+        """
+
+    def cut_ends(self, model: Any, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
         """The same for embedding, last norm and head; logits leave as this rank's part of the vocabulary."""
 
     def put_ring_around(self, model: Any, cp_group: dist.ProcessGroup) -> None:

@@ -93,7 +93,8 @@ def _model_cases(
             cases += context_parallel_cases(config, device, parallelism, cp=cp, **sizes)
         for tp in model.tp_degrees(per_host)[1:]:
             if model.vocab % tp == 0:
-                cases += tensor_parallel_cases(config, device, parallelism, tp=tp, **sizes)
+                for cut in (False, True)[: 1 + (settings.seq_len % tp == 0)]:
+                    cases += tensor_parallel_cases(config, device, parallelism, tp=tp, sequence_parallel=cut, **sizes)
     return cases + optimizer_cases(model, device)
 
 

@@ -8,7 +8,7 @@ the same work on one is the price of splitting it, messages and the host's own w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ def measured_rows(pricing: Pricing, table: str) -> list[Row]:
 
 def _of_row(row: Row) -> Candidates:
     columns = {name: np.array([row.get(name, 1)]) for name in ("tp", "cp", "micro_batch")}
+    columns["sequence_parallel"] = np.array([bool(row.get("sequence_parallel", False))])
     return Candidates.from_columns(columns, global_batch=row["micro_batch"], seq_len=row["seq_len"])
 
 
@@ -103,9 +104,28 @@ def extra_seconds_of_splitting(rows: list[Row], split: Split, layouts: Candidate
     nearest degree of the axis and interpolated over tokens. A row quicker than its work alone is noise, not a free
     exchange: there the formula holds.
 
+    Layouts with sequence parallelism have rows of their own. Without such rows the others tell what the host does
+    besides sending, which is the same with either kind of message, so that only the messages are exchanged: a ratio
+    would price the host's work as if it grew with them.
+
     Args:
         rows: of a table measured on groups of the axis' ranks; those of fewer than 2 tell nothing.
     """
+    whole = _ratios([row for row in rows if not row.get("sequence_parallel")], split, layouts)
+    messages = split.communication(layouts)
+    priced: Column = messages * whole
+    cut = layouts.sequence_parallel
+    if not np.any(cut):
+        return priced
+    rows_of_cut = [row for row in rows if row.get("sequence_parallel")]
+    if rows_of_cut:
+        return np.where(cut, messages * _ratios(rows_of_cut, split, layouts), priced)
+    other = split.communication(replace(layouts, sequence_parallel=np.zeros_like(cut)))
+    return np.where(cut, messages * np.minimum(whole, 1.0) + other * np.maximum(whole - 1.0, 0.0), priced)
+
+
+def _ratios(rows: list[Row], split: Split, layouts: Candidates) -> Column:
+    """What rows took beyond their work alone, over the formula of their communication; 1 where no row tells."""
     points: dict[int, list[tuple[float, ...]]] = {}
     for row in rows:
         if row[split.axis] < 2:
@@ -117,9 +137,9 @@ def extra_seconds_of_splitting(rows: list[Row], split: Split, layouts: Candidate
         ratio = more / float(split.communication(same)[0]) if more > 0 else 1.0
         points.setdefault(row[split.axis], []).append((float(same.tokens[0]), ratio))
     if not points:
-        return split.communication(layouts)
+        return np.ones(len(layouts))
     (ratios,) = _interpolated(points, getattr(layouts, split.axis), layouts)
-    return split.communication(layouts) * ratios
+    return ratios
 
 
 def _interpolated(points: Mapping[int, list[tuple[float, ...]]], degree: Column, layouts: Candidates) -> list[Column]:

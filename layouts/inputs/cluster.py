@@ -356,6 +356,8 @@ def _model_table(table: Mapping[str, Any], key: str, title: str) -> tuple[Mappin
             _positive(row, name, where) if name.endswith("_s") else _whole(row, name, where)
         if not isinstance(row.get("dtype", ""), str):
             raise ValueError(f"{where}: dtype={shown(row['dtype'])}, but it is a word")
+        if not isinstance(row.get("sequence_parallel", False), bool):
+            raise ValueError(f"{where}: sequence_parallel={shown(row['sequence_parallel'])}, but it is true or false")
         number(row.get("activation_bytes", 0), f"{where}: activation_bytes", zero=True)
     return rows
 

@@ -69,7 +69,8 @@ def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
     assert layers[1]["activation_bytes"] / 2 < layers[2]["activation_bytes"] < layers[1]["activation_bytes"]
     assert all(row["forward_s"] > 0 and row["backward_s"] > 0 for row in table["layer"])
     assert all(row["peak_bytes"] > row["activation_bytes"] for row in table["layer"])
-    assert [row["tp"] for row in table["tp_layer"]] == [row["tp"] for row in table["tp_ends"]] == [2]
+    for name in ("tp_layer", "tp_ends"):  # hidden states whole between the matrices, and cut along the sequence
+        assert [(row["tp"], row["sequence_parallel"]) for row in table[name]] == [(2, False), (2, True)]
     assert [row["cp"] for row in table["cp_layer"]] == [2]
     assert all(row["head_backward_s"] > 0 for row in table["ends"] + table["tp_ends"])
     assert {row["fused"] for row in table["optimizer"]} == {True, False}
@@ -82,7 +83,8 @@ def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
 def test_each_host_of_two_measures_what_cuts_its_layers(ranks, tmp_path):
     ranks(4)(write_profile, str(tmp_path), 2, 0.1, True)
     table = tomllib.loads((tmp_path / "cluster.toml").read_text())
-    assert [row["tp"] for row in table["tp_layer"]] == [row["tp"] for row in table["tp_ends"]] == [2]
+    for name in ("tp_layer", "tp_ends"):  # hidden states whole between the matrices, and cut along the sequence
+        assert [(row["tp"], row["sequence_parallel"]) for row in table[name]] == [(2, False), (2, True)]
     assert [row["cp"] for row in table["cp_layer"]] == [2]
 
 

@@ -152,6 +152,36 @@ def test_splitting_costs_what_measured_layers_took_beyond_their_work():
         assert extra_seconds_of_splitting(measured, split, both).tolist() == hops(both).tolist()
 
 
+def test_sequence_parallelism_has_rows_of_its_own_or_exchanges_the_messages_alone():
+    def work(at: Candidates) -> Times:
+        return Times(at.tokens * 1e-6, at.tokens * 2e-6)
+
+    def messages(at: Candidates) -> np.ndarray:
+        return (at.tp - 1) * np.where(at.sequence_parallel, 3e-4, 1e-4)
+
+    def row(extra_s: float, **fields: object) -> dict[str, object]:
+        return {
+            "tp": 2,
+            "micro_batch": 1,
+            "seq_len": 512,
+            "forward_s": 512e-6 + extra_s,
+            "backward_s": 1024e-6,
+            **fields,
+        }
+
+    columns = {"tp": np.array([1, 2, 2]), "sequence_parallel": np.array([False, False, True])}
+    both = Candidates.from_columns(columns, global_batch=1, seq_len=512)
+    split = Split(piece=LAYER, axis="tp", alone=work, communication=messages)
+    # 2 ms of which 0.1 ms are messages: the host's 1.9 ms stay where other messages take 0.3 ms.
+    assert extra_seconds_of_splitting([row(2e-3)], split, both) == pytest.approx([0, 2e-3, 2.2e-3])
+    # Half of what the messages should take: nothing is the host's, and both kinds are as much quicker.
+    assert extra_seconds_of_splitting([row(5e-5)], split, both) == pytest.approx([0, 5e-5, 1.5e-4])
+    # Measured, both are what they are.
+    measured = [row(2e-3, sequence_parallel=False), row(1e-3, sequence_parallel=True)]
+    assert extra_seconds_of_splitting(measured, split, both) == pytest.approx([0, 2e-3, 1e-3])
+    assert extra_seconds_of_splitting(measured[1:], split, both) == pytest.approx([0, 1e-4, 1e-3])
+
+
 def test_measured_operations_come_before_formulas():
     send = A100.links[0].operations[0]
     measured = LinkOperation(operation="all_reduce", group_size=2, latency_s=1.0, bandwidth_bytes_per_s=1e12)
