@@ -56,7 +56,7 @@ def run_row(
         "heads": model.num_heads, "kv_heads": model.num_kv_heads, "ffn": model.ffn_size, "vocab": model.vocab_size,
         "seq_len": layout.seq_len, "gpu_type": cluster.device.name, "num_gpus": layout.world_size,
         "global_batch": layout.global_batch, "micro_batch": layout.micro_batch, "tp": layout.tp, "pp": layout.pp,
-        "vp": 1, "cp": layout.cp, "ep": 1, "dp": layout.dp, "grad_accum": layout.num_micro_batches,
+        "vp": layout.vp, "cp": layout.cp, "ep": layout.ep, "dp": layout.dp, "grad_accum": layout.num_micro_batches,
         "zero_stage": layout.zero_stage, "activation_checkpointing": _CHECKPOINTING[layout.checkpointing],
         "kernel": "torch sdpa" if layout.cp == 1 else "fourfold ring", "sequence_parallel": layout.sequence_parallel,
         "precision": _PRECISIONS.get(result.get("precision", ""), "bf16" if result["device"] == "cuda" else "fp32"),

@@ -17,6 +17,7 @@ from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.evidence.inference import settle
 from fourfold.layouts.evidence.runs import Run, read_runs
 from fourfold.layouts.evidence.validation import LEAST_RUNS, Scores, price_runs, score
+from fourfold.layouts.inputs.reading import BEYOND
 
 PREDICTED = (
     "step_time_pred_s", "memory_pred_gib", "fit_probability", "fits_pred", "step_time_low_s", "step_time_high_s",
@@ -97,7 +98,7 @@ def write_predictions(path: Path, rows: list[dict[str, str]], runs: list[Run], p
     """The input's columns plus the predictions; blank where a row cannot be priced."""
     by_line = {run.number: (run, priced) for run, priced in zip(runs, prices, strict=True)}
     with path.open("w", newline="", encoding="utf-8") as file:
-        names = list(dict.fromkeys([*rows[0], *PREDICTED]))
+        names = list(dict.fromkeys([*(name for name in rows[0] if name != BEYOND), *PREDICTED]))
         writer = csv.DictWriter(file, names, lineterminator="\n", restval="", extrasaction="ignore")
         writer.writeheader()
         for line, row in enumerate(rows, start=2):

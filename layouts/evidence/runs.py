@@ -13,7 +13,7 @@ from fourfold.layouts.evidence.study import KERNELS, STUDY, StudyConstants, ship
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster, preset_for_gpu
 from fourfold.layouts.inputs.layout import MITIGATION, SCHEDULES, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.reading import number_text, read_csv, whole_text
+from fourfold.layouts.inputs.reading import BEYOND, number_text, read_csv, shortened, shown, whole_text
 from fourfold.layouts.inputs.software import FSDP, MEGATRON, RUNTIME_CPU, Software
 
 _BLANK = ("", "nan", "none", "null", "-", "n/a", "?")
@@ -97,6 +97,8 @@ def read_runs(path: str | Path) -> tuple[list[dict[str, str]], list[Run], dict[i
 
 
 def _run(number: int, row: Mapping[str, str], environment: Environment | None = None) -> Run:
+    if row.get(BEYOND):
+        raise ValueError(f"goes on beyond its columns with {shortened(row[BEYOND])}: quote cells that hold commas")
     if "fp8" in row.get("precision", "").lower():
         raise ValueError(f"precision={row['precision']}: only 16-bit and 32-bit training is priced")
     model, note = _model(row)
@@ -110,7 +112,7 @@ def _run(number: int, row: Mapping[str, str], environment: Environment | None = 
         )
     kind, every = _CHECKPOINTING[checkpointing]
     status = row.get("status", "").lower()
-    oom = {"true": True, "false": False}.get(row.get("oom", "").lower())
+    oom = _flag(row, "oom")
     if status and status != "ok" and oom is not True:
         raise ValueError(f"status={row['status']!r}: neither a run nor out of memory")
     tp, pp, cp = (_whole(row, key, default=1) for key in ("tp", "pp", "cp"))
@@ -120,11 +122,9 @@ def _run(number: int, row: Mapping[str, str], environment: Environment | None = 
     dp = gpus // (tp * pp * cp)
     zero = _whole(row, "zero_stage", default=1, least=0)
     software = environment.software_for(row.get("kernel", "").lower()) if environment else _software(row, zero)
-    sequence = row.get("sequence_parallel", "").lower()
-    if sequence not in ("", "true", "false"):
-        raise ValueError(f"sequence_parallel={sequence!r}: neither true nor false")
+    sequence = _flag(row, "sequence_parallel")
     # Where a 3D-parallel run does not tell, it is on: Megatron-LM's recommendation since it has it.
-    parallel = tp > 1 and (sequence == "true" or (not sequence and software.name == MEGATRON.name))
+    parallel = tp > 1 and (software.name == MEGATRON.name if sequence is None else sequence)
     vp = _whole(row, "vp", default=1)
     embedding_counts_as, head_counts_as = (0, 0)
     if software.ends_in_cut and pp > 1 and vp == 1 and model.num_layers >= 2 * pp:
@@ -136,7 +136,7 @@ def _run(number: int, row: Mapping[str, str], environment: Environment | None = 
         embedding_counts_as=_whole(row, "embedding_counts_as", default=embedding_counts_as, least=0),
         head_counts_as=_whole(row, "head_counts_as", default=head_counts_as, least=0),
         schedule=row.get("schedule") or SCHEDULES[0], mitigation=row.get("mitigation") or MITIGATION,
-        sharded_accumulation=row.get("sharded_accumulation", "").lower() == "true",
+        sharded_accumulation=bool(_flag(row, "sharded_accumulation")),
         global_batch=_whole(row, "global_batch"), seq_len=_whole(row, "seq_len"),
     )  # fmt: skip
     check(layout, model)
@@ -155,7 +155,7 @@ def _run(number: int, row: Mapping[str, str], environment: Environment | None = 
         number=number, row=row, model=model, cluster=cluster, layout=layout,
         alternatives=alternatives, software=software, note=note,
         sweep=f"{model.name} seq{layout.seq_len} {gpus}x{device} gbs{layout.global_batch}"
-        + (" sp" if sequence == "true" else ""),
+        + (" sp" if sequence else ""),
         step_s=None if oom else step, oom=oom, memory_gib=_number(row, "mem_gib"),
     )  # fmt: skip
 
@@ -220,6 +220,17 @@ def _software(row: Mapping[str, str], zero: int) -> Software:
     if kernel in KERNELS:
         return study.software(kernel)
     return study.applied_to(replace(FSDP if zero == 3 else MEGATRON, attention=attention_of(kernel)))
+
+
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": None}
+
+
+def _flag(row: Mapping[str, str], key: str) -> bool | None:
+    """A cell that is true or false, or blank."""
+    text = row.get(key, "").lower()
+    if text not in _FLAGS:
+        raise ValueError(f"{key}={shown(row[key])}: neither true nor false")
+    return _FLAGS[text]
 
 
 def _whole(row: Mapping[str, str], key: str, *, default: int | None = None, least: int = 1) -> int:

@@ -20,6 +20,8 @@ MOST_DEVICES = 1 << 20
 MOST_NUMBER = 1e30
 """Of any figure with a unit: beyond peaks, bandwidths and memory of any machine."""
 MOST_BYTES_OF_FILE = 1 << 28
+BEYOND = "cells beyond the columns"
+"""Under this name a row of `read_csv` has what stands behind its last column."""
 
 
 def read_text(path: str | Path, mend: str) -> str:
@@ -63,7 +65,10 @@ def read_json_object(path: str | Path, mend: str) -> dict[str, Any]:
 
 
 def read_csv(path: str | Path, mend: str) -> tuple[list[str], list[dict[str, str]]]:
-    """A CSV file's column names, and its rows with every cell stripped; cells beyond the columns are left out.
+    """A CSV file's column names, and its rows with every cell stripped.
+
+    A row that goes on beyond the columns has the rest of it under BEYOND, for the reader to refuse: a cell too many in
+    its middle has moved all that follow under wrong names. Blank cells at the end are no such thing.
 
     Raises:
         ValueError: as `read_text`, and where it is not a CSV or names a column twice.
@@ -73,13 +78,19 @@ def read_csv(path: str | Path, mend: str) -> tuple[list[str], list[dict[str, str
         reader = csv.DictReader(text.splitlines(keepends=True))
         header = [name.strip() for name in reader.fieldnames or []]
         reader.fieldnames = header
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+        rows = [_stripped(row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{path}: not a CSV ({error}): {mend}") from None
     twice = next((name for name in header if name and header.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: has two columns {twice!r}: {mend}")
     return header, rows
+
+
+def _stripped(row: dict[str | Any, str | Any]) -> dict[str, str]:
+    cells = {key: (value or "").strip() for key, value in row.items() if key}
+    beyond = [cell.strip() for cell in row.get(None) or ()]
+    return {**cells, BEYOND: ", ".join(beyond)} if any(beyond) else cells
 
 
 def whole(value: object, name: str, *, least: int = 1, most: int = MOST) -> int:
@@ -120,7 +131,7 @@ def number_text(text: str, name: str, *, most: float = MOST_NUMBER) -> float:
 
 def _parsed(text: str, name: str) -> float:
     try:
-        value = float(text)
+        value = float("" if "_" in text else text)  # Python reads "1_000" as a number, no other program does
     except ValueError:
         raise ValueError(f"{name}={shown(text)} is not a number") from None
     if not math.isfinite(value):

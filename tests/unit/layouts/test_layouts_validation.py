@@ -69,6 +69,10 @@ def test_rows_are_read_as_the_schema_says(tmp_path):
         ({"step_time_s": "-1"}, "step_time_s=-1: not a number above 0"),
         ({"step_time_s": "", "oom": ""}, "gives neither a step time"),
         ({"global_batch": "63"}, "global_batch=63 is no multiple of dp=4"),
+        ({"global_batch": "1_024"}, "global_batch='1_024' is not a number"),
+        ({"step_time_s": "1_0.5"}, "step_time_s='1_0.5' is not a number"),
+        ({"oom": "perhaps"}, "oom='perhaps': neither true nor false"),
+        ({"sequence_parallel": "some"}, "sequence_parallel='some': neither true nor false"),
     ],
 )
 def test_rows_that_cannot_be_priced_are_listed_with_the_reason(tmp_path, change, reason):
@@ -79,6 +83,30 @@ def test_rows_that_cannot_be_priced_are_listed_with_the_reason(tmp_path, change,
     result = CliRunner().invoke(app, [str(path)])
     assert result.exit_code == 0
     assert "line 3 not priced" in result.stdout
+
+
+def test_yes_and_no_are_true_and_false(tmp_path):
+    path = write(tmp_path / "runs.csv", *({"oom": word} for word in ("yes", "No", "TRUE", "0", "")))
+    _, runs, refused = read_runs(path)
+    assert not refused
+    assert [(run.oom, run.step_s is None) for run in runs] == [
+        (True, True), (False, False), (True, True), (False, False), (None, False)
+    ]  # fmt: skip
+
+
+def test_a_row_that_goes_on_beyond_its_columns_is_refused_and_written_without_them(tmp_path):
+    path = write(tmp_path / "runs.csv", {}, {}, {})
+    first, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([first, rows[0] + ",7,eight", rows[1] + ",,", rows[2]]))
+    _, runs, refused = read_runs(path)
+    assert [run.number for run in runs] == [3, 4]  # blank cells at a row's end say nothing
+    assert "goes on beyond its columns with 7, eight" in refused[2]
+    out = tmp_path / "out.csv"
+    assert CliRunner().invoke(app, [str(path), "--predictions", str(out)]).exit_code == 0
+    with out.open() as file:
+        lines = list(csv.reader(file))
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert "eight" not in out.read_text()
 
 
 def test_a_file_that_is_no_csv_of_runs_is_refused(tmp_path):
