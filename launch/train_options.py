@@ -46,6 +46,8 @@ class TrainOptions:
     validation: tuple[str, ...] = _key((), "the same for held-out text; none: the last tenth of the data")
     tokenizer: str | None = _key(None, "folder of a transformers tokenizer; none: a token is a byte")
     text_column: str = _key("text", "of JSON lines and Parquet")
+    data_weights: tuple[float, ...] = _key((), "how often rows come from each entry of data; none: all is one text")
+    packing: bool = _key(False, "rows of whole documents, which do not see each other, instead of windows of the text")
     out: str | None = _key(None, "folder for metrics.csv, log.jsonl, result.json and checkpoints")
     steps: int = _key(100, "optimizer steps in all", least=1)
     learning_rate: float = _key(3e-3, "at its peak")
@@ -118,6 +120,9 @@ def checked(name: str, value: Any, where: str) -> Any:
         if choices and value not in choices:
             raise ValueError(f"{where}={shown(value)}: choose one of {', '.join(choices)}")
         return value
+    if kind is tuple and _is_of_numbers(name):
+        numbers = value if isinstance(value, list) else [value]
+        return tuple(number(each, where) for each in numbers)
     if kind is tuple:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
@@ -152,6 +157,10 @@ def _kind(name: str) -> type:
     return kind
 
 
+def _is_of_numbers(name: str) -> bool:
+    return float in get_args(get_type_hints(TrainOptions)[name])
+
+
 class _OneLineParser(argparse.ArgumentParser):
     """Refuses in one line, by the way of everything else that a user can get wrong."""
 
@@ -171,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
         option, words = f"--{name.replace('_', '-')}", key.metadata["help"].replace("%", "%%")
         if name == "resume":
             parser.add_argument(option, nargs="?", const="yes", metavar="auto|STEP", help=words)
+        elif _kind(name) is tuple and _is_of_numbers(name):
+            parser.add_argument(option, action="append", type=float, metavar="FLOAT", help=f"{words}; repeat for more")
         elif _kind(name) is tuple:
             parser.add_argument(option, action="append", metavar="FILE", help=f"{words}; repeat for more")
         elif _kind(name) is bool:

@@ -20,13 +20,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
-from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult, refuse_no_more_steps
 from fourfold.launch.training.optimizers import check_optimizer
+from fourfold.launch.training.packing import Batch
+from fourfold.launch.training.rows import Order, Rows, as_rows, relative_targets
 from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at, precision_of
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.decoder import pipeline_decoder
+from fourfold.parallel.decoder.documents import without_first_tokens
 from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline import scale_adam_hyperparameters
@@ -98,19 +100,45 @@ class AsynchronousModel:
         start = mesh.get_local_rank("dp") * replica_rows
         self.rows = slice(start, start + replica_rows)
 
-    def micro_batches(self, ids: Callable[[], Tensor]) -> Iterator[tuple[Tensor, Any]]:
+    def micro_batches(self, ids: Callable[[], Tensor | Batch]) -> Iterator[tuple[Any, Any]]:
         """This replica's micro-batches of a global batch, as far as this stage reads them.
 
         Args:
-            ids: makes [rows, seq_len] int64; called where tokens are read, on the first and the last stage.
+            ids: makes the rows, [rows, seq_len] int64 or a Batch; called where tokens are read, on the first and the
+                last stage.
         """
         shape = self.layout.micro_batch, self.layout.seq_len
         unread = torch.empty(shape, dtype=torch.int64, device="meta")
         if not (self.pipeline.is_first or self.pipeline.is_last):
             yield from [(unread, None)] * self.layout.num_micro_batches
             return
-        for part in torch.split(ids().to(self.device), self.layout.micro_batch):
-            yield (part, None) if self.pipeline.is_first else (unread, shard_labels(part, (0, 1)))
+        drawn = ids()
+        batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
+        inputs, documents = batch.ids.to(self.device), batch.document_ids
+        labels = inputs if batch.labels is None else batch.labels.to(self.device)
+        if documents is not None:
+            documents = documents.to(self.device)
+            labels = without_first_tokens(labels, documents)
+        for start in range(0, len(inputs), self.layout.micro_batch):
+            part = slice(start, start + self.layout.micro_batch)
+            if not self.pipeline.is_first:
+                yield unread, shard_labels(labels[part], (0, 1))
+            elif documents is None:
+                yield inputs[part], None
+            else:  # the stages after this one are handed the documents
+                yield {"input_ids": inputs[part], "document_ids": documents[part]}, None
+
+    def relative_targets(self, targets: Tensor) -> Tensor:
+        """How much the loss of each of this replica's micro-batches counts in the mean over all targets.
+
+        Args:
+            targets: [n global_batch], of each row of some global batches.
+        Returns:
+            [n num_micro_batches] float64, 1 on average over the replicas.
+        """
+        layout = self.layout
+        counts = targets.view(-1, layout.dp, layout.num_micro_batches, layout.micro_batch).sum(-1)
+        return relative_targets(counts)[:, self.mesh.get_local_rank("dp")].flatten().to(self.device)
 
     def average_over_replicas(self, values: Tensor) -> Tensor:
         """The mean of a tensor over dp, in place; every replica of this stage must call.
@@ -171,8 +199,10 @@ class AsynchronousModel:
 class _StepClock:
     """On the last stage: gathers micro-batches into steps, and reports each as its last loss is known."""
 
-    def __init__(self, model: AsynchronousModel, first: int, on_step: Callable[[StepRecord], None]) -> None:
-        self._model, self._step, self._on_step = model, first, on_step
+    def __init__(
+        self, model: AsynchronousModel, batches: Rows, first: int, on_step: Callable[[StepRecord], None]
+    ) -> None:
+        self._model, self._batches, self._step, self._on_step = model, batches, first, on_step
         self._losses: list[Tensor] = []
         self._since = time.perf_counter()
         self.records: list[StepRecord] = []
@@ -182,7 +212,8 @@ class _StepClock:
         if len(self._losses) < self._model.layout.num_micro_batches:
             return
         took_s = time.perf_counter() - self._since
-        mean = self._model.average_over_replicas(torch.stack(self._losses).double().mean()).item()
+        counts = self._model.relative_targets(self._batches.training_targets(self._step))
+        mean = self._model.average_over_replicas((torch.stack(self._losses).double() * counts).mean()).item()
         settings = self._model.settings
         if not math.isfinite(mean):
             raise FloatingPointError(
@@ -197,7 +228,7 @@ class _StepClock:
         self._losses, self._since, self._step = [], self._since + took_s, self._step + 1
 
 
-def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], run: TrainingRun) -> TrainResult:
+def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor] | Rows, run: TrainingRun) -> TrainResult:
     """loop.train for an asynchronous pipeline; every rank calls. `run.on_step` is called on the last stage's ranks.
 
     The pipeline drains before a checkpoint, so that nothing is in flight, and at the end.
@@ -210,6 +241,7 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
         PipelineError: another stage, or a replica of this one, is gone.
     """
     layout, settings = model.layout, model.settings
+    batches = as_rows(text, _order(model), held_out=settings.held_out_batches > 0)
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     first = 0
     if run.resume:
@@ -225,8 +257,8 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
     result = TrainResult(device=model.device.type, precision=model.precision)
     while first < settings.steps:
         last = min(settings.steps, (first // every + 1) * every)
-        clock = _StepClock(model, first, run.on_step)
-        model.pipeline.run(_training_stream(model, text[0], range(first, last), run, counted), on_loss=clock)
+        clock = _StepClock(model, batches, first, run.on_step)
+        model.pipeline.run(_training_stream(model, batches, range(first, last), run, counted), on_loss=clock)
         result.records += _shared(model, clock.records, range(first, last))
         if settings.checkpoint_every:
             run.activity.now(f"writing the checkpoint of step {last}")
@@ -234,43 +266,42 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor], 
         first = last
     if settings.held_out_batches:
         run.activity.now("held-out evaluation")
-        result.held_out_loss = held_out_loss_asynchronously(model, text[1], settings.held_out_batches)
+        result.held_out_loss = held_out_loss_asynchronously(model, batches, settings.held_out_batches)
     run.gauge.stop()
     result.peak_bytes, result.reserved_bytes = run.gauge.peak_bytes, run.gauge.reserved_bytes
     return result
 
 
-def held_out_loss_asynchronously(model: AsynchronousModel, text: Tensor, num_batches: int) -> float:
+def held_out_loss_asynchronously(model: AsynchronousModel, text: Tensor | Rows, num_batches: int) -> float:
     """loop.held_out_loss for a drained asynchronous pipeline; every rank calls."""
-    losses = model.pipeline.evaluate(_held_out_stream(model, text, num_batches))
-    mean = torch.tensor(losses, dtype=torch.float64, device=model.device).mean()
+    batches = as_rows((text, text), _order(model), held_out=True) if isinstance(text, Tensor) else text
+    losses = model.pipeline.evaluate(_held_out_stream(model, batches, num_batches))
+    counts = model.relative_targets(batches.held_out_targets(num_batches * model.layout.global_batch))
+    mean = (torch.tensor(losses, dtype=torch.float64, device=model.device) * counts).mean()
     return model.average_over_replicas(mean).item()
 
 
-def _training_stream(
-    model: AsynchronousModel, text: Tensor, steps: range, run: TrainingRun, counted: int
-) -> Iterator[tuple[Tensor, Any]]:
+def _order(model: AsynchronousModel) -> Order:
     layout = model.layout
+    return Order(seq_len=layout.seq_len, global_batch=layout.global_batch, seed=model.settings.seed)
+
+
+def _training_stream(
+    model: AsynchronousModel, batches: Rows, steps: range, run: TrainingRun, counted: int
+) -> Iterator[tuple[Any, Any]]:
     for step in steps:
         run.activity.now(f"step {step}")
         if step == counted:
             run.gauge.stop()
-        draw = partial(
-            training_rows, text, seq_len=layout.seq_len, global_batch=layout.global_batch, step=step,
-            seed=model.settings.seed, rows=model.rows,
-        )  # fmt: skip
-        yield from model.micro_batches(draw)
+        yield from model.micro_batches(partial(batches.training, step, model.rows))
 
 
-def _held_out_stream(model: AsynchronousModel, text: Tensor, num_batches: int) -> Iterator[tuple[Tensor, Any]]:
-    layout = model.layout
+def _held_out_stream(model: AsynchronousModel, batches: Rows, num_batches: int) -> Iterator[tuple[Any, Any]]:
+    global_batch = model.layout.global_batch
     for batch in range(num_batches):
-        shift = batch * layout.global_batch
-        draw = partial(
-            held_out_rows, text, seq_len=layout.seq_len, num_rows=num_batches * layout.global_batch,
-            rows=slice(shift + model.rows.start, shift + model.rows.stop),
-        )  # fmt: skip
-        yield from model.micro_batches(draw)
+        shift = batch * global_batch
+        inside = slice(shift + model.rows.start, shift + model.rows.stop)
+        yield from model.micro_batches(partial(batches.held_out, num_batches * global_batch, inside))
 
 
 def _shared(model: AsynchronousModel, records: list[StepRecord], steps: range) -> list[StepRecord]:

@@ -13,11 +13,14 @@ from fourfold.launch.training.agreement import gathered
 from fourfold.parallel import ParallelModel
 
 
-def first_not_finite(model: ParallelModel, ids: Tensor) -> str:
+def first_not_finite(
+    model: ParallelModel, ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None
+) -> str:
     """What made the NaN or infinity, in a few words, the same on every rank; every rank calls.
 
     Args:
-        ids: this rank's rows of the step that failed; weights and gradients are still those of it.
+        ids, labels, document_ids: this rank's rows of the step that failed, as its `forward_backward` had them;
+            weights and gradients are still those of it.
     Returns:
         A weight that is not finite itself; else the first module with finite inputs and another output; else the
         gradient nearest to the loss that is not finite, where only the backward pass failed. Empty where all are.
@@ -31,7 +34,7 @@ def first_not_finite(model: ParallelModel, ids: Tensor) -> str:
         if name and not list(module.children())
     ]
     try:
-        model.evaluate(ids)
+        model.evaluate(ids, labels, document_ids)
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,6 +20,7 @@ from fourfold.launch.training.loop import held_out_loss
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.optimizers import make_optimizers
 from fourfold.launch.training.pretrained import load_pretrained
+from fourfold.launch.training.rows import Rows
 from fourfold.launch.training.settings import TrainSettings, precision_of
 from fourfold.layouts.inputs.layout import Layout, check_runnable
 from fourfold.layouts.inputs.model import ModelConfig, load_model
@@ -88,7 +89,9 @@ def build(
     return built, gauge
 
 
-def exported_loss(folder: Path, layout: Layout, settings: TrainSettings, mesh: DeviceMesh, held_out: Tensor) -> float:
+def exported_loss(
+    folder: Path, layout: Layout, settings: TrainSettings, mesh: DeviceMesh, held_out: Tensor | Rows
+) -> float:
     """The held-out loss of the model in `folder`, in fp32 and under the same layout; every rank calls.
 
     What a training reports of the model that it leaves: read back from where it was left.

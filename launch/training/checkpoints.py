@@ -214,7 +214,7 @@ class Checkpoints:
 
     def _compare_settings(self, path: Path, manifest: Manifest, resume: Resume) -> None:
         """Refuse, or with `resume.anyway` tell, what this run does otherwise than the one that wrote `path`."""
-        old, new = manifest.settings, self.settings
+        old, new = {**_ABSENT_BEFORE, **manifest.settings}, self.settings
         changed = {
             name: f"{name}={old[name]!r} (now {new[name]!r})" for name in new if name in old and old[name] != new[name]
         }
@@ -238,6 +238,8 @@ class Checkpoints:
             _remove(old)
 
 
+_ABSENT_BEFORE: Mapping[str, Any] = {"packing": False, "data_weights": []}
+"""What checkpoints that say nothing of these settings were written with."""
 MAY_CHANGE = ("steps",)
 """Settings that a resumed run may have otherwise without being asked to: a longer run is the same run."""
 

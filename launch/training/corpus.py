@@ -8,38 +8,54 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.agreement import on_rank_0
-from fourfold.launch.training.data import read_standard_library
-from fourfold.launch.training.text_files import TOKENS, documents, found_files
+from fourfold.launch.training.data import Text, standard_library
+from fourfold.launch.training.text_files import BOUNDS, TOKENS, documents, found_files
 from fourfold.launch.training.watch import Activity
 
 HELD_OUT_SHARE = 10
-"""Without a validation file, one token in so many is held out: the last ones of the data."""
+"""Without a validation file, one token in so many is held out: the last ones of each source."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Tokens, one-dimensional, of any integer dtype.
+    """The texts of a training.
 
     Attributes:
+        train_texts: one, or one a source where sources have weights.
+        held_out_texts: likewise, or the validation files' one.
         identity: of what they were made from; a resumed run must have the same.
         unit: what a token is, for whoever reads a loss in nats: "byte" or "token".
+        without_bounds: a file that does not say where its documents begin, if there is one.
     """
 
-    train: Tensor
-    held_out: Tensor
+    train_texts: tuple[Text, ...]
+    held_out_texts: tuple[Text, ...]
     identity: str
     unit: str
+    without_bounds: str | None = None
+
+    @property
+    def train(self) -> Tensor:
+        """The tokens of the first source, which is all where sources have no weights."""
+        return self.train_texts[0].tokens
+
+    @property
+    def held_out(self) -> Tensor:
+        """What is held out of it."""
+        return self.held_out_texts[0].tokens
 
 
 _TOKENIZER_FILE = re.compile(
@@ -49,12 +65,17 @@ _TOKENIZER_FILE = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """The files of a corpus; none where the demo's text is meant."""
+    """The files of a corpus; none where the demo's text is meant.
+
+    Attributes:
+        num_files: how many of `train` are each source's, where sources have weights; empty where they are one text.
+    """
 
     train: tuple[Path, ...]
     held_out: tuple[Path, ...]
     tokenizer: Path | None
     text_column: str
+    num_files: tuple[int, ...] = ()
 
     def identity(self) -> str:
         """A checksum of the files' names, sizes and times, and of what makes tokens of them."""
@@ -63,10 +84,16 @@ class Sources:
         tokenizer = [path for path in found if _TOKENIZER_FILE.search(path.name)]
         told = [
             [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
-            for path in (*self.train, *self.held_out, *tokenizer)
+            for path in (*self.train, *self.held_out, *self._bounds(), *tokenizer)
         ]
         described = [told, len(self.train), self.text_column, str(self.tokenizer and self.tokenizer.resolve())]
+        described += [self.num_files] if self.num_files else []
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+    def _bounds(self) -> list[Path]:
+        """The files that say where the documents of token files begin."""
+        found = [bounds_of(path) for path in (*self.train, *self.held_out) if path.suffix in TOKENS]
+        return [path for path in found if path.exists()]
 
 
 def found_sources(options: TrainOptions) -> Sources:
@@ -80,11 +107,13 @@ def found_sources(options: TrainOptions) -> Sources:
         raise ValueError("tokenizer without data: give --data, or leave both out for the demo's text")
     if options.data and options.out is None:
         raise ValueError("data needs a folder for its tokens: give --out DIR")
+    files = [found_files([word], "data") for word in options.data]
     return Sources(
-        train=tuple(found_files(options.data, "data")),
+        train=tuple(path for source in files for path in source),
         held_out=tuple(found_files(options.validation, "validation")),
         tokenizer=tokenizer,
         text_column=options.text_column,
+        num_files=tuple(map(len, files)) if options.data_weights else (),
     )
 
 
@@ -98,20 +127,42 @@ def read_corpus(sources: Sources, out: Path | None, vocab_size: int, activity: A
     Cost: tokenizing once, on rank 0; afterwards no memory but what is read.
     """
     if not sources.train:
-        train, held_out = read_standard_library()
+        library, rest = standard_library()
         _check_vocabulary(255, vocab_size, "the text is bytes")
-        return Corpus(train=train, held_out=held_out, identity="standard library", unit="byte")
+        return Corpus(train_texts=(library,), held_out_texts=(rest,), identity="standard library", unit="byte")
     assert out is not None
     folder, identity = out / "tokens", sources.identity()
     told: dict[str, Any] = on_rank_0(lambda: _tokenized(sources, folder, identity, activity))
     _check_vocabulary(told["largest"], vocab_size, f"the tokens are those of {sources.tokenizer or 'bytes'}")
-    train = _mapped(folder / "train.npy")
+    train = _texts(folder, "train", told["train"])
     if sources.held_out:
-        held_out = _mapped(folder / "held_out.npy")
+        held_out = _texts(folder, "held_out", told["held_out"])
     else:
-        cut = len(train) - len(train) // HELD_OUT_SHARE
-        train, held_out = train[:cut], train[cut:]
-    return Corpus(train=train, held_out=held_out, identity=identity, unit="token" if sources.tokenizer else "byte")
+        train, held_out = zip(*map(_cut, train), strict=True)
+    return Corpus(
+        train_texts=train, held_out_texts=held_out, identity=identity, unit="token" if sources.tokenizer else "byte",
+        without_bounds=told["without_bounds"],
+    )  # fmt: skip
+
+
+def _texts(folder: Path, name: str, ends: Sequence[int]) -> tuple[Text, ...]:
+    """The sources in one file of tokens, which end at `ends`."""
+    tokens, documents = _mapped(folder / f"{name}.npy"), np.load(folder / f"{name}.documents.npy")
+    parts = zip((0, *ends[:-1]), ends, strict=True)
+    return tuple(
+        Text(tokens[start:end], documents[(documents >= start) & (documents < end)] - start) for start, end in parts
+    )
+
+
+def _cut(text: Text) -> tuple[Text, Text]:
+    """What is trained on, and the last tenth, which is held out; a document that lies across is two."""
+    cut = len(text.tokens) - len(text.tokens) // HELD_OUT_SHARE
+    assert text.documents is not None
+    rest = text.documents[text.documents > cut] - cut
+    return (
+        Text(text.tokens[:cut], text.documents[text.documents < cut]),
+        Text(text.tokens[cut:], np.concatenate([[0], rest])),
+    )
 
 
 def _check_vocabulary(largest: int, vocab_size: int, what: str) -> None:
@@ -137,30 +188,74 @@ def _tokenized(sources: Sources, folder: Path, identity: str, activity: Activity
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     encode = _encoder(sources.tokenizer)
-    largest = 0
-    for name, files in (("train", sources.train), ("held_out", sources.held_out)):
-        if files:
-            largest = max(largest, _write_tokens(partial / f"{name}.npy", _pieces(files, sources, encode, activity)))
-    told = {"identity": identity, "largest": largest}
+    told = {"identity": identity, "largest": 0, "without_bounds": None, "held_out": []}
+    for name, groups in (("train", _grouped(sources)), ("held_out", [sources.held_out] if sources.held_out else [])):
+        if groups:
+            pieces = (_pieces(files, sources, encode, activity) for files in groups)
+            largest, told[name] = _write_tokens(partial / f"{name}.npy", pieces)
+            told["largest"] = max(told["largest"], largest)
+    unsaid = [path for path in (*sources.train, *sources.held_out) if path.suffix in TOKENS]
+    told["without_bounds"] = next((str(path) for path in unsaid if not bounds_of(path).exists()), None)
     (partial / "tokens.json").write_text(json.dumps(told))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return told
 
 
-def _pieces(files: Sequence[Path], sources: Sources, encode: "Encoder", activity: Activity) -> Iterator[np.ndarray]:
+def _grouped(sources: Sources) -> list[tuple[Path, ...]]:
+    """The files of each source; all of them where they are one text."""
+    if not sources.num_files:
+        return [sources.train]
+    ends = np.cumsum(sources.num_files).tolist()
+    return [sources.train[end - count : end] for end, count in zip(ends, sources.num_files, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Some tokens, and which of them begin a document."""
+
+    tokens: np.ndarray
+    starts: Sequence[int] | NDArray[np.int64]
+
+
+def _pieces(files: Sequence[Path], sources: Sources, encode: "Encoder", activity: Activity) -> Iterator[_Piece]:
     """The tokens of the files, piece by piece."""
     for path in files:
         if path.suffix in TOKENS:
-            yield _token_file(path)
+            tokens = _token_file(path)
+            yield _Piece(tokens, _document_starts(path, len(tokens)))
             continue
         num_bytes = 0
         for document in documents(path, sources.text_column):
-            for piece in document:
-                activity.now(f"tokenizing {path.name} ({num_bytes >> 20} MiB)")
-                num_bytes += len(piece)
-                yield encode(piece, path)
-            yield encode(None, path)
+            begun = False
+            for piece in chain(document, [None]):
+                if piece is not None:
+                    activity.now(f"tokenizing {path.name} ({num_bytes >> 20} MiB)")
+                    num_bytes += len(piece)
+                tokens = encode(piece, path)
+                if len(tokens):
+                    yield _Piece(tokens, () if begun else (0,))
+                    begun = True
+
+
+def bounds_of(path: Path) -> Path:
+    """Where the documents of a file of tokens are told: `web.npy` has its own in `web.documents.npy`."""
+    return path.with_name(path.stem + BOUNDS)
+
+
+def _document_starts(path: Path, num_tokens: int) -> NDArray[np.int64]:
+    """The places of documents' first tokens in a file of tokens: one document where nothing is told."""
+    told = bounds_of(path)
+    if not told.exists():
+        return np.zeros(min(1, num_tokens), dtype=np.int64)
+    starts = _loaded(told)
+    whole = starts.ndim == 1 and starts.dtype.kind in "iu" and len(starts) > 0
+    if not whole or (np.diff(starts.astype(np.int64)) <= 0).any() or starts[0] != 0 or starts[-1] >= num_tokens:
+        raise ValueError(
+            f"{told}: gives the place of each document's first token in {path.name}: one row of whole numbers that "
+            f"rise from 0 and stay below its {num_tokens} tokens"
+        )
+    return starts.astype(np.int64)
 
 
 Encoder = Callable[[bytes | None, Path], np.ndarray]
@@ -191,33 +286,49 @@ def _encoder(tokenizer: Path | None) -> Encoder:
     return encode
 
 
-def _token_file(path: Path) -> np.ndarray:
+def _loaded(path: Path) -> np.ndarray:
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: not a NumPy file of tokens ({str(error).splitlines()[0]})") from None
+
+
+def _token_file(path: Path) -> np.ndarray:
+    tokens = _loaded(path)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or (len(tokens) and tokens.min() < 0):
         raise ValueError(f"{path}: {tokens.dtype}{tokens.shape}, but tokens are one row of whole numbers from 0 on")
-    return np.asarray(tokens)
+    return tokens
 
 
-def _write_tokens(path: Path, pieces: Iterator[np.ndarray]) -> int:
-    """Write the pieces as one array of the dtype of the first; the largest token."""
+def _write_tokens(path: Path, sources: Iterable[Iterable[_Piece]]) -> tuple[int, list[int]]:
+    """Write the pieces of all sources as one array of the dtype of the first, and where documents begin.
+
+    Returns:
+        The largest token, and where each source ends.
+    """
     count, largest, dtype = 0, 0, None
+    starts: list[NDArray[np.int64]] = []
+    ends: list[int] = []
     raw = path.with_suffix(".raw")
     with raw.open("wb") as file:
-        for piece in pieces:
-            if not len(piece):
-                continue
-            largest = max(largest, int(piece.max()))
-            dtype = dtype or (np.dtype(np.uint8) if piece.dtype == np.uint8 else np.dtype(np.int32))
-            if largest > np.iinfo(dtype).max:
-                raise ValueError(f"a token of {largest}, beyond {dtype}: give token files of one kind")
-            file.write(piece.astype(dtype).tobytes())
-            count += len(piece)
-    if dtype is None:
-        raise ValueError("the data holds no token: give files with text")
+        for source in sources:
+            for piece in source:
+                tokens = piece.tokens
+                if not len(tokens):
+                    continue
+                largest = max(largest, int(tokens.max()))
+                dtype = dtype or (np.dtype(np.uint8) if tokens.dtype == np.uint8 else np.dtype(np.int32))
+                if largest > np.iinfo(dtype).max:
+                    raise ValueError(f"a token of {largest}, beyond {dtype}: give token files of one kind")
+                file.write(tokens.astype(dtype).tobytes())
+                starts.append(np.asarray(piece.starts, dtype=np.int64) + count)
+                count += len(tokens)
+            if count == (ends[-1] if ends else 0):
+                raise ValueError("the data holds no token: give files with text")
+            ends.append(count)
+    assert dtype is not None
     whole = np.memmap(raw, dtype=dtype, mode="r", shape=(count,))
     np.save(path, whole, allow_pickle=False)
+    np.save(path.with_suffix(".documents.npy"), np.concatenate(starts), allow_pickle=False)
     raw.unlink()
-    return largest
+    return largest, ends

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fourfold.launch.training.blame import first_not_finite
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
-from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.optimizers import check_optimizer, make_optimizers, set_rate
+from fourfold.launch.training.rows import Order, Rows, as_rows, relative_targets
 from fourfold.launch.training.settings import TrainSettings, learning_rate_at
 from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
@@ -98,18 +98,24 @@ class TrainingRun:
 
 
 def train(
-    model: ParallelModel, layout: Layout, text: tuple[Tensor, Tensor], settings: TrainSettings, run: TrainingRun
+    model: ParallelModel,
+    layout: Layout,
+    text: tuple[Tensor, Tensor] | Rows,
+    settings: TrainSettings,
+    run: TrainingRun,
 ) -> TrainResult:
     """Train `model` on `text` and return what was measured; every rank calls.
 
     Args:
-        text: (train, held_out), one-dimensional, of any integer dtype.
+        text: (train, held_out), one-dimensional, of any integer dtype; or the rows of every step.
     Raises:
         ValueError: nothing to resume from, a checkpoint of another model, or one that would be overwritten.
         FloatingPointError: loss or gradient is no longer a finite number; weights and checkpoints are as before.
     """
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     check_optimizer(layout, settings)
+    order = Order(seq_len=layout.seq_len, global_batch=layout.global_batch, seed=settings.seed)
+    batches = as_rows(text, order, held_out=settings.held_out_batches > 0)
     # DeepSpeed has the optimizer, and updates when it clips.
     if isinstance(model, DeepSpeedModel):
         optimizers, rated = [], [model.optimizer]
@@ -128,20 +134,18 @@ def train(
         run.on_start(step)
         clock = _Phases()
         # This rank's rows of the step's batch, and the step's learning rate.
-        ids = training_rows(
-            text[0], seq_len=layout.seq_len, global_batch=layout.global_batch, step=step, seed=settings.seed, rows=rows
-        )
+        batch = batches.training(step, rows)
         rate = learning_rate_at(step, settings)
         clock.ended("data_s")
         set_rate(rated, rate)
         # Gradients, refused before they reach the weights where they are no numbers; then the update.
         run.activity.now(f"step {step}: forward and backward")
-        loss = model.forward_backward(ids).item()
+        loss = model.forward_backward(batch.ids, batch.labels, batch.document_ids).item()
         clock.ended("forward_backward_s")
         norm = model.clip_grad_norm_(settings.max_norm).item()
         clock.ended("clip_s")
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            where = first_not_finite(model, ids)
+            where = first_not_finite(model, batch.ids, batch.labels, batch.document_ids)
             raise FloatingPointError(
                 f"loss {loss} and gradient norm {norm} at step {step}{', ' if where else ''}{where}: "
                 f"lower the learning rate {settings.learning_rate:.2g}"
@@ -162,32 +166,31 @@ def train(
             run.gauge.stop()
         if settings.evaluate_every and (step + 1) % settings.evaluate_every == 0 and step + 1 < settings.steps:
             run.activity.now(f"held-out evaluation after step {step}")
-            run.on_evaluation(step + 1, held_out_loss(model, layout, text[1], settings.held_out_batches))
+            run.on_evaluation(step + 1, held_out_loss(model, layout, batches, settings.held_out_batches))
         if settings.checkpoint_every and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
             run.activity.now(f"writing the checkpoint of step {step + 1}")
             run.kept_checkpoints().save(model, optimizers, step=step + 1)
     if settings.held_out_batches:
         run.activity.now("held-out evaluation")
-        result.held_out_loss = held_out_loss(model, layout, text[1], settings.held_out_batches)
+        result.held_out_loss = held_out_loss(model, layout, batches, settings.held_out_batches)
     run.gauge.stop()
     result.peak_bytes, result.reserved_bytes = run.gauge.peak_bytes, run.gauge.reserved_bytes
     return result
 
 
-def held_out_loss(model: ParallelModel, layout: Layout, text: Tensor, num_batches: int) -> float:
-    """Mean loss over `num_batches` global batches spread evenly over `text`; every rank calls."""
+def held_out_loss(model: ParallelModel, layout: Layout, text: Tensor | Rows, num_batches: int) -> float:
+    """Mean loss over the targets of `num_batches` global batches spread evenly over `text`; every rank calls."""
+    order = Order(seq_len=layout.seq_len, global_batch=layout.global_batch, seed=0)
+    batches = as_rows((text, text), order, held_out=True) if isinstance(text, Tensor) else text
     model.eval()
     rows = model.batch_rows(layout.global_batch)
+    num_rows = num_batches * layout.global_batch
+    counts = relative_targets(batches.held_out_targets(num_rows).view(num_batches, -1).sum(1)).tolist()
     total = 0.0
-    for batch in range(num_batches):
-        shift = batch * layout.global_batch
-        ids = held_out_rows(
-            text,
-            seq_len=layout.seq_len,
-            num_rows=num_batches * layout.global_batch,
-            rows=slice(shift + rows.start, shift + rows.stop),
-        )
-        total += model.evaluate(ids).item()
+    for number, count in enumerate(counts):
+        shift = number * layout.global_batch
+        batch = batches.held_out(num_rows, slice(shift + rows.start, shift + rows.stop))
+        total += model.evaluate(batch.ids, batch.labels, batch.document_ids).item() * count
     model.train()
     return total / num_batches
 

@@ -13,18 +13,21 @@ from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
 from fourfold.launch.training.build import build, check_world, empty_model, exported_loss, meet
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
-from fourfold.launch.training.corpus import found_sources, read_corpus
+from fourfold.launch.training.corpus import Corpus, bounds_of, found_sources, read_corpus
 from fourfold.launch.training.deepspeed_engine import check_engine
 from fourfold.launch.training.folder_lock import FolderLock
 from fourfold.launch.training.loop import TrainingRun, largest_memory, train
+from fourfold.launch.training.mix import shares_of
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.launch.training.optimizers import check_optimizer
 from fourfold.launch.training.pretrained import export_model
+from fourfold.launch.training.rows import Order, PackedRows, Rows, WindowRows, check_packing
 from fourfold.launch.training.settings import TrainSettings, comparable_settings
 from fourfold.launch.training.slurm import adopt_slurm_ranks, started_by_slurm
 from fourfold.launch.training.teller import Teller
 from fourfold.launch.training.trackers import check_trackers
 from fourfold.launch.training.watch import Activity, HangWatch, watch_launcher
+from fourfold.layouts.inputs.layout import Layout
 
 
 def adopt_ranks() -> None:
@@ -55,7 +58,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     layout, model = chosen_layout(options)
     settings, resume = _settings(options), Resume(choice=options.resume, anyway=options.resume_anyway)
     check_world(layout, model)
-    empty_model(model.config)
+    meta = empty_model(model.config)
     check_engine(layout, settings, resume=options.resume)
     check_optimizer(layout, settings)
     check_trackers(options, layout)
@@ -63,6 +66,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
         raise ValueError(f"seq_len={layout.seq_len}: a sequence of one token has nothing to predict; give 2 or more")
     if not options.timeout_minutes > 0:
         raise ValueError(f"timeout_minutes={options.timeout_minutes}: give minutes above 0")
+    check_packing(options, layout, meta)
     sources, pretrained = found_sources(options), model_folder(options)
     out = Path(options.out) if options.out is not None else None
     if out is None and (options.checkpoint_every or resume):
@@ -77,6 +81,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     watch = HangWatch(activity, timeout_s=timeout_s)
     activity.now("reading the data")
     corpus = read_corpus(sources, out, model.vocab_size, activity)
+    batches = _rows(options, layout, settings, corpus)
     activity.now("building the model")
     parallel_model, gauge = build(layout, model, settings, mesh, pretrained)
     # Where the run is kept, and who is told of it.
@@ -84,18 +89,18 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     if out is not None:
         compared = comparable_settings(parallel_model.stage.config.to_dict(), layout, settings)
         compared |= {"data": corpus.identity, "precision": parallel_model.precision}
+        compared |= {"packing": options.packing, "data_weights": list(options.data_weights)}
         checkpoints = Checkpoints(folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints)
     teller = Teller(options, layout, model, settings, gauge)
     run = TrainingRun(
         gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_start=teller.start,
         on_step=teller.step, on_evaluation=teller.evaluation,
     )  # fmt: skip
-    text = corpus.train, corpus.held_out
     with teller, gauge:
         if isinstance(parallel_model, AsynchronousModel):
-            result = train_asynchronously(parallel_model, text, run)
+            result = train_asynchronously(parallel_model, batches, run)
         else:
-            result = train(parallel_model, layout, text, settings, run)
+            result = train(parallel_model, layout, batches, settings, run)
     result = largest_memory(result, parallel_model.device)
     # The model leaves, and what is reported of it is what can be read there.
     if options.export is not None:
@@ -103,7 +108,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
         export_model(parallel_model, Path(options.export), sources.tokenizer)
         del parallel_model, run
         if settings.held_out_batches:
-            result.held_out_loss = exported_loss(Path(options.export), layout, settings, mesh, corpus.held_out)
+            result.held_out_loss = exported_loss(Path(options.export), layout, settings, mesh, batches)
     # Results are on disk before any rank lets go of its groups, and no rank does before all are done.
     activity.now("writing the results")
     teller.end(result, corpus)
@@ -111,6 +116,23 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     watch.stop()
     dist.destroy_process_group()
     del lock  # kept until here
+
+
+def _rows(options: TrainOptions, layout: Layout, settings: TrainSettings, corpus: Corpus) -> Rows:
+    """The rows of every step. Raises ValueError where the text has none, before a model is built for it."""
+    order = Order(
+        seq_len=layout.seq_len, global_batch=layout.global_batch, seed=settings.seed,
+        shares=shares_of(options.data_weights or (1.0,)),
+    )  # fmt: skip
+    held_out = corpus.held_out_texts if settings.held_out_batches else None
+    if not options.packing:
+        return WindowRows(corpus.train_texts, held_out, order)
+    if corpus.without_bounds is not None:
+        raise ValueError(
+            f"packing=true, but {corpus.without_bounds} does not say where its documents begin: give the place of each "
+            f"one's first token in {bounds_of(Path(corpus.without_bounds)).name} beside it, or leave packing out"
+        )
+    return PackedRows(corpus.train_texts, held_out, order)
 
 
 def _settings(options: TrainOptions) -> TrainSettings:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 _PIECE_BYTES = 1 << 22
 JSON_LINES, PARQUET, TOKENS = (".jsonl", ".ndjson", ".json"), (".parquet",), (".npy",)
+BOUNDS = ".documents.npy"
+"""How the name of a file ends that says where the documents of a file of tokens begin; it is no file of tokens."""
 
 
 def found_files(words: Sequence[str], key: str) -> list[Path]:
@@ -30,6 +32,7 @@ def found_files(words: Sequence[str], key: str) -> list[Path]:
             found = [path]
         else:
             found = sorted(part for part in Path(path.anchor or ".").glob(word.lstrip("/")) if part.is_file())
+        found = [part for part in found if not part.name.endswith(BOUNDS)]
         if not found:
             raise ValueError(f"{key}={word!r}: no such file; give a file, a folder or a pattern")
         files += found

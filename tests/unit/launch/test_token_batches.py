@@ -2,11 +2,12 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from fourfold.launch.training.loader import TokenBatches
+from fourfold.launch.training.loader import PackedBatches, TokenBatches
 
 TOKENS = torch.arange(500, dtype=torch.int32)
 
@@ -58,3 +59,26 @@ def test_another_order_is_refused():
             batches(**change).load_state_dict(state)
     with pytest.raises(ValueError, match=r"torch\.float32"):
         TokenBatches(torch.zeros(9), seq_len=2, global_batch=1)
+
+
+def packed(**changes: object) -> PackedBatches:
+    return PackedBatches(TOKENS, np.arange(0, 500, 7), **{"seq_len": 16, "global_batch": 6, **changes})  # type: ignore[arg-type]
+
+
+def test_packed_batches_go_on_where_they_were_left_under_another_cut():
+    truth = list(islice(packed(), 8))
+    left = packed(rows=slice(0, 3))
+    list(islice(left, 5))
+    again = packed(rows=slice(2, 6))
+    again.load_state_dict(left.state_dict())
+    for whole, part in zip(truth[5:], islice(again, 3), strict=True):
+        for name in ("ids", "labels", "document_ids"):
+            assert torch.equal(getattr(whole, name)[2:6], getattr(part, name))
+    with pytest.raises(ValueError, match="the batches were of num_documents=72, these are of None"):
+        batches(seed=0, seq_len=16).load_state_dict(left.state_dict())
+
+
+@pytest.mark.parametrize("documents", [[], [1], [0, 0], [0, 500], [[0]]], ids=str)
+def test_places_that_are_none_are_refused(documents):
+    with pytest.raises(ValueError, match=r"rising from 0 and below 500"):
+        PackedBatches(TOKENS, np.array(documents, dtype=np.int64), seq_len=8, global_batch=1)
