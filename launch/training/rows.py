@@ -20,6 +20,7 @@ from fourfold.launch.training.data import Text, held_out_starts, num_starts, tra
 from fourfold.launch.training.mix import source_of_row
 from fourfold.launch.training.packing import Batch, Packing, pack, packed_batch
 from fourfold.layouts.inputs.layout import Layout
+from fourfold.parallel.decoder.limits import PACKED, Choice, decoder_facts, refuse
 from fourfold.parallel.decoder.stage import has_sliding_window
 
 
@@ -64,16 +65,10 @@ def check_packing(options: TrainOptions, layout: Layout, model: nn.Module) -> No
         raise ValueError(f"{len(weights)} data_weights for {len(data)} entries of data: give one for each")
     if not options.packing:
         return
-    if layout.cp > 1 and layout.pp > 1:
-        raise ValueError(
-            f"packing=true with cp={layout.cp} and pp={layout.pp}: a ring's shares of packed rows are of many lengths, "
-            "and a pipeline's buffers of one; use cp=1 or pp=1, or packing=false"
-        )
-    if layout.cp > 1 and layout.sequence_parallel:
-        raise ValueError(
-            f"packing=true with cp={layout.cp} and sequence_parallel=true: a ring's shares of packed rows are of many "
-            "lengths, which tp does not always divide; use cp=1 or sequence_parallel=false, or packing=false"
-        )
+    try:
+        refuse(PACKED, decoder_facts(model.config.to_dict()), Choice.of(layout))  # type: ignore[union-attr, operator]
+    except ValueError as error:
+        raise ValueError(f"packing=true: {error}") from None
     if layout.asynchronous and has_sliding_window(model):
         raise ValueError(
             f"packing=true with schedule={layout.schedule!r} and a sliding window: its attention takes no documents "

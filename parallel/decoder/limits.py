@@ -297,6 +297,25 @@ RUNTIME: tuple[Limit, ...] = (
     ),
 )
 
+PACKED: tuple[Limit, ...] = (
+    Limit(
+        fields=("cp", "pp"),
+        allows=lambda model, layout: (layout.cp == 1) | (layout.pp == 1),
+        reason="packed rows with cp and pp",
+        message="packed rows with cp={layout.cp} and pp={layout.pp}: a ring's shares of them are of many lengths, and "
+        "a pipeline's buffers of one; choose cp=1 or pp=1, or rows of one document",
+    ),
+    Limit(
+        fields=("cp", "sequence_parallel"),
+        allows=lambda model, layout: (layout.cp == 1) | (layout.sequence_parallel == 0),
+        reason="packed rows with cp and sequence parallelism",
+        message="packed rows with cp={layout.cp} and sequence_parallel=true: a ring's shares of them are of many "
+        "lengths, which tp={layout.tp} does not always divide; choose cp=1 or sequence_parallel=false, or rows of one "
+        "document",
+    ),
+)
+"""What a layout cannot be whose rows hold several documents."""
+
 
 def broken(limits: Iterable[Limit], model: DecoderFacts, layout: Choice) -> Iterator[Limit]:
     """The limits that a single layout breaks; one that reads a value which is not known yet is passed over."""

@@ -128,8 +128,8 @@ def test_a_text_without_a_row_is_refused_before_it_is_asked_for(text_, said):
     [
         ({"data_weights": (0.5,), "data": ("a", "b")}, {}, "1 data_weights for 2 entries of data: give one for each"),
         ({"data_weights": (0.5,)}, {}, "1 data_weights for 0 entries of data"),
-        ({"packing": True}, {"cp": 2, "pp": 2}, "packing=true with cp=2 and pp=2"),
-        ({"packing": True}, {"cp": 2, "tp": 2, "sequence_parallel": True}, "use cp=1 or sequence_parallel=false"),
+        ({"packing": True}, {"cp": 2, "pp": 2}, "packing=true: packed rows with cp=2 and pp=2"),
+        ({"packing": True}, {"cp": 2, "tp": 2, "sequence_parallel": True}, "choose cp=1 or sequence_parallel=false"),
         ({"packing": True}, {"pp": 2, "schedule": "lockstep"}, "and a sliding window"),
     ],
 )
