@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourfold.parallel.gradients import average_gradients
 from fourfold.parallel.pipeline.failure import replica_lost
-from fourfold.parallel.pipeline.masters import MasterWeights
+from fourfold.parallel.pipeline.masters import MasterWeights, fingerprint, local_part
 from fourfold.parallel.pipeline.settings import PipelineSettings
 
 
@@ -38,8 +38,27 @@ class GradientSum:
         self._unit = 0.0
 
     def begin(self) -> None:
-        """At the start of a run."""
+        """At the start of a run.
+
+        Raises:
+            ValueError: on every replica, where their weights are not the same: set on some of them only, say.
+            PipelineError: a replica is gone.
+        Cost: with replicas, one small all-gather, and the weights read once.
+        """
         self._pending = self._unit = 0.0
+        if self._group is None or not self._weights.live:
+            return
+        prints = [fingerprint(local_part(p)) for p in self._weights.live]
+        rows = self._gathered(torch.tensor(prints, dtype=torch.int64, device=self._weights.live[0].device))
+        unlike = [(rank, found) for rank, found in enumerate(rows) if not torch.equal(found, rows[0])]
+        if unlike:
+            rank, found = unlike[0]
+            ranks = dist.get_process_group_ranks(self._group)
+            name = self._weights.names[int((found != rows[0]).any(1).nonzero()[0])]
+            raise ValueError(
+                f"stage {self._stage}: weight {name} of rank {ranks[rank]} is not that of rank {ranks[0]}, its "
+                "replica: they would train on as two models; set weights, and load states, on every replica"
+            )
 
     def relative(self, weight: float) -> float:
         """A micro-batch's weight in units of the first one of this run that had any."""
@@ -111,8 +130,9 @@ class GradientSum:
 
     def norm(self) -> float:
         """The 2-norm of the stage's gradients, summed in fp64."""
-        norms = [torch.linalg.vector_norm(_local(p.grad), dtype=torch.float64) for p in self._weights.live
-                 if p.grad is not None]  # fmt: skip
+        gradients = [local_part(p.grad) for p in self._weights.live if p.grad is not None]
+        parts = [torch.view_as_real(each) if each.is_complex() else each for each in gradients]
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def _agree(self, *, ended: bool = False) -> tuple[float, float]:
@@ -127,12 +147,7 @@ class GradientSum:
         mine = [float(ended), self._unit, self._unit * self._pending, *(float(p.grad is not None) for p in live)]
         device = live[0].device if live else torch.device("cpu")
         row = torch.tensor(mine, dtype=torch.float64, device=device)
-        rows = [torch.empty_like(row) for _ in range(self._group.size())]
-        try:
-            dist.all_gather(rows, row, group=self._group)
-        except RuntimeError as error:
-            raise replica_lost(self._stage, self._group, error) from error
-        table = torch.stack(rows).cpu()
+        table = torch.stack(self._gathered(row)).cpu()
         over = table[:, 0] > 0
         if over.any() and not over.all():
             ranks = dist.get_process_group_ranks(self._group)
@@ -149,8 +164,12 @@ class GradientSum:
             return 0.0, 1.0
         return float(table[:, 2].sum()) / (len(table) * unit), self._unit / unit
 
-
-def _local(gradient: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    def _gathered(self, row: Tensor) -> list[Tensor]:
+        """`row` of every replica."""
+        assert self._group is not None
+        rows = [torch.empty_like(row) for _ in range(self._group.size())]
+        try:
+            dist.all_gather(rows, row, group=self._group)
+        except RuntimeError as error:
+            raise replica_lost(self._stage, self._group, error) from error
+        return rows

@@ -155,9 +155,8 @@ class LastGradient(Answer):
 
     def before_step(self, slots: Sequence[Slot]) -> None:
         for slot in slots:
-            kept = self.kept["gradient"][slot.index]
-            if slot.parameter.grad is not None and kept.numel():
-                kept.copy_(slot.gradient())
+            if slot.parameter.grad is not None and slot.is_sgd and slot.momentum == 0:
+                self.kept["gradient"][slot.index] = slot.gradient().clone()
 
 
 class WeightsBefore(Answer):

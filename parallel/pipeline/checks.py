@@ -5,11 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
-from fourfold.parallel.pipeline.settings import ClipNorm
+from fourfold.parallel.pipeline.settings import ClipNorm, PipelineSettings
+from fourfold.parallel.pipeline.values import needs_gradient
 
 
 def check_recomputation(module: nn.Module | None, delays: Sequence[float]) -> None:
@@ -47,7 +51,7 @@ def check_untied(stages: Sequence[nn.Module | None]) -> None:
     owners: list[tuple[int, int, int, str, bool]] = []  # (first byte, end, stage, name, trained)
     for index, module in enumerate(stages):
         for name, tensor in () if module is None else (*module.named_parameters(), *module.named_buffers()):
-            if not tensor.is_meta and tensor.numel():
+            if not is_lazy(tensor) and not tensor.is_meta and tensor.numel():
                 start = tensor.data_ptr()
                 size = tensor.numel() * tensor.element_size()
                 running = name.rpartition(".")[2] in ("running_mean", "running_var")  # written by every forward
@@ -74,6 +78,56 @@ def _refuse_tie(stage: int, name: str, other: int, other_name: str) -> None:
         f"stage {stage}'s {name} and stage {other}'s {other_name} are one weight: each stage would update it without "
         "the other's gradient; untie them (for a decoder tie_word_embeddings=False), freeze it, or put both in one"
     )
+
+
+def check_module(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | None) -> None:
+    """Refuse a stage that averages or shards by itself, or whose weights are not made yet.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, DistributedDataParallel | DataParallel):
+            raise ValueError(
+                f"stage {stage}: {name or 'the module'} is wrapped in {type(part).__name__}, which averages at every "
+                "backward, over ranks of its own: give the module inside, and the stage's replicas as dp_group"
+            )
+        if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
+            raise ValueError(
+                f"stage {stage}: {name or 'the module'} makes its weights at its first forward: run one before the "
+                "pipeline is made"
+            )
+    check_batch_norms(module, stage, dp_group)
+
+
+def measured_loss(settings: PipelineSettings, output: Any, target: Any) -> tuple[Tensor, float]:
+    """The loss, and how much its micro-batch counts. Raises ValueError for what is no scalar or no weight."""
+    assert settings.loss_fn is not None
+    loss = settings.loss_fn(output, target)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+        what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn returned {what}: give a scalar mean over the micro-batch")
+    weigh = settings.loss_weight
+    weight = 1.0 if weigh is None else float(weigh(target))
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"loss_weight returned {weight}: how much a micro-batch counts is finite and at least 0")
+    return loss, weight
+
+
+def check_gradients(stage: int, outputs: Sequence[Tensor], *, wanted: bool, loss: bool) -> None:
+    """Refuse a forward after which this stage, or those before it, could not train.
+
+    Args:
+        wanted: whether there is something to train, here or before.
+        loss: whether the output is the loss.
+    """
+    if wanted and not any(needs_gradient(output) for output in outputs):
+        what = "its loss" if loss else "what it hands to the next stage"
+        kinds = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
+        raise ValueError(
+            f"stage {stage} and those before it would not train: {what} ({kinds or 'no tensor'}) has no "
+            "gradient; is it detached, or an integer?"
+        )
 
 
 def check_batch_norms(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | None) -> None:

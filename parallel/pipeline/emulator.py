@@ -28,6 +28,7 @@ from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
 from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
+from fourfold.parallel.pipeline.values import copied
 
 Versions = tuple[int, int]  # updates that a micro-batch's forward has seen, updates before its own
 
@@ -98,7 +99,7 @@ class PipelinedBackpropEmulator:
         versions = [self._versions(index) for index in range(len(self.stages))]
         ahead = [next(each, None) for each in versions]
         losses: list[Tensor] = []
-        for value, target in pairs(batches):
+        for value, target in map(copied, pairs(batches)):
             now = ahead
             ahead = [next(each, None) for each in versions]
             # Forward through all stages, each with the weights of its own past.
@@ -133,7 +134,7 @@ class PipelinedBackpropEmulator:
         with self._alone.running("evaluate"), evaluating([stage.module for stage in self.stages]):
             for stage in self.stages:
                 stage.weights.take_changes(for_now=True)
-            for value, target in pairs(batches):
+            for value, target in map(copied, pairs(batches)):
                 for stage in self.stages:
                     value = stage.evaluate(value, target)
                 losses.append(float(value))

@@ -51,3 +51,20 @@ def check_graph(
             if following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+def needs_any(output: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Whether the graph of `output` reaches one of `leaves`. Cost: a walk over the graph."""
+    wanted = {id(leaf) for leaf in leaves}
+    waiting = [output.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        following = {each for each, _ in node.next_functions} - seen
+        seen |= following
+        waiting.extend(following)
+    return False

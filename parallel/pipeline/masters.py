@@ -10,7 +10,7 @@ Weights that the user sets between two runs, in the module or in the optimizer, 
 parameters, another dtype or device, a change in mid-stream) is noticed and refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,6 +46,7 @@ class MasterWeights:
         self._dtypes = {name: p.dtype for name, p in named}
         self._fingerprints: list[Fingerprint] = []
         self._writes: list[int] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._given: list[tuple[Tensor | None, int]] = []  # the module's gradients when the masters got them
 
     @property
@@ -60,7 +61,13 @@ class MasterWeights:
             ValueError: they are not over the parameters that the factory was called with.
         """
         made = factory(NamedParameters(self.masters, self.names))
+        if not isinstance(made, torch.optim.Optimizer | Iterable):
+            raise ValueError(
+                f"stage {self._stage}: the optimizer factory returned {type(made).__name__}: return a "
+                "torch.optim.Optimizer, or several"
+            )
         optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
+        _own_rates(optimizers)
         given = [p for each in optimizers for group in getattr(each, "param_groups", []) for p in group["params"]]
         places = {id(master): at for at, master in enumerate(self.masters)}
         if sorted(map(id, given)) != sorted(places):
@@ -72,6 +79,7 @@ class MasterWeights:
                 "with, all of them once and no others (the module's own are overwritten by predicted weights)"
                 + (f"; missing: {', '.join(missing[:5])}" if missing else "")
             )
+        self._optimizers = optimizers
         order = [places[id(p)] for p in given]
         self.masters = [self.masters[at] for at in order]
         self.live, self.names = [self.live[at] for at in order], [self.names[at] for at in order]
@@ -101,6 +109,30 @@ class MasterWeights:
             elif given is not None and given is not master.grad and given._version != version:
                 master.grad = given.to(master.dtype)
             self._given[at] = p.grad, -1 if p.grad is None else p.grad._version
+
+    def show_gradients(self, hook: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `hook` with the module's gradients by name, and take what it changed, replaced or took out.
+
+        Raises:
+            ValueError: another name, shape or type.
+        """
+        shown = {name: p.grad for name, p in zip(self.names, self.live, strict=True) if p.grad is not None}
+        known = dict(shown)
+        hook(shown)
+        if other := [name for name in shown if name not in known]:
+            raise ValueError(
+                f"stage {self._stage}: on_gradients set {other[0]!r}, which had no gradient: change those that it is "
+                f"called with ({', '.join(list(known)[:5])}, ...)"
+            )
+        for name, p in zip(self.names, self.live, strict=True):
+            given = shown.get(name)
+            if name in known and given is not known[name]:
+                if given is not None and (not isinstance(given, Tensor) or given.shape != p.shape):
+                    what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                    raise ValueError(
+                        f"stage {self._stage}: on_gradients made {what} of {name}, which is {list(p.shape)}"
+                    )
+                p.grad = None if given is None else given.detach().to(p.dtype)
 
     def drop_gradients(self) -> None:
         """Of module and masters."""
@@ -151,12 +183,12 @@ class MasterWeights:
                 if master.data_ptr() != p.data_ptr():
                     master.data = p.data  # the module's storage was exchanged
                 continue
-            own, module = _local(master), _local(p)
+            own, module = local_part(master), local_part(p)
             if torch.equal(own.to(module.dtype), module):
                 continue
             known = self._fingerprints[at]
-            set_in_module = _fingerprint(module) != known
-            set_in_optimizer = _fingerprint(own.to(module.dtype)) != known
+            set_in_module = fingerprint(module) != known
+            set_in_optimizer = fingerprint(own.to(module.dtype)) != known
             if set_in_module and set_in_optimizer:
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was set in the module and, otherwise, in the optimizer: "
@@ -171,7 +203,7 @@ class MasterWeights:
     def note(self) -> None:
         """After a run: remember the weights, to see later which side was changed."""
         if self.separate:
-            self._fingerprints = [_fingerprint(_local(p)) for p in self.live]
+            self._fingerprints = [fingerprint(local_part(p)) for p in self.live]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -200,8 +232,13 @@ class MasterWeights:
         Raises:
             ValueError: naming the parameter.
         """
-        for name, p, writes in zip(self.names, self.live, self._writes, strict=True):
-            if p._version != writes:
+        for name, p, master, writes in zip(self.names, self.live, self.masters, self._writes, strict=True):
+            if p.requires_grad != master.requires_grad:
+                raise ValueError(
+                    f"stage {self._stage}: weight {name} was {'un' if p.requires_grad else ''}frozen while a stream "
+                    "runs, when other stages are at other micro-batches: freeze weights between two runs"
+                )
+            if p._version != writes or not (self.separate or p.data_ptr() == master.data_ptr()):
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was changed while a stream runs, where it holds predicted or "
                     "past weights: change weights between two runs, or in an optimizer's hook those that it owns "
@@ -209,6 +246,12 @@ class MasterWeights:
                 )
 
     def _check_parameters(self) -> None:
+        held = [p for each in self._optimizers for group in each.param_groups for p in group["params"]]
+        if list(map(id, held)) != list(map(id, self.masters)):
+            raise ValueError(
+                f"stage {self._stage}: its optimizer has other parameters, or in another order, than when the pipeline "
+                "was made (add_param_group?): make all groups in the optimizer factory"
+            )
         there = dict(self._module.named_parameters())
         known = {id(p) for p in self.live}
         if lost := [name for name, p in zip(self.names, self.live, strict=True) if there.get(name) is not p]:
@@ -244,12 +287,21 @@ def attach(
     return optimizer
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _own_rates(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Learning rates that are tensors become this stage's own: a scheduler writes into them, also for other stages."""
+    copies: dict[int, Tensor] = {}
+    for group in (group for each in optimizers for group in getattr(each, "param_groups", [])):
+        rate = group.get("lr")
+        if isinstance(rate, Tensor):
+            group["lr"] = copies.setdefault(id(rate), rate.clone())
+
+
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's part, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _fingerprint(tensor: Tensor) -> Fingerprint:
+def fingerprint(tensor: Tensor) -> Fingerprint:
     """Two sums over the bits: other weights have others, but for a coincidence."""
     flat = tensor.contiguous().view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))

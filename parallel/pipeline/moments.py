@@ -66,6 +66,11 @@ class Slot:
         return "exp_avg" if self.is_adam else "momentum_buffer"
 
     @property
+    def moment(self) -> Tensor | None:
+        """u, once there is one; SGD without momentum has none, though one may be left from when it had."""
+        return None if self.is_sgd and self.momentum == 0 else self.state.get(self.moment_key)
+
+    @property
     def num_updates(self) -> int:
         """Of this parameter, which may be fewer than its stage's where it had no gradient at some."""
         return int(self.state.get("step", 0))

@@ -237,7 +237,7 @@ class DelayedOptimizer:
         weights: list[Tensor] = []
         gradients = self._kept("gradient")
         for slot in self.slots:
-            p, moment = slot.parameter.detach(), slot.state.get(slot.moment_key)
+            p, moment = slot.parameter.detach(), slot.moment
             if moment is None and gradients is not None and gradients[slot.index].numel():
                 moment = gradients[slot.index]  # no momentum: v is the gradient
             rate = float(slot.group["lr"]) * self._late.rate_factor * horizon

@@ -127,5 +127,6 @@ def _mean(values: list[float] | list[int]) -> float:
 
 
 def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> float:
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -32,7 +32,7 @@ from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
 from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
-from fourfold.parallel.pipeline.values import describe, needs_gradient, put_together, take_apart
+from fourfold.parallel.pipeline.values import copied, describe, needs_gradient, put_together, take_apart
 
 OnLoss = Callable[[int, Tensor], None]
 
@@ -112,6 +112,11 @@ class PipelinedBackprop:
     def is_last(self) -> bool:
         return self.stage.index == self.num_stages - 1
 
+    @property
+    def reads(self) -> tuple[bool, bool]:
+        """Whether this rank reads a stream's inputs, and its targets."""
+        return self.is_first, self.is_last
+
     def run(self, batches: Iterable[tuple[Any, Any]], *, on_loss: OnLoss | None = None) -> list[float]:
         """Train on a stream of (input, target) micro-batches to its end, drained: every sample is used exactly once.
 
@@ -167,7 +172,7 @@ class PipelinedBackprop:
     def _evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
         stage, links = self.stage, self._links
         stage.weights.take_changes(for_now=True)
-        stream = _Stream(batches)
+        stream = _Stream(batches, self.reads)
         losses = []
         with evaluating([stage.module]):
             for micro_batch in stream:
@@ -226,7 +231,7 @@ class _Run:
 
     def __init__(self, pipeline: PipelinedBackprop, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None) -> None:
         self.pipeline, self.stage, self.links = pipeline, pipeline.stage, pipeline._links
-        self.stream = _Stream(batches, self._end_of_stream)
+        self.stream = _Stream(batches, pipeline.reads, self._end_of_stream)
         self.losses: list[Tensor] = []
         self.actions: dict[str, Callable[[int], None]] = {
             "F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight,
@@ -332,12 +337,20 @@ def _update_of(schedule: PipelineSchedule | Program, stage: int) -> Callable[[in
 class _Stream(Iterator[int]):
     """Numbers the micro-batches of an iterable and looks one ahead, so that the next receive can be posted.
 
+    What this rank reads is copied when it is pulled: the iterable may fill the same tensors again.
+
     Args:
+        reads: whether this rank reads the inputs, and the targets.
         on_end: called with the length as soon as the last micro-batch has been used, before anything else is asked.
     """
 
-    def __init__(self, batches: Iterable[tuple[Any, Any]], on_end: Callable[[int], None] | None = None) -> None:
-        self._batches = pairs(batches)
+    def __init__(
+        self,
+        batches: Iterable[tuple[Any, Any]],
+        reads: tuple[bool, bool],
+        on_end: Callable[[int], None] | None = None,
+    ) -> None:
+        self._batches, self._reads = pairs(batches), reads
         self._numbers = count()
         self._on_end = on_end
         self._next = self._pull()
@@ -361,4 +374,8 @@ class _Stream(Iterator[int]):
         return next(self._numbers)
 
     def _pull(self) -> tuple[Any, Any] | None:
-        return next(self._batches, None)
+        pulled = next(self._batches, None)
+        if pulled is None:
+            return None
+        value, target = (copied(each) if read else None for each, read in zip(pulled, self._reads, strict=True))
+        return value, target

@@ -82,7 +82,7 @@ class PipelineSettings:
         skip_nonfinite: leave a micro-batch whose gradient of a stage is inf or NaN out of that stage's update; an
             update with nothing left changes neither weights nor moments.
         on_gradients: called with {parameter's name: gradient} of an update, averaged, before clipping; may change them
-            in place.
+            in place, put others in the dict, or take some out (no gradient).
         observe: measure realised delay, prediction error, gradient norm and idle time of each stage (see report.py).
     Raises:
         ValueError: float16, whose gradients need a GradScaler.
@@ -108,6 +108,8 @@ class PipelineSettings:
                 "dtype=float16 needs a GradScaler, whose scale would change between a forward and its backward: use "
                 "bfloat16"
             )
+        if isinstance(self.clip, bool | str):
+            raise ValueError(f"clip={self.clip!r}: give the largest norm as a number, or a ClipNorm; None for none")
         if _has_grad_scaler(self.loss_fn):
             raise ValueError(
                 "loss_fn uses a GradScaler, and no stage would unscale its gradients: use bfloat16 without"
@@ -131,6 +133,18 @@ class PipelineSettings:
         if self.scheduler is None:
             return None
         made = self.scheduler(optimizer)
+        if made is None:
+            return None
+        if not callable(getattr(made, "step", None)):
+            raise ValueError(
+                f"the scheduler factory returned {type(made).__name__}: return one torch.optim.lr_scheduler; several "
+                "go into a ChainedScheduler or SequentialLR"
+            )
+        if getattr(made, "optimizer", optimizer) is not optimizer:
+            raise ValueError(
+                "the scheduler factory made a scheduler of another optimizer than the one that it is called with: its "
+                "learning rate would never change"
+            )
         if isinstance(made, ReduceLROnPlateau):
             raise ValueError(
                 "ReduceLROnPlateau wants a metric at every update, which only the last stage has, and later: use a "

@@ -17,14 +17,23 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
-from fourfold.parallel.pipeline.checks import check_batch_norms
-from fourfold.parallel.pipeline.graphs import check_graph
+from fourfold.parallel.pipeline.checks import check_gradients, check_module, measured_loss
+from fourfold.parallel.pipeline.graphs import check_graph, needs_any
 from fourfold.parallel.pipeline.masters import MasterWeights, attach
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
 from fourfold.parallel.pipeline.randomness import seeded
 from fourfold.parallel.pipeline.report import Meter
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
-from fourfold.parallel.pipeline.values import Structure, call, needs_gradient, put_together, take_apart
+from fourfold.parallel.pipeline.values import (
+    Structure,
+    apart,
+    call,
+    copied,
+    needs_gradient,
+    put_together,
+    received,
+    take_apart,
+)
 
 Weights = list[Tensor] | None  # None: the present ones
 
@@ -41,6 +50,7 @@ class Flight:
     seen: int = 0  # updates of this run that its forward's weights had seen
     sample: Weights = None  # those weights, where their error is to be measured
     halves: list[dict[str, Any]] = field(default_factory=list)  # between the two halves of a backward
+    rest: tuple[list[Tensor], list[Tensor] | None] = ([], None)  # where the second half starts by itself
 
     @property
     def results(self) -> list[Tensor]:
@@ -50,8 +60,10 @@ class Flight:
 
     @property
     def value(self) -> Any:
-        """The results as the module returned them."""
-        return put_together(self.structure, self.results)
+        """A copy of the results, as the module returned them and as another rank would receive them."""
+        results = self.results
+        copies = [copied(each.detach()).requires_grad_(each.requires_grad) for each in results]
+        return put_together(self.structure, copies)
 
 
 class PipelineStage:
@@ -89,7 +101,7 @@ class PipelineStage:
         self.stashes = (mitigation.stash and delay > 0) or double_buffered
         self._checked_graph = False
         self._replica = 0
-        check_batch_norms(module, index, dp_group)
+        check_module(module, index, dp_group)
         if dp_group is not None:
             self._replica = dist.get_rank(dp_group)
             self._copy_from_first((*module.parameters(), *module.buffers()))
@@ -153,16 +165,17 @@ class PipelineStage:
         tensors, structure = take_apart(value, f"the input of stage {self.index}")
         wanted = [self.index > 0 and needs_gradient(tensor) for tensor in tensors]
         leaves = [each.detach().requires_grad_(want) for each, want in zip(tensors, wanted, strict=True)]
-        with self._computing(leaves):
-            with self._holding(weights):
-                output = call(self.module, put_together(structure, leaves))
+        with self._computing(leaves), self._holding(weights):
+            output = call(self.module, put_together(structure, list(map(received, leaves))))
             weight = 1.0
             if self.loss_fn is not None:
-                output, weight = self._loss(output, target)
+                output, weight = measured_loss(self.settings, output, target)
+            outputs, structure = take_apart(output, f"the output of stage {self.index}")
+            outputs = apart(outputs, self.module)
         self.num_forwards += 1
-        outputs, structure = take_apart(output, f"the output of stage {self.index}")
         inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-        self._check_gradients(inputs, outputs)
+        trained = any(p.requires_grad for p in self.weights.live)
+        check_gradients(self.index, outputs, wanted=trained or bool(inputs), loss=self.loss_fn is not None)
         if not self._checked_graph:
             casts = self.optimizer is not None and self.optimizer.corrects
             check_graph(outputs, inputs, self.weights.live, self.index, casts=casts)
@@ -174,10 +187,10 @@ class PipelineStage:
     def evaluate(self, value: Any, target: Any) -> Any:
         """The module's output, or the loss on the last stage, with the present weights."""
         tensors, structure = take_apart(value, f"the input of stage {self.index}")
-        with self._computing(tensors, seeded=False):
+        with self._computing(tensors, trains=False):
             here = [tensor.detach().contiguous() if self.index else tensor.detach() for tensor in tensors]
             output = call(self.module, put_together(structure, here))
-            return self._loss(output, target)[0] if self.loss_fn is not None else output
+            return output if self.loss_fn is None else measured_loss(self.settings, output, target)[0]
 
     def backward(self, flight: Flight, gradients: Sequence[Tensor] | None, weight: float) -> list[Tensor]:
         """Add the parameters' gradients to those since the last update; returns those of the inputs that need one.
@@ -204,12 +217,18 @@ class PipelineStage:
         roots, seeds = self._roots(flight, gradients, flight.weight)
         if not flight.inputs:
             # Nothing comes before this stage that needs a gradient: all is the weights' half.
-            flight.halves = [{"roots": roots, "seeds": seeds}]
+            flight.rest = roots, seeds
             return []
+        # So are outputs that no input reaches; torch's half would lose their gradients.
+        apart = [len(roots) > 1 and not needs_any(root, flight.inputs) for root in roots]
+        kept = [at for at, alone in enumerate(apart) if not alone]
+        own = [at for at, alone in enumerate(apart) if alone]
+        flight.rest = [roots[at] for at in own], None if seeds is None else [seeds[at] for at in own]
         # torch detaches the outputs in place, which autograd refuses for a view.
-        roots = [root.clone() if root._is_view() else root for root in roots]
+        halved = [roots[at].clone() if roots[at]._is_view() else roots[at] for at in kept]
+        given = None if seeds is None else [seeds[at] for at in kept]
         with self._reading(flight):
-            _, flight.halves = stage_backward_input(roots, seeds, flight.inputs, iter(self.weights.live))  # type: ignore[arg-type]
+            _, flight.halves = stage_backward_input(halved, given, flight.inputs, iter(self.weights.live))  # type: ignore[arg-type]
         return self._input_gradients(flight)
 
     def backward_weight(self, flight: Flight) -> None:
@@ -220,8 +239,8 @@ class PipelineStage:
             if flight.inputs:
                 with self.weights.accumulating():
                     stage_backward_weight(iter(self.weights.live), flight.halves)
-            elif flight.halves[0]["roots"]:
-                torch.autograd.backward(flight.halves[0]["roots"], flight.halves[0]["seeds"])
+            if flight.rest[0]:
+                torch.autograd.backward(*flight.rest)
         self.meter.landed(flight.seen, flight.sample)
 
     def prepare_update(self) -> float:
@@ -231,8 +250,7 @@ class PipelineStage:
         """
         self._steps = self.optimizer is not None and self.gradients.average()
         if self._steps and self.settings.on_gradients is not None:
-            pairs = zip(self.weights.names, self.weights.live, strict=True)
-            self.settings.on_gradients({name: p.grad for name, p in pairs if p.grad is not None})
+            self.weights.show_gradients(self.settings.on_gradients)
         wanted = self._steps and (self.settings.clipping is not None or self.settings.observe)
         self._norm = self.gradients.norm() if wanted else 0.0
         return self._norm
@@ -293,30 +311,6 @@ class PipelineStage:
         with self.weights.in_place():
             yield self.optimizer.optimizer if self.optimizer is not None else None
 
-    def _loss(self, output: Any, target: Any) -> tuple[Tensor, float]:
-        """The loss, and how much its micro-batch counts."""
-        assert self.loss_fn is not None
-        loss = self.loss_fn(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
-            what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn returned {what}: give a scalar mean over the micro-batch")
-        weigh = self.settings.loss_weight
-        weight = 1.0 if weigh is None else float(weigh(target))
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"loss_weight returned {weight}: how much a micro-batch counts is finite and at least 0")
-        return loss, weight
-
-    def _check_gradients(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Refuse a forward after which this stage, or those before it, could not train."""
-        trained = any(p.requires_grad for p in self.weights.live)
-        if (trained or inputs) and not any(needs_gradient(output) for output in outputs):
-            what = "its loss" if self.loss_fn is not None else "what it hands to the next stage"
-            kinds = ", ".join(f"{output.dtype} {list(output.shape)}" for output in outputs)
-            raise ValueError(
-                f"stage {self.index} and those before it would not train: {what} ({kinds or 'no tensor'}) has no "
-                "gradient; is it detached, or an integer?"
-            )
-
     def _roots(
         self, flight: Flight, gradients: Sequence[Tensor] | None, relative: float
     ) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -359,16 +353,16 @@ class PipelineStage:
             self.weights.restore()
 
     @contextmanager
-    def _computing(self, tensors: Sequence[Tensor], *, seeded: bool = True) -> Iterator[None]:
+    def _computing(self, tensors: Sequence[Tensor], *, trains: bool = True) -> Iterator[None]:
         """Around a forward: its random numbers, its precision, and no casts of weights of another version."""
         own = next((tensor.device for tensor in (*self.weights.live[:1], *tensors)), torch.device("cpu"))
-        if torch.is_autocast_enabled(own.type):
+        if trains and torch.is_autocast_enabled(own.type):
             self._check_autocast()
         # The cache of casts does not see that weights were written, and outlives this forward under an outer autocast.
         torch.clear_autocast_cache()
         dtype = self.settings.dtype
         precision = nullcontext() if dtype is None else torch.autocast(own.type, dtype)
-        with self._randomness(own) if seeded else nullcontext(), precision:
+        with self._randomness(own) if trains else nullcontext(), precision:
             yield
         torch.clear_autocast_cache()
 

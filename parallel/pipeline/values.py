@@ -6,6 +6,7 @@ or floating; gradients come back for those that need one.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -67,6 +68,52 @@ def put_together(structure: Structure, tensors: Sequence[Tensor]) -> Any:
         parts = [put_together(each, tensors) for each in rest]
         return tuple(parts) if kind == "tuple" else parts
     return rest
+
+
+def copied(value: Any) -> Any:
+    """`value` with tensors of its own, in tuples, lists and dicts too; what is none of these is itself.
+
+    A stream may fill one buffer again and again, and a stage may write into its input; micro-batches in flight need
+    both as they were.
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        twin = copy(value)  # of its own class
+        for key, each in value.items():
+            twin[key] = copied(each)
+        return twin
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(copied, value))
+    if type(value) in (tuple, list):
+        return type(value)(map(copied, value))
+    return value
+
+
+class _Received(torch.autograd.Function):
+    """A leaf as a result of something, so that a stage may begin with an operation in place (a ReLU, say)."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.data  # its own count of writes; nobody else reads the leaf's numbers
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def received(leaf: Tensor) -> Tensor:
+    """What a stage's module is given in place of a leaf that collects the gradient."""
+    return _Received.apply(leaf) if leaf.requires_grad else leaf  # type: ignore[no-any-return,no-untyped-call]
+
+
+def apart(outputs: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
+    """`outputs`, those copied that are weights or buffers of `module` themselves, which an update would change."""
+    if all(output.grad_fn is not None and output._base is None for output in outputs):
+        return list(outputs)
+    held = (*module.parameters(), *module.buffers())
+    own = {tensor.untyped_storage().data_ptr() for tensor in held if not hasattr(tensor, "to_local")}
+    return [each.clone() if each.untyped_storage().data_ptr() in own else each for each in outputs]
 
 
 def describe(tensors: Sequence[Tensor]) -> list[TensorSpec]:

@@ -81,8 +81,42 @@ def kinds(name: str) -> tuple[list[nn.Module], list[tuple[Any, Tensor]], Any]:
         flags = (1, True, 1.0, 1, 1, True, True, True, 1.0)
         data = [({"hidden": x, "flag": flag}, y) for (x, y), flag in zip(data, flags, strict=True)]
         return [Flagged(6, 8), Flagged(8, 5), Closes(5)], data, F.cross_entropy
+    if name == "in place":
+        data = [((x, (x[:, 0] > 0).long(), None), y) for x, y in data]
+        return [Marks(6, 8), Marks(8, 8), Unmarks(8)], data, F.cross_entropy
     data = [({"hidden": x, "mask": (x[:, 0] > 0).long(), "kept": [], "count": 0}, y) for x, y in data]
     return [Carries(6, 8), Carries(8, 5), Closes(5)], data, F.cross_entropy
+
+
+class Marks(nn.Module):
+    """Writes into a mask that it was given, hands it on with a weight that no input reaches; begins in place."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, hidden: Tensor, mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        mask += 1
+        hidden = hidden.relu_() if bias is None else hidden.relu_() + bias
+        return torch.tanh(self.linear(hidden)) * mask[:, None], mask, self.bias
+
+
+class Unmarks(nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, 3)
+
+    def forward(self, hidden: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        return self.linear(hidden.relu_() + bias) / mask[:, None]
+
+
+def reused(data: list[tuple[Any, Tensor]]) -> Any:
+    """The same stream through one buffer a shape, as a loader with pinned memory fills it."""
+    buffers: dict[Any, Tensor] = {}
+    for value, target in data:
+        filled = [buffers.setdefault((at, each.shape), each.clone()).copy_(each) for at, each in enumerate(value[:2])]
+        yield (*filled, None), buffers.setdefault(target.shape, target.clone()).copy_(target)
 
 
 def streams_alike(name: str, schedule: str) -> bool:
@@ -92,7 +126,7 @@ def streams_alike(name: str, schedule: str) -> bool:
         stages, data, loss_fn = kinds(name)
         rank: Any = {"group": None} if kind is PipelinedBackprop else {}
         made = kind(stages, optimizer=SGD, loss_fn=loss_fn, schedule=schedule, **rank)
-        losses = made.run(data)
+        losses = made.run(reused(data) if name == "in place" and kind is PipelinedBackprop else data)
         with torch.autocast("cpu", torch.bfloat16):
             losses += made.evaluate(data[:4])
         losses += made.evaluate(data[3:]) + made.run(data[::-1])
@@ -102,7 +136,7 @@ def streams_alike(name: str, schedule: str) -> bool:
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b-async", "2bw", "zb-h1:2"])
-@pytest.mark.parametrize("name", ["rows", "dicts", "flags"])
+@pytest.mark.parametrize("name", ["rows", "dicts", "flags", "in place"])
 def test_any_shape_and_any_tree_goes_through(ranks, name, schedule):
     assert all(ranks(3)(streams_alike, name, schedule))
 
@@ -272,6 +306,32 @@ def test_a_gradient_that_one_replica_lacks_counts_as_zero(ranks):
     assert all(equal for _, equal in results)
     for stage in range(2):
         assert all(map(torch.equal, results[stage][0], results[2 + stage][0]))
+
+
+def replicas_set_unlike() -> str:
+    """Weights set on one replica only, as by a file that one rank has loaded."""
+    pipeline, peers, replica, stage = replicas()
+    modules = pipeline_models.stages(2)
+    made = PipelinedBackprop(modules, group=pipeline, dp_group=peers, optimizer=SGD, loss_fn=F.cross_entropy)
+    made.run(pipeline_models.batches(3))
+    if replica == 1:
+        with torch.no_grad():
+            list(modules[stage].parameters())[-1].mul_(0.5)
+    try:
+        made.run(pipeline_models.batches(3))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_replicas_whose_weights_were_set_unlike_are_refused(ranks):
+    pool = ranks(4)
+    try:
+        messages = pool(replicas_set_unlike)
+    finally:
+        pool.close()
+    for rank, message in enumerate(messages):
+        assert f"of rank {2 + rank % 2} is not that of rank {rank % 2}" in message
 
 
 class Remembers(nn.Module):

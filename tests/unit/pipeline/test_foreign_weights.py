@@ -178,6 +178,65 @@ def test_two_pipelines_that_share_a_saved_state_do_not_share_moments():
     assert second.run(data) == third.run(data)
 
 
+def exchange_storage(stages: list[nn.Module]) -> None:
+    for p in stages[-1].parameters():
+        p.data = p.data.clone()
+
+
+def freeze(stages: list[nn.Module]) -> None:
+    stages[0][0][0].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(exchange_storage, "was changed while a stream runs"), (freeze, "was frozen while a stream")]
+)
+def test_what_would_meet_each_stage_at_another_micro_batch_is_refused_in_mid_stream(change, words):
+    """Storage that is exchanged is no write; the optimizer would go on with the old one, and nothing would train."""
+    stages = pipeline_models.stages(3)
+    pipeline = trainer(stages)
+
+    def stream() -> Any:
+        for number, batch in enumerate(pipeline_models.batches(6)):
+            if number == 3:
+                change(stages)
+            yield batch
+
+    with pytest.raises(ValueError, match=words):
+        pipeline.run(stream())
+
+
+def test_a_group_that_the_optimizer_got_afterwards_is_refused():
+    pipeline = trainer(pipeline_models.stages(3))
+    pipeline.run(pipeline_models.batches(3))
+    pipeline.stages[0].optimizer.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(ValueError, match="make all groups in the optimizer factory"):
+        pipeline.run(pipeline_models.batches(3))
+
+
+def test_learning_rates_that_are_tensors_are_each_stages_own():
+    """A scheduler writes into them: shared, every stage's scheduler would move the rates of all."""
+    data = pipeline_models.batches(6)
+    ends = []
+    for rate in (torch.tensor(0.01), 0.01):
+        stages = pipeline_models.stages(3)
+        trainer(
+            stages, optimizer=partial(torch.optim.AdamW, lr=rate),
+            scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5),
+        ).run(data)  # fmt: skip
+        ends.append(weights(stages))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # a tensor's step is rounded otherwise
+
+
+def test_modules_that_average_by_themselves_or_have_no_weights_yet_are_refused(monkeypatch):
+    stages = pipeline_models.stages(3)
+    monkeypatch.setattr("fourfold.parallel.pipeline.checks.DistributedDataParallel", nn.LayerNorm)
+    with pytest.raises(ValueError, match=r"stage \d: .*norm is wrapped in LayerNorm, which averages"):
+        trainer(stages)
+    with pytest.raises(ValueError, match="stage 1: the module makes its weights at its first forward"):
+        trainer([nn.Linear(6, 5), nn.LazyLinear(3)])
+
+
 def test_what_cannot_be_run_is_said_at_once():
     data = pipeline_models.batches(2)
     for off in (torch.no_grad, torch.inference_mode):

@@ -201,6 +201,64 @@ def test_a_hook_on_gradients_sees_names_and_changes_the_update():
     torch.testing.assert_close(*ends, rtol=0, atol=1e-14)
 
 
+def test_gradients_may_be_replaced_or_taken_out():
+    def replace(gradients: dict[str, Tensor]) -> None:
+        gradients["matrix.weight"] = gradients["matrix.weight"] * 0.5
+
+    def halve(gradients: dict[str, Tensor]) -> None:
+        gradients["matrix.weight"].mul_(0.5)
+
+    ends = []
+    for hook in (replace, halve, lambda gradients: gradients.clear()):
+        stages = two_stages()
+        PipelinedBackpropEmulator(stages, optimizer=SGD, loss_fn=F.mse_loss, on_gradients=hook).run(batches(5))
+        ends.append(stages[0].matrix.weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[2], two_stages()[0].matrix.weight)
+    for wrong, words in (
+        (lambda gradients: gradients.update(other=torch.ones(1)), "on_gradients set 'other', which had no gradient"),
+        (lambda gradients: gradients.update({"matrix.weight": torch.ones(1)}), "on_gradients made"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PipelinedBackpropEmulator(two_stages(), optimizer=SGD, loss_fn=F.mse_loss, on_gradients=wrong).run(
+                batches(2)
+            )
+
+
+def test_a_momentum_that_is_set_to_zero_leaves_no_velocity_behind():
+    """From there on the velocity is the gradient, as if there had never been a momentum."""
+    ahead = []
+    for momentum in (0.9, 0.0):
+        p = scalar(1.0)
+        optimizer = torch.optim.SGD([p], lr=0.1, momentum=momentum)
+        delayed = DelayedOptimizer(optimizer, delay=2, mitigation=Mitigation.named("lwpv"))
+        p.grad = torch.full_like(p, 3.0)
+        delayed.step()
+        optimizer.param_groups[0]["momentum"] = 0.0
+        p.grad = torch.full_like(p, -1.0)
+        delayed.step()
+        ahead.append(delayed.forward_weights()[0])
+    assert torch.equal(*ahead)
+    assert float(ahead[0]) == pytest.approx(1 - 0.3 + 0.1 + 0.2)
+
+
+def test_complex_gradients_are_clipped_by_their_size():
+    p = nn.Linear(3, 3, dtype=torch.complex64)
+    found: list[Tensor] = []
+    optimizer = torch.optim.SGD
+    PipelinedBackpropEmulator(
+        [p], optimizer=lambda given: _kept(optimizer(given, lr=0.1), found), mitigation="none", clip=0.5, observe=True,
+        loss_fn=lambda output, target: (output - target).abs().square().sum(),
+    ).run([(torch.ones(2, 3, dtype=torch.complex64), torch.full((2, 3), 5.0))])  # fmt: skip
+    assert float(torch.stack([torch.linalg.vector_norm(g) for g in found]).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def _kept(optimizer: torch.optim.Optimizer, found: list[Tensor]) -> torch.optim.Optimizer:
+    groups = optimizer.param_groups
+    optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in groups[0]["params"]))
+    return optimizer
+
+
 def test_without_momentum_the_velocity_is_the_gradient():
     def ahead(name: str) -> Tensor:
         p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))

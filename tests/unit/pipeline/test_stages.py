@@ -16,6 +16,7 @@ from fourfold.parallel.pipeline import Program
 from fourfold.parallel.pipeline.values import put_together, take_apart
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+LAMBDA = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda _: 0.5)
 
 
 def trainer(stages: list[nn.Module], **options: Any) -> PipelinedBackpropEmulator:
@@ -281,6 +282,11 @@ def test_muon_and_adamw_side_by_side(mitigation):
         ({"mitigation": "sc+nesterov"}, "take one"),
         ({"mitigation": "rotate"}, "SGD: basis rotation turns the steps of Adam"),
         ({"clip": -1.0}, "max_norm=-1.0"),
+        ({"clip": True}, "clip=True: give the largest norm"),
+        ({"clip": "model"}, "clip='model': give the largest norm"),
+        ({"optimizer": lambda p: None}, "the optimizer factory returned NoneType"),
+        ({"scheduler": lambda optimizer: [optimizer]}, "the scheduler factory returned list"),
+        ({"scheduler": lambda _: LAMBDA(SGD([nn.Parameter(torch.ones(1))]))}, "of another optimizer than the one"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused_at_once(options, words):
@@ -312,3 +318,68 @@ def test_a_weight_of_the_loss_makes_a_mean_over_targets():
     plain.load_state_dict(start)
     F.cross_entropy(plain(torch.cat([x for x, _ in data[:3]])), torch.cat([y for _, y in data[:3]])).backward()
     torch.testing.assert_close(gradients[0]["weight"], plain.weight.grad, rtol=0, atol=1e-14)
+
+
+class HandsOnItsWeight(nn.Module):
+    """Gives its bias, a view of its weight and a count of its calls to the next stage."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        return self.linear(x), self.linear.bias, self.linear.weight[:, 0], self.calls
+
+
+class TakesAWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, bias: Tensor, column: Tensor, calls: Tensor) -> Tensor:
+        return self.linear(x * bias + column) * calls
+
+
+def test_a_weight_that_is_handed_on_is_the_one_of_the_forward():
+    """Not the one that the module holds again once its forward with predicted weights is over."""
+    torch.manual_seed(0)
+    stages = [HandsOnItsWeight(), TakesAWeight()]
+    read: list[Tensor] = []
+    taken: list[Tensor] = []
+    stages[0].register_forward_hook(lambda module, *_: read.append(module.linear.bias.detach().clone()))
+    stages[1].register_forward_pre_hook(lambda _, given: taken.append(given[1].detach().clone()))
+    made = trainer(stages, mitigation="lwpv+sc")
+    made.run(pipeline_models.batches(6))
+    assert all(map(torch.equal, read, taken))
+    assert not torch.equal(read[-1], made.stages[0].weights.masters[1])
+
+
+def test_a_stage_may_begin_in_place():
+    """As under plain training; neither the stage before nor the caller sees what is written."""
+    ends = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        stages = [
+            nn.Sequential(nn.ReLU(inplace), nn.Linear(6, 5), nn.Tanh()),
+            nn.Sequential(nn.ReLU(inplace), nn.Linear(5, 3)),
+        ]
+        data = pipeline_models.batches(6)
+        kept = [x.clone() for x, _ in data]
+        made = trainer(stages, mitigation="stash")
+        losses = [*made.run(data), *made.evaluate(data)]
+        assert all(torch.equal(x, before) for (x, _), before in zip(data, kept, strict=True))
+        ends.append([losses, [p.detach().tolist() for stage in stages for p in stage.parameters()]])
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("mitigation", ["spectrain", "pipemare-dc"])
+def test_an_evaluation_under_autocast_needs_no_weights_of_a_backward(mitigation):
+    made = trainer(pipeline_models.stages(3), mitigation=mitigation)
+    data = pipeline_models.batches(4)
+    made.run(data)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made.evaluate(data) == pytest.approx(made.evaluate(data))
