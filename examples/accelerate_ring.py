@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, ParallelismConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fourfold.launch.refusal import leave
 from fourfold.parallel import shard_batch, stream_backprop, use_ring_attention
 from fourfold.parallel.stream import streamed_layers
 
@@ -19,8 +20,7 @@ config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_h
 model, input_ids = LlamaForCausalLM(config), torch.randint(64, (1, 1021))
 batch = {"input_ids": input_ids, "labels": input_ids}
 whole = copy.deepcopy(model)
-expected = whole(**batch).loss
-expected.backward()
+(expected := whole(**batch).loss).backward()
 
 accelerator = Accelerator(cpu=True)
 mesh = ParallelismConfig(cp_size=accelerator.num_processes).build_device_mesh("cpu")
@@ -36,3 +36,5 @@ worst = max(float((mine.grad - one.grad).norm() / one.grad.norm()) for mine, one
 layers = streamed_layers(accelerator.unwrap_model(model))
 accelerator.print(f"loss {loss:.4f}  largest difference of a loss {abs(loss - expected):.1e}")
 accelerator.print(f"layers streamed {layers}  largest relative error of a gradient {worst:.1e}")
+accelerator.wait_for_everyone()
+leave(0)  # at the interpreter's end a thread of gloo's, which destroy_process_group does not stop, can abort it

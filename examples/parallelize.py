@@ -11,17 +11,15 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fourfold.launch.refusal import leave
 from fourfold.parallel import init_mesh, parallelize
 
-config = LlamaConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False,
-)  # fmt: skip
+sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
 tp = 2 if world_size % 2 == 0 else 1
 mesh = init_mesh(dp=world_size // tp, tp=tp)
 with torch.device("meta"):  # no rank ever holds the whole model: each makes the weights it keeps
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
 model = parallelize(model, mesh, seed=0)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
@@ -34,4 +32,5 @@ for step in range(20):
     optimizer.zero_grad()
     if step % 5 == 4 and dist.get_rank() == 0:
         print(f"step {step + 1}  loss {loss.item():.4f}")
-dist.destroy_process_group()
+dist.barrier()
+leave(0)  # at the interpreter's end a thread of gloo's, which destroy_process_group does not stop, can abort it

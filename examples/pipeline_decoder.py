@@ -9,16 +9,15 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fourfold.launch.refusal import leave
 from fourfold.parallel import init_mesh
 from fourfold.parallel.decoder import pipeline_decoder
 
-config = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
 dist.init_process_group("gloo")
 mesh = init_mesh(pp=dist.get_world_size(), device_type="cpu")
 with torch.device("meta"):  # each rank makes the weights of its own stage
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
 pipeline = pipeline_decoder(
     model, mesh, seq_len=32, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), schedule="1f1b-async"
 )
@@ -37,4 +36,5 @@ def rows():  # two documents a row; a target of -100 counts for nothing
 losses = pipeline.run(rows())
 if pipeline.is_first:
     print(f"loss {losses[0]:.3f} -> loss {losses[-1]:.3f}")
-dist.destroy_process_group()
+dist.barrier()
+leave(0)  # at the interpreter's end a thread of gloo's, which destroy_process_group does not stop, can abort it

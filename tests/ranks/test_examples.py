@@ -5,29 +5,47 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.training_process import Forked, forked_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
+LAUNCHED = ("ring", "accelerate_ring")
+"""Started as a user would, by torchrun and by accelerate; the others' ranks come from the fork server."""
+
+
 @cache
 def run(command: str) -> str:
-    """What the command prints, run from the root as a user would, with the interpreter of the tests."""
+    """What the command prints, run from the root with the interpreter of the tests."""
     words = shlex.split(command)
-    if words[:2] == ["accelerate", "launch"]:
-        words[:2] = [sys.executable, "-m", "accelerate.commands.launch"]
-    words[:1] = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}.get(
-        words[0], words[:1]
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
-    return result.stdout
+    script = ROOT / words[-1]
+    if script.stem in LAUNCHED:
+        launcher = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.launch"]}[words[0]]
+        rest = words[2:] if words[0] == "accelerate" else words[1:]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, "-m", *launcher, *rest], cwd=ROOT, env=environment, capture_output=True, text=True,
+            timeout=280,
+        )  # fmt: skip
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+        return result.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        if words[0] == "python":
+            started = [Forked(log, str(script), [])]
+        else:
+            assert words[:2] == ["torchrun", "--nproc-per-node"], command
+            started = forked_ranks(log, int(words[2]), [], module=str(script))
+        for rank in started:
+            assert rank.wait(280.0) == 0, f"{command}\n{rank.text()}"
+        return "".join(rank.text() for rank in started)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -50,8 +68,9 @@ def test_example(script):
     assert bool(streamed) == ("streamed_layers" in text), printed
 
 
-def test_the_mesh_does_not_change_the_losses():
-    commands = ("torchrun --nproc-per-node 2 examples/parallelize.py", "python examples/parallelize.py")
+@pytest.mark.parametrize("name", ["parallelize", "loop"])
+def test_the_mesh_does_not_change_the_losses(name):
+    commands = (f"torchrun --nproc-per-node 2 examples/{name}.py", f"python examples/{name}.py")
     losses = [[float(loss) for loss in re.findall(r"loss (\S+)", run(command))] for command in commands]
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)  # printed to 1e-4

@@ -1,4 +1,4 @@
-"""`python -m MODULE WORDS` in a process of its own, from the fork server: a training without a launcher's seconds.
+"""`python -m MODULE WORDS`, or a script, in a process of its own, from the fork server: without a launcher's seconds.
 
 The process has its own environment, folder, output and exit code, and can be stopped and killed. What is about the
 launcher itself starts that for real.
@@ -33,7 +33,7 @@ class Forked:
         before: Callable[[], None] | None = None,
         **environment: str,
     ) -> None:
-        """`before`, a function at module level, is called in the process before the module runs."""
+        """`module` may be a script's path; `before`, a function at module level, is called in the process first."""
         self.log = log
         self._process: BaseProcess = fork_server().Process(
             target=_run,
@@ -131,4 +131,7 @@ def _run(
     sys.argv = [module, *words]
     if before is not None:
         before()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
