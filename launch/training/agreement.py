@@ -8,16 +8,22 @@ import torch.distributed as dist
 Answer = TypeVar("Answer")
 
 
-def gathered(value: Answer) -> list[Answer]:
-    """Every rank's `value`, in rank order, on every rank; every rank calls. It must pickle."""
+def gathered(value: Answer, group: dist.ProcessGroup | None = None) -> list[Answer]:
+    """Every rank's `value`, in rank order, on every rank; every rank calls. It must pickle.
+
+    Args:
+        group: over all ranks; None for the default one.
+    """
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def on_rank_0(action: Callable[[], Answer]) -> Answer:
+def on_rank_0(action: Callable[[], Answer], group: dist.ProcessGroup | None = None) -> Answer:
     """What `action` returned on rank 0, on every rank; every rank calls.
 
+    Args:
+        group: as of `gathered`.
     Raises:
         ValueError: `action` raised a ValueError or an OSError; the same message on every rank.
     """
@@ -27,7 +33,7 @@ def on_rank_0(action: Callable[[], Answer]) -> Answer:
             outcome[0] = action()
         except (ValueError, OSError) as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     answer: Answer = outcome[0]

@@ -267,6 +267,7 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor] |
     if settings.held_out_batches:
         run.activity.now("held-out evaluation")
         result.held_out_loss = held_out_loss_asynchronously(model, batches, settings.held_out_batches)
+    run.finish_checkpoint()
     run.gauge.stop()
     result.peak_bytes, result.reserved_bytes = run.gauge.peak_bytes, run.gauge.reserved_bytes
     return result
@@ -291,6 +292,8 @@ def _training_stream(
 ) -> Iterator[tuple[Any, Any]]:
     for step in steps:
         run.activity.now(f"step {step}")
+        if run.checkpoint_failed():  # the other stages find it too, or lose this one
+            run.finish_checkpoint()
         if step == counted:
             run.gauge.stop()
         yield from model.micro_batches(partial(batches.training, step, model.rows))

@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from fourfold.launch.training.agreement import gathered, on_rank_0
+from fourfold.launch.training.background import Background
 from fourfold.launch.training.manifest import Checksum, ChecksummingFileSystem, Manifest, damage
 from fourfold.parallel.decoder.stage import DecoderStage
 
@@ -79,11 +81,13 @@ class Checkpoints:
     Attributes:
         settings: of this run, flat; written with each checkpoint, and compared where one is taken.
         keep: how many of the newest stay.
+        background: where checkpoints are written while the training goes on; None for at once.
     """
 
     folder: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     keep: int = 2
+    background: Background | None = None
 
     def refuse_overwriting(self) -> None:
         """Raises CheckpointError where there are checkpoints of an earlier run: a new one would replace them."""
@@ -104,28 +108,53 @@ class Checkpoints:
     ) -> Path:
         """Write `step_XXXXXXXX`; every rank calls. It is whole on return, and of the older ones `keep - 1` are left.
 
+        In the background, what is to be written is copied on return; it is whole after `wait`, which this calls for the
+        checkpoint before.
+
         Args:
             updates_per_step: more than one where a step's micro-batches update one by one.
             extra: further tensors, under names that no other stage uses.
         Raises:
             CheckpointError: it could not be written (a full disk), or reads back otherwise; the older ones are left.
-        Cost: each weight and optimizer state is written once over all ranks, and read once.
+                In the background, that of the checkpoint before.
+        Cost: each weight and optimizer state is written once over all ranks, and read once. In the background also a
+            copy of this rank's part in host memory, and the time of copying.
         """
         target = self.folder / f"step_{step:08d}"
+        if self.background is None:
+            state = _state(model, optimizer, {"step": step, _RATIO: updates_per_step, "extra": extra or {}})
+            self._write(target, step, state, None)
+            return target
+        self.background.wait()
+        state = _state(model, optimizer, {"step": step, _RATIO: updates_per_step, "extra": extra or {}})
+        copied, group = BlockingAsyncStager().stage(state), self.background.group
+        self.background.start(lambda: self._write(target, step, copied, group))
+        return target
+
+    def wait(self) -> None:
+        """Until nothing is being written; every rank calls. Raises CheckpointError as `save`."""
+        if self.background is not None:
+            self.background.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether what this rank wrote in the background has failed; the others may not know it yet."""
+        return self.background is not None and self.background.failed
+
+    def _write(self, target: Path, step: int, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
         partial = self.folder / f"partial_{step:08d}"
         try:
-            on_rank_0(lambda: _remove_leftovers(self.folder))
-            files = _write(partial, model, optimizer, {"step": step, _RATIO: updates_per_step, "extra": extra or {}})
+            on_rank_0(lambda: _remove_leftovers(self.folder), group)
+            files = _write(partial, state, group)
             manifest = Manifest(step=step, settings=self.settings, files=files)
-            on_rank_0(lambda: _put_in_place(manifest, partial, target))
-            on_rank_0(self._remove_old)
+            on_rank_0(lambda: _put_in_place(manifest, partial, target), group)
+            on_rank_0(self._remove_old, group)
         except ValueError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
             raise CheckpointError(
-                f"{target} could not be written: {error}; {self._advice(self._newest_whole())}"
+                f"{target} could not be written: {error}; {self._advice(self._newest_whole(group))}"
             ) from None
-        return target
 
     def load(
         self,
@@ -199,10 +228,10 @@ class Checkpoints:
                 break
         raise CheckpointError(f"{damaged[0]}; {self._advice(self._newest_whole())}")
 
-    def _newest_whole(self) -> Path | None:
+    def _newest_whole(self, group: dist.ProcessGroup | None = None) -> Path | None:
         """The newest checkpoint that verifies; every rank calls."""
-        for path in reversed(on_rank_0(self._all)):
-            if _verified(path)[0] is not None:
+        for path in reversed(on_rank_0(self._all, group)):
+            if _verified(path, group)[0] is not None:
                 return Path(path)
         return None
 
@@ -244,26 +273,29 @@ MAY_CHANGE = ("steps",)
 """Settings that a resumed run may have otherwise without being asked to: a longer run is the same run."""
 
 
-def _write(
-    partial: Path, model: HasStage, optimizer: Optimizer | list[Optimizer], rest: Mapping[str, Any]
-) -> dict[str, Checksum]:
+def _state(model: HasStage, optimizer: Optimizer | list[Optimizer], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """This rank's part of what a checkpoint holds."""
+    weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
+    return {"model": weights, "optimizer": states, **rest}
+
+
+def _write(partial: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, Checksum]:
     """Write this rank's shards into `partial` and read them back; returns all ranks' checksums by file.
 
     Raises:
         ValueError: on every rank, where one of them failed.
     """
-    weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
     writer, files = FileSystemWriter(partial), ChecksummingFileSystem()
     writer.fs = files
     problem = None
     try:
-        save({"model": weights, "optimizer": states, **rest}, storage_writer=writer)
+        save(state, storage_writer=writer, process_group=group)
     except (CheckpointException, OSError) as error:
         problem = files.failure or failure_in_one_line(error)
     else:
         found = damage(partial, files.written, list(files.written))
         files.failure = problem = f"{found[0]}, when it was read back" if found else None
-    outcomes = gathered((files.failure, problem, files.written))
+    outcomes = gathered((files.failure, problem, files.written), group)
     for rank, (failure, _, _) in enumerate(outcomes):
         if failure is not None:  # the rank that has it says it more plainly than what torch tells the others
             raise ValueError(f"rank {rank}: {failure}")
@@ -295,14 +327,14 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(left)
 
 
-def _verified(path: Path) -> tuple[Manifest | None, str]:
+def _verified(path: Path, group: dist.ProcessGroup | None = None) -> tuple[Manifest | None, str]:
     """The manifest of a checkpoint whose files are all as they were written, or what is wrong; every rank calls."""
     try:
-        manifest: Manifest = on_rank_0(lambda: Manifest.read(path))
+        manifest: Manifest = on_rank_0(lambda: Manifest.read(path), group)
     except ValueError as error:
         return None, str(error)
     mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
-    problems = [problem for rank in gathered(damage(path, manifest.files, mine)) for problem in rank]
+    problems = [problem for rank in gathered(damage(path, manifest.files, mine), group) for problem in rank]
     return (None, ", ".join(problems[:3])) if problems else (manifest, "")
 
 

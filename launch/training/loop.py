@@ -96,6 +96,16 @@ class TrainingRun:
             raise ValueError("checkpoints need a folder: give --out DIR")
         return self.checkpoints
 
+    def checkpoint_failed(self) -> bool:
+        """Whether this rank knows that a checkpoint in the background has failed."""
+        return self.checkpoints is not None and self.checkpoints.failed
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the one that is being written, if any; every rank calls. Raises CheckpointError where it fails."""
+        if self.checkpoints is not None and self.checkpoints.background is not None:
+            self.activity.now("finishing the checkpoint")
+            self.checkpoints.wait()
+
 
 def train(
     model: ParallelModel,
@@ -145,6 +155,7 @@ def train(
         norm = model.clip_grad_norm_(settings.max_norm).item()
         clock.ended("clip_s")
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            run.finish_checkpoint()
             where = first_not_finite(model, batch.ids, batch.labels, batch.document_ids)
             raise FloatingPointError(
                 f"loss {loss} and gradient norm {norm} at step {step}{', ' if where else ''}{where}: "
@@ -158,8 +169,11 @@ def train(
             torch.cuda.synchronize(model.device)
         # What is told and kept of the step.
         clock.ended("update_s")
-        step_s = torch.tensor(clock.seconds, dtype=torch.float64, device=model.device)
-        record = StepRecord(step, loss, norm, rate, _largest(step_s).item(), clock.phases)
+        told = torch.tensor([clock.seconds, run.checkpoint_failed()], dtype=torch.float64, device=model.device)
+        step_s, failed = _largest(told).tolist()
+        if failed:  # on some rank; now on all of them at the same step
+            run.finish_checkpoint()
+        record = StepRecord(step, loss, norm, rate, step_s, clock.phases)
         result.records.append(record)
         run.on_step(record)
         if step == first + COUNTED_STEPS - 1:
@@ -173,6 +187,7 @@ def train(
     if settings.held_out_batches:
         run.activity.now("held-out evaluation")
         result.held_out_loss = held_out_loss(model, layout, batches, settings.held_out_batches)
+    run.finish_checkpoint()
     run.gauge.stop()
     result.peak_bytes, result.reserved_bytes = run.gauge.peak_bytes, run.gauge.reserved_bytes
     return result

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fourfold.launch.train_layout import chosen_layout, model_folder
 from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
+from fourfold.launch.training.background import Background
 from fourfold.launch.training.build import build, check_world, empty_model, exported_loss, meet
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.corpus import Corpus, bounds_of, found_sources, read_corpus
@@ -90,7 +91,10 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
         compared = comparable_settings(parallel_model.stage.config.to_dict(), layout, settings)
         compared |= {"data": corpus.identity, "precision": parallel_model.precision}
         compared |= {"packing": options.packing, "data_weights": list(options.data_weights)}
-        checkpoints = Checkpoints(folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints)
+        checkpoints = Checkpoints(
+            folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints,
+            background=Background(timeout_s=2 * timeout_s) if options.async_checkpoints else None,
+        )  # fmt: skip
     teller = Teller(options, layout, model, settings, gauge)
     run = TrainingRun(
         gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_start=teller.start,

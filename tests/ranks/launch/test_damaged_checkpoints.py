@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 from support.one_loss import tiny_model
 
+from fourfold.launch.training import checkpoints
 from fourfold.launch.training.async_loop import AsynchronousModel, train_asynchronously
+from fourfold.launch.training.background import Background
 from fourfold.launch.training.checkpoints import CheckpointError, Checkpoints, Resume
 from fourfold.launch.training.loop import TrainingRun, train
 from fourfold.launch.training.manifest import MANIFEST
@@ -115,14 +118,19 @@ def test_damage_is_named_and_an_older_whole_checkpoint_taken(ranks, tmp_path, fi
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["step_00000002", "step_00000004"]
 
 
-def on_a_full_disk(fields: dict[str, Any], folder: str) -> str:
+def in_background() -> Background:
+    return Background(timeout_s=60.0)
+
+
+def on_a_full_disk(fields: dict[str, Any], folder: str, later: bool) -> str:
     """Rank 1 may write files of 4 KiB only, from the second checkpoint on."""
-    checkpoints = Checkpoints(folder=Path(folder))
+    checkpoints = Checkpoints(folder=Path(folder), background=in_background() if later else None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     plain = Checkpoints.save
 
     def save(self: Checkpoints, *arguments: Any, step: int, **options: Any) -> Path:
         if step == 4 and dist.get_rank() == 1:
+            self.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         return plain(self, *arguments, step=step, **options)
 
@@ -134,9 +142,10 @@ def on_a_full_disk(fields: dict[str, Any], folder: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "in the background"])
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_full_disk_leaves_the_last_checkpoint(ranks, tmp_path, fields):
-    first, second = ranks(2)(on_a_full_disk, fields, str(tmp_path))
+def test_a_full_disk_leaves_the_last_checkpoint(ranks, tmp_path, fields, later):
+    first, second = ranks(2)(on_a_full_disk, fields, str(tmp_path), later)
     assert first == second
     assert first.endswith(
         "step_00000004 could not be written: rank 1: File too large; "
@@ -153,14 +162,14 @@ def resumed_otherwise(fields: dict[str, Any], folder: str) -> list[str]:
     other = Checkpoints(folder=root, settings={"seed": 1, "model.num_attention_heads": 2, "steps": 4, "new": 1})
     longer = Checkpoints(folder=root, settings={"seed": 0, "model.num_attention_heads": 4, "steps": 5})
     told = []
-    for checkpoints, resume, sizes in (
+    for written, resume, sizes in (
         (other, Resume(choice="2"), {}),
         (other, Resume(choice="2", anyway=True), {}),
         (longer, Resume(choice="2"), {}),
         (other, Resume(choice="2", anyway=True), {"intermediate_size": 80}),
     ):
         try:
-            told.append(str(len(trained(fields, checkpoints, resume, **sizes))))
+            told.append(str(len(trained(fields, written, resume, **sizes))))
         except CheckpointError as error:
             told.append(str(error))
     return told
@@ -187,8 +196,6 @@ def test_nothing_is_pruned_before_its_successor_was_read_back(ranks, tmp_path):
 
 
 def on_a_disk_that_forgets(folder: str) -> None:
-    from fourfold.launch.training import checkpoints
-
     plain = checkpoints.damage
 
     def damage(place: Path, *arguments: Any) -> list[str]:
@@ -199,6 +206,61 @@ def on_a_disk_that_forgets(folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "damage", damage)
         trained({"dp": 2}, Checkpoints(folder=Path(folder), keep=1), Resume())
+
+
+def written_later(fields: dict[str, Any], folder: str) -> tuple[list[float], list[float]]:
+    """Losses with checkpoints in the background, and of going on from the first of them."""
+    kept = Checkpoints(folder=Path(folder), background=in_background())
+    losses = trained(fields, kept, Resume())
+    return losses, trained(fields, kept, Resume(choice="2"))
+
+
+@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_checkpoint_in_the_background_holds_the_step_it_was_taken_at(ranks, tmp_path, fields):
+    at_once = ranks(2)(trained, fields, Checkpoints(folder=tmp_path / "at_once"), Resume())[0]
+    for losses, again in ranks(2)(written_later, fields, str(tmp_path / "later")):
+        assert losses == at_once
+        assert again == at_once[2:]
+    for step in ("step_00000002", "step_00000004"):
+        files = [{path.name for path in (tmp_path / kind / step).iterdir()} for kind in ("at_once", "later")]
+        assert files[0] == files[1]
+
+
+def failing_in_the_background(folder: str) -> tuple[int, str]:
+    """Rank 1 cannot write the one checkpoint that is asked for: at which step this rank ends, and what it says."""
+    layout = Layout(global_batch=4, seq_len=24, micro_batch=1, dp=2)
+    settings = TrainSettings(steps=400, warmup_steps=2, held_out_batches=0, checkpoint_every=1)
+    plain, slow = Checkpoints.save, checkpoints.damage
+    last = [0]
+
+    def save(self: Checkpoints, *arguments: Any, step: int, **options: Any) -> Any:
+        return plain(self, *arguments, step=step, **options) if step == 3 else None
+
+    def damage(*arguments: Any) -> list[str]:
+        time.sleep(0.2 * (1 + dist.get_rank()))  # some steps later, and not on all ranks at once
+        return ["__1_0.distcp is missing"] if dist.get_rank() == 1 else slow(*arguments)
+
+    kept = TrainingRun(
+        gauge=MemoryGauge(torch.device("cpu")),
+        checkpoints=Checkpoints(folder=Path(folder), background=in_background()),
+        on_step=lambda record: last.__setitem__(0, record.step),
+    )
+    with pytest.MonkeyPatch.context() as patch, kept.gauge:
+        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(checkpoints, "damage", damage)
+        model = parallelize(tiny_model(num_hidden_layers=2), init_mesh(dp=2, device_type="cpu"), micro_batch=1)
+        with pytest.raises(CheckpointError) as error:
+            train(model, layout, (TEXT[0], TEXT[1]), settings, kept)
+    return last[0], str(error.value)
+
+
+def test_a_failure_in_the_background_ends_all_ranks_at_one_step(ranks, tmp_path):
+    first, second = ranks(2)(failing_in_the_background, str(tmp_path))
+    assert first == second
+    step, told = first
+    assert 3 <= step < 399
+    assert "step_00000003 could not be written: rank 1: __1_0.distcp is missing, when it was read back" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_which_checkpoint_is_meant():

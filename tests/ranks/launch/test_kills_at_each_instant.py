@@ -20,17 +20,30 @@ from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
 ROOT = Path(__file__).resolve().parents[3]
-LAYOUTS = {"z3": {"dp": 2, "zero_stage": 3}, "pp": {"pp": 2}, "async": {"pp": 2, "schedule": "lockstep"}}
+LAYOUTS = {
+    "z3": {"dp": 2, "zero_stage": 3},
+    "pp": {"pp": 2},
+    "async": {"pp": 2, "schedule": "lockstep"},
+}
 # Every instant once, and those that a layout does in a way of its own there.
-INSTANTS = {"z3": ["optimizer", "write", "prune"], "pp": ["backward", "rename"], "async": ["forward", "write"]}
+INSTANTS = {
+    "z3": ["optimizer", "write", "prune", "write in the background"],
+    "pp": ["backward", "rename"],
+    "async": ["forward", "write"],
+}
 # Rank 0 prunes and renames, and each rank writes its own shards.
-KILLED = {"forward": 1, "backward": 0, "optimizer": 1, "write": 1, "rename": 0, "prune": 0}
+KILLED = {"forward": 1, "backward": 0, "optimizer": 1, "write": 1, "rename": 0, "prune": 0} | {
+    "write in the background": 1
+}
+
+LATER = " in the background"
 
 
 def dies_at(instant: str) -> None:
     """Make this process kill itself at `instant`, of the step or the checkpoint after step 4's was saved."""
     if os.environ["RANK"] != str(KILLED[instant]):
         return
+    instant = instant.removesuffix(LATER)
     import torch
 
     from fourfold.launch.training import checkpoints, manifest
@@ -53,6 +66,7 @@ def dies_at(instant: str) -> None:
         return plain(*arguments, **options)
 
     def save(self: Any, *arguments: Any, step: int, **options: Any) -> Any:
+        self.wait()  # for what is written in the background
         if step == 6 and instant in ("write", "rename", "prune"):
             saved["now"] = True
         path = plain_save(self, *arguments, step=step, **options)
@@ -101,7 +115,10 @@ def test_a_killed_rank_ends_the_run_and_going_on_changes_nothing(words, tmp_path
     undisturbed = forked_ranks(tmp_path / "whole", 2, words(fields, tmp_path / "undisturbed"))
     runs = {
         instant: forked_ranks(
-            tmp_path / instant, 2, words(fields, tmp_path / f"out_{instant}"), before=partial(dies_at, instant)
+            tmp_path / instant,
+            2,
+            [*words(fields, tmp_path / f"out_{instant}"), *(["--async-checkpoints"] if LATER in instant else [])],
+            before=partial(dies_at, instant),
         )
         for instant in instants
     }
