@@ -180,7 +180,7 @@ def _tokenized(sources: Sources, folder: Path, identity: str, activity: Activity
     """Make the token files of `folder`, unless they are those of `identity`; what was found about them."""
     try:
         told: dict[str, Any] = json.loads((folder / "tokens.json").read_text())
-        if told["identity"] == identity:
+        if told["identity"] == identity and "train" in told:  # an older version wrote no bounds of documents
             return told
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet

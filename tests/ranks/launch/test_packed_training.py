@@ -223,15 +223,17 @@ def test_a_corpus_keeps_its_documents_and_its_sources(desk, mesh):
     assert written[len(found) - 1].startswith(found[-1])
     assert own.documents.tolist() == list(range(0, 360, 25))
     assert [len(text.tokens) for text in corpus.held_out_texts] == [sum(map(len, written)) // 10, 40]
-    assert corpus.held_out_texts[1].documents.tolist() == [
-        0,
-        15,
-    ]  # the rest of the document across the cut, and one more
+    # The rest of the document that lies across the cut, and one more.
+    assert corpus.held_out_texts[1].documents.tolist() == [0, 15]
     # The same files as one text.
     whole = read(desk, data=("lines.jsonl", "own.npy"))
     assert len(whole.train_texts) == 1
     assert whole.identity != corpus.identity
     assert len(whole.train) + len(whole.held_out) == sum(map(len, written)) + 400
+    # Tokens that an older version left there without the bounds are made anew.
+    left = desk / "out" / "tokens" / "tokens.json"
+    left.write_text(json.dumps({"identity": whole.identity, "largest": 255}))
+    assert read(desk, data=("lines.jsonl", "own.npy")).identity == whole.identity
     # Documents of an edited file are read anew.
     np.save(desk / "own.documents.npy", np.arange(0, 400, 50))
     assert read(desk, data=("own.npy",)).train_texts[0].documents.tolist() == list(range(0, 360, 50))
