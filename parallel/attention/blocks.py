@@ -31,17 +31,24 @@ class Block:
     """Queries q[0]:q[1] against keys k[0]:k[1] (local indices).
 
     "causal": as many keys as queries, the i-th query sees keys up to the i-th. "anticausal": from the i-th on.
+
+    Attributes:
+        window: keys that a query of a causal block sees, itself included, for a kernel that has windows; 0 is all.
     """
 
     q: Span
     k: Span
     shape: Shape = "full"
+    window: int = 0
 
     @property
     def pairs(self) -> int:
         """(query, key) pairs that are not masked."""
         queries, keys = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        return queries * keys if self.shape == "full" else queries * (queries + 1) // 2
+        if self.shape == "full":
+            return queries * keys
+        hidden = max(0, queries - self.window) if self.window else 0
+        return queries * (queries + 1) // 2 - hidden * (hidden + 1) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class Hop:
 
 
 @lru_cache(maxsize=256)
-def plan_hops(rank: int, sequence: ShardedSequence, leaf: int = 0) -> tuple[Hop, ...]:
+def plan_hops(rank: int, sequence: ShardedSequence, leaf: int = 0, windows: bool = False) -> tuple[Hop, ...]:
     """The whole ring of one rank; hop 0 is its own keys. At hop h keys come from ring rank r-h and go to r+h.
 
     Keys go straight to the ranks that read them. Who sends to whom, 4 ranks:
@@ -80,16 +87,18 @@ def plan_hops(rank: int, sequence: ShardedSequence, leaf: int = 0) -> tuple[Hop,
         rank: among the size/heads_degree ring ranks. Ring rank b stands for ranks b*heads_degree and on, together.
         leaf: triangles larger than this are cut into rectangles and smaller triangles (0: never), for kernels that
             do the whole square of a small triangle.
+        windows: leave a window on a rank's own keys to the kernel, see pair_blocks.
     Cost: O(ring size * ranges of a shard); remembered for the last 256 calls.
     """
     documents = document_ranges(sequence.seq_len, sequence.cu_seqlens)
     reach = mask_reach(sequence.causal, sequence.window)
-    return hops_between(rank, sequence.ring_shards, documents, reach, leaf)
+    return hops_between(rank, sequence.ring_shards, documents, reach, leaf, windows)
 
 
 def hops_between(
-    rank: int, shards: Sequence[Shard], documents: Sequence[range], reach: tuple[int | None, int | None], leaf: int = 0
-) -> tuple[Hop, ...]:
+    rank: int, shards: Sequence[Shard], documents: Sequence[range], reach: tuple[int | None, int | None],
+    leaf: int = 0, windows: bool = False,
+) -> tuple[Hop, ...]:  # fmt: skip
     """plan_hops for shards that were cut in whatever way.
 
     Args:
@@ -100,7 +109,7 @@ def hops_between(
     hops = []
     for step in range(ring_size):
         source, target = (rank - step) % ring_size, (rank + step) % ring_size
-        blocks = pair_blocks(shards[rank], shards[source], documents, reach)
+        blocks = pair_blocks(shards[rank], shards[source], documents, reach, windows=windows and step == 0)
         if step == 0:
             hops.append(Hop(rank, rank, (), (), tuple(tidy(blocks, leaf))))
             continue
@@ -112,9 +121,19 @@ def hops_between(
 
 
 def pair_blocks(
-    queries: Shard, keys: Shard, documents: Sequence[range], reach: tuple[int | None, int | None]
+    queries: Shard,
+    keys: Shard,
+    documents: Sequence[range],
+    reach: tuple[int | None, int | None],
+    *,
+    windows: bool = False,
 ) -> list[Block]:
-    """All unmasked work of one shard's queries on another's keys, in local indices of both."""
+    """All unmasked work of one shard's queries on another's keys, in local indices of both.
+
+    Args:
+        windows: a causal window of queries on the same tokens' keys is one block, for a kernel that has windows; else
+            it is cut into tiles.
+    """
     left, right = reach
     key_starts = _offsets(keys)
     blocks: list[Block] = []
@@ -147,7 +166,10 @@ def pair_blocks(
                     hi = None if right is None else (right - gap) // stride
                     q = (query_start + q_from, query_start + q_to)
                     k = (key_start + k_from, key_start + k_to)
-                    blocks += band_blocks(q, k, lo, hi)
+                    if windows and hi == 0 and lo is not None and k_to - k_from == q_to - q_from > 1 - lo:
+                        blocks.append(Block(q, k, "causal", 1 - lo))
+                    else:
+                        blocks += band_blocks(q, k, lo, hi)
     return blocks
 
 
@@ -236,7 +258,7 @@ def _above(q: Span, k: Span, lo: int) -> list[Block]:
 
 def _cut_triangle(block: Block, leaf: int) -> list[Block]:
     side = block.q[1] - block.q[0]
-    if not leaf or side <= leaf:
+    if not leaf or side <= leaf or block.window:
         return [block]
     leaves = -(-side // leaf)
     half = leaves // 2 * leaf if leaves > 1 else side

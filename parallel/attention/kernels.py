@@ -105,6 +105,48 @@ def hardware_of(device: torch.device) -> Hardware:
     return Hardware(device.type, capability, frozenset(name for name in KERNEL_PACKAGES if _is_installed(name)))
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where the sequences of a row lie, and what each query sees of its own.
+
+    Attributes:
+        starts_q, starts_k: [n + 1], int32, on the tensors' device: where each sequence begins, and the end.
+        longest_q, longest_k: tokens of the longest.
+        causal: a query sees keys up to its own place; then a sequence has as many keys as queries.
+        window: keys a query sees, itself included, of a causal packing; None is all before it.
+    """
+
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+    causal: bool
+    window: int | None = None
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """(left, right) keys seen beside a query's own, as the kernels have them: -1 is no limit."""
+        return -1 if self.window is None else self.window - 1, 0 if self.causal else -1
+
+
+class PackedKernel(Protocol):
+    """What takes packed sequences.
+
+    Attributes:
+        name: of the backend that it belongs to.
+    """
+
+    name: str
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> tuple[Tensor, Tensor]:
+        """(out [T_q, H, D] in q.dtype, lse [H, T_q]) for q [T_q, H, D], k and v [T_k, H_kv, D]."""
+        ...
+
+    def backward(self, grad_out: Tensor, saved: SavedAttention, packing: Packing, scale: float) -> Gradients:
+        """(dq, dk, dv), shaped and typed as q, k, v; the row's out and lse may be those of more keys than these."""
+        ...
+
+
 class AttentionBackend(Protocol):
     """What a backend offers.
 
@@ -113,11 +155,13 @@ class AttentionBackend(Protocol):
         leaf: the kernel does the whole square of causal blocks up to this size, so larger triangles are worth cutting
             (0: it skips what is masked by itself).
         limits: what it takes.
+        packed: what does many small blocks in one call, and windows; None is nothing.
     """
 
     name: str
     leaf: int
     limits: Limits
+    packed: PackedKernel | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """(out [B, H, S_q, D] in q.dtype, lse [B, H, S_q])."""
@@ -134,6 +178,7 @@ class MathAttention:
     name = "math"
     leaf = 0
     limits = Limits()
+    packed: PackedKernel | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         scores = _scores(q, k, causal, scale)
@@ -164,6 +209,7 @@ class CpuFlash:
     name = "cpu_flash"
     leaf = 192
     limits = Limits(kind="cpu")
+    packed: PackedKernel | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -181,6 +227,9 @@ class CudaFlash:
     name = "cuda_flash"
     leaf = 0
     limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 256))
+
+    def __init__(self, packed: PackedKernel | None = None) -> None:
+        self.packed = packed
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
@@ -206,6 +255,9 @@ class CudnnAttention:
     leaf = 0
     limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 128))
 
+    def __init__(self, packed: PackedKernel | None = None) -> None:
+        self.packed = packed
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         if min(q.shape[2], k.shape[2]) == 1:
             return CudaFlash().forward(q, k, v, causal=causal, scale=scale)
@@ -221,99 +273,6 @@ class CudnnAttention:
             grad_out, q, k, v, out, lse.contiguous().unsqueeze(-1), unused, unused, None, None, None,
             q.shape[2], k.shape[2], 0.0, causal, scale=scale,
         )  # fmt: skip
-
-
-class FlashAttn:
-    """The flash-attn package, FlashAttention 2: bf16 and fp16, head sizes that are multiples of 8 up to 256."""
-
-    name = "flash_attn"
-    leaf = 0
-    limits = Limits(
-        kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 256),
-        package=("flash_attn", "pip install flash-attn"),
-    )  # fmt: skip
-
-    def __init__(self, soft_cap: float = 0.0) -> None:
-        self.soft_cap = soft_cap
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_forward
-
-        out, lse, *_ = _flash_attn_forward(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=-1, window_size_right=-1, softcap=self.soft_cap, alibi_slopes=None, return_softmax=False,
-        )  # fmt: skip
-        return out.transpose(1, 2), lse
-
-    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
-        from flash_attn.flash_attn_interface import _flash_attn_backward
-
-        q, k, v, out, lse = saved
-        grad_q, grad_k, grad_v = (torch.empty_like(x.transpose(1, 2)) for x in (q, k, v))
-        _flash_attn_backward(
-            grad_out.transpose(1, 2), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), out.transpose(1, 2),
-            lse.contiguous(), grad_q, grad_k, grad_v, dropout_p=0.0, softmax_scale=scale, causal=causal,
-            window_size_left=-1, window_size_right=-1, softcap=self.soft_cap, alibi_slopes=None,
-            deterministic=torch.are_deterministic_algorithms_enabled(), rng_state=None,
-        )  # fmt: skip
-        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
-
-
-class FlashAttn3:
-    """FlashAttention 3, which is built from flash-attention's hopper folder: Hopper, bf16 and fp16."""
-
-    name = "flash_attn_3"
-    leaf = 0
-    limits = Limits(
-        kind="cuda", capability=(9, 0), up_to=(10, 0), half=True, head_sizes=(8, 256),
-        package=("flash_attn_interface", "build it from flash-attention/hopper"),
-    )  # fmt: skip
-
-    def __init__(self, soft_cap: float = 0.0) -> None:
-        self.soft_cap = soft_cap
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn_interface import _flash_attn_forward
-
-        tensors = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, *_ = _flash_attn_forward(*tensors, softmax_scale=scale, causal=causal, softcap=self.soft_cap)
-        return out.transpose(1, 2), lse
-
-    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
-        from flash_attn_interface import _flash_attn_backward
-
-        q, k, v, out, grad = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, saved.out, grad_out))
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        # Between the tensors: starts, used lengths and longest of packed documents, of which there are none.
-        _flash_attn_backward(
-            grad, q, k, v, out, saved.lse.contiguous(), *[None] * 6, *grads, scale, causal, softcap=self.soft_cap
-        )
-        return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
-
-
-class FlashAttn4:
-    """FlashAttention 4 (flash_attn.cute): Blackwell, bf16 and fp16, head sizes up to 128."""
-
-    name = "flash_attn_4"
-    leaf = 0
-    limits = Limits(
-        kind="cuda", capability=(10, 0), half=True, head_sizes=(8, 128),
-        package=("flash_attn.cute", "pip install flash-attn-4"),
-    )  # fmt: skip
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn.cute.interface import _flash_attn_fwd
-
-        tensors = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse, *_ = _flash_attn_fwd(*tensors, softmax_scale=scale, causal=causal, return_lse=True)
-        return out.transpose(1, 2), lse
-
-    def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
-        from flash_attn.cute.interface import _flash_attn_bwd
-
-        q, k, v, out, grad = (x.transpose(1, 2) for x in (saved.q, saved.k, saved.v, saved.out, grad_out))
-        dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, grad, saved.lse.contiguous(), softmax_scale=scale, causal=causal)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fourfold.parallel.attention.backends import merge
 from fourfold.parallel.attention.blocks import Span
+from fourfold.parallel.attention.calls import Call
 from fourfold.parallel.attention.kernels import accumulation_dtype
 
 
@@ -41,6 +42,33 @@ class Merged:
         self.lse = q.new_full((batch, tokens, heads), -torch.inf, dtype=wide).transpose(1, 2)
         self._seen: list[Span] = []
 
+    def add_call(self, call: Call, out: Tensor, lse: Tensor) -> None:
+        """A call's output [B, H, n, D] and lse [B, H, n] of its queries, in its order."""
+        tokens = call.queries(out.device)
+        if isinstance(tokens, tuple):
+            self.add(tokens, out, lse)
+            return
+        spans = [block.q for block in call.blocks]
+        overlaps = [_overlap(span, self._seen) for span in spans]
+        if not any(overlaps):
+            self.out.index_copy_(2, tokens, out.to(self.out.dtype))
+            self.lse.index_copy_(2, tokens, lse.to(self.lse.dtype))
+        elif overlaps == [stop - start for start, stop in spans]:
+            seen_out, seen_lse = self.out.index_select(2, tokens), self.lse.index_select(2, tokens)
+            merge(seen_out, seen_lse, out, lse)
+            self.out.index_copy_(2, tokens, seen_out)
+            self.lse.index_copy_(2, tokens, seen_lse)
+        else:
+            if call.shape == "anticausal":
+                out, lse = out.flip(2), lse.flip(2)
+            first = 0
+            for start, stop in spans:
+                here = slice(first, first + stop - start)
+                self.add((start, stop), out[:, :, here], lse[:, :, here])
+                first = here.stop
+            return
+        self._seen = _union(sorted([*self._seen, *spans]))
+
     def add(self, span: Span, out: Tensor, lse: Tensor) -> None:
         """A block's output [B, H, n, D] and lse [B, H, n] of the queries span[0]:span[1]."""
         # Cut the block where queries that have seen keys begin and end.
@@ -62,6 +90,11 @@ class Merged:
         here = slice(span[0] - first, span[1] - first)
         self.out[:, :, slice(*span)] = out[:, :, here]
         self.lse[:, :, slice(*span)] = lse[:, :, here]
+
+
+def _overlap(span: Span, others: Sequence[Span]) -> int:
+    """Tokens of the span that lie in one of the others, of which no two overlap."""
+    return sum(max(0, min(span[1], stop) - max(span[0], start)) for start, stop in others)
 
 
 def _union(spans: Sequence[Span]) -> list[Span]:

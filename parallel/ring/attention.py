@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fourfold.parallel.attention.backends import select_backend
 from fourfold.parallel.attention.blocks import plan_hops
+from fourfold.parallel.attention.calls import takes_window
 from fourfold.parallel.attention.kernels import SavedAttention
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.heads import HeadExchange, check_heads
@@ -128,9 +129,11 @@ def plan_ring(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup | None, 
             raise
         problem = str(error)
     sequence = shared_sequence((q, k, v), place, options, problem)
+    window = options.window[0] + 1 if options.causal and options.window and options.window[0] >= 0 else None
+    windows = takes_window(backend, q, window)
     return Ring(
         place=place,
-        hops=plan_hops(place.rank // options.heads_degree, sequence, backend.leaf),
+        hops=plan_hops(place.rank // options.heads_degree, sequence, backend.leaf, windows),
         heads=HeadExchange(place, options.heads_degree, sequence.shards, q.shape[1], k.shape[1]),
         backend=backend,
         scale=q.shape[-1] ** -0.5 if options.scale is None else options.scale,

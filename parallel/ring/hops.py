@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import attend_block, attend_block_backward
 from fourfold.parallel.attention.blocks import Hop, Span
+from fourfold.parallel.attention.calls import Tokens, add, attend_call, attend_call_backward, calls
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
 from fourfold.parallel.attention.merged import Merged
 from fourfold.parallel.communication import Exchange, Place, exchange
@@ -101,36 +101,39 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tenso
     for step, hop in enumerate(ring.hops):
         # The next hop's keys start travelling before this hop's are read.
         following = _Arrival(k, v, ring, step + 1)
-        for block in hop.blocks:
-            merged.add(block.q, *attend_block(ring.backend, q, keys, values, block, ring.scale))
+        for call in calls(ring.backend, q, hop.blocks):
+            merged.add_call(call, *attend_call(ring.backend, q, keys, values, call, ring.scale))
         keys, values = following.wait()
     return merged.out, merged.lse
 
 
 def _backward(grad_out: Tensor, saved: SavedAttention, ring: Ring) -> Gradients:
-    """(dq, dk, dv) in the accumulation dtype. Gradients of keys go back to their rank while the next hop computes."""
+    """(dq, dk, dv); gradients of keys go back to their rank while the next hop computes."""
     dq, dk, dv = _Sum(saved.q), _Sum(saved.k), _Sum(saved.v)
     returning: _Return | None = None
     held = saved
     for step, hop in enumerate(ring.hops):
         following = _Arrival(saved.k, saved.v, ring, step + 1)
         key_sum, value_sum = (dk, dv) if step == 0 else (_Sum(held.k), _Sum(held.v))
-        for block in hop.blocks:
-            gradients = attend_block_backward(ring.backend, grad_out, held, block, ring.scale)
-            for total, span, part in zip((dq, key_sum, value_sum), (block.q, block.k, block.k), gradients, strict=True):
-                total.add(span, part)
+        for call in calls(ring.backend, held.q, hop.blocks):
+            gradients = attend_call_backward(ring.backend, grad_out, held, call, ring.scale)
+            queries, keys = call.queries(held.q.device), call.keys(held.k.device)
+            for total, tokens, part in zip((dq, key_sum, value_sum), (queries, keys, keys), gradients, strict=True):
+                total.add(tokens, part)
         held = saved  # free the hop's keys before the next buffers are made
         leaving = _Return((key_sum, value_sum), (dk, dv), hop, ring) if step else None
-        keys, values = following.wait()
-        held = saved._replace(k=keys, v=values)
-        del keys, values
+        arrived = following.wait()
+        held = saved._replace(k=arrived[0], v=arrived[1])
+        del arrived
         # The hop before this one has had all of this hop's time to return its gradients.
         if returning:
             returning.wait()
         returning = leaving
     if returning:
         returning.wait()
-    return dq.value(), dk.value(), dv.value()
+    if ring.heads.degree > 1:  # they go on as messages, whose dtype must not depend on the rank
+        return dq.value(), dk.value(), dv.value()
+    return dq.final(), dk.final(), dv.final()
 
 
 class _Arrival:
@@ -186,7 +189,7 @@ class _Return:
 
 
 class _Sum:
-    """A gradient summed from parts over spans of tokens, in the accumulation dtype."""
+    """A gradient summed from parts over some tokens each: in their own dtype where one is all, else accumulated."""
 
     def __init__(self, like: Tensor) -> None:
         # Of `like` only what a zero of its shape needs: the tensor itself may go.
@@ -194,16 +197,22 @@ class _Sum:
         self._batch, self._heads, self._tokens, self._size = like.shape
         self._total: Tensor | None = None
 
-    def add(self, span: Span, part: Tensor) -> None:
-        if self._total is None and span == (0, self._tokens):
-            self._total = part.to(self._zero.dtype)
+    def add(self, tokens: Tokens, part: Tensor) -> None:
+        if self._total is None and isinstance(tokens, tuple) and tokens == (0, self._tokens):
+            self._total = part
         else:
-            self.value()[:, :, slice(*span)].add_(part)
+            add(self.value(), tokens, part)
 
     def value(self) -> Tensor:
+        """The sum so far in the accumulation dtype."""
         if self._total is None:
             self._total = self.message(self._tokens).zero_().transpose(1, 2)
+        self._total = self._total.to(self._zero.dtype)
         return self._total
+
+    def final(self) -> Tensor:
+        """The sum, in the dtype of its one part where there was no other."""
+        return self.value() if self._total is None else self._total
 
     def message(self, num_tokens: int) -> Tensor:
         """An empty [B, n, H, D] of this sum's dtype."""

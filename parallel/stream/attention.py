@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.attention.backends import attend_block_backward, select_backend
+from fourfold.parallel.attention.backends import CAPPING, select_backend
 from fourfold.parallel.attention.blocks import Block, Span
+from fourfold.parallel.attention.calls import add, attend_call_backward, calls
 from fourfold.parallel.attention.kernels import (
     AttentionBackend,
     CpuFlash,
@@ -180,8 +181,11 @@ class LayerKeys:
             rows = slice(*mask.rows)
             saved = SavedAttention(q[rows], self._k[rows], self._v[rows], attended[0][rows], attended[1][rows])
             totals = (dq[rows], self._grads[0][rows], self._grads[1][rows])
-            for block in self._blocks(mask, start, q.shape[2], options.window):
-                self._add_block(totals, grad_out[rows], saved, block, options.scale)
+            for call in calls(self._backend, saved.q, self._blocks(mask, start, q.shape[2], options.window)):
+                queries, keys = call.queries(q.device), call.keys(q.device)
+                parts = attend_call_backward(self._backend, grad_out[rows], saved, call, options.scale)
+                for total, tokens, part in zip(totals, (queries, keys, keys), parts, strict=True):
+                    add(total, tokens, part)
         chunk = slice(start, start + q.shape[2])
         dk, dv = (grad[:, :, chunk] for grad in self._grads)
         return dq.to(q.dtype), dk.to(self._k.dtype), dv.to(self._v.dtype)
@@ -197,14 +201,6 @@ class LayerKeys:
         out, lse = attend_blocks(self._backend, q[rows], self._k[rows], self._v[rows], blocks, options.scale)
         return out, lse.contiguous()
 
-    def _add_block(
-        self, totals: Gradients, grad_out: Tensor, saved: SavedAttention, block: Block, scale: float
-    ) -> None:
-        queries, keys = slice(*block.q), slice(*block.k)
-        parts = attend_block_backward(self._backend, grad_out, saved, block, scale)
-        for total, span, part in zip(totals, (queries, keys, keys), parts, strict=True):
-            total[:, :, span].add_(part)
-
 
 def backend_for(chosen: AttentionBackend | str | None, k: Tensor, soft_cap: float | None) -> AttentionBackend:
     """The backend that attends to keys like k [B, H_kv, S, D].
@@ -213,7 +209,7 @@ def backend_for(chosen: AttentionBackend | str | None, k: Tensor, soft_cap: floa
         chosen: an attention backend or its name, or None to choose.
     """
     if soft_cap is not None:
-        return select_backend(None, k, k, soft_cap)
+        return select_backend(chosen if chosen in CAPPING else None, k, k, soft_cap)
     return select_backend(chosen, k, k) if chosen is None or isinstance(chosen, str) else chosen
 
 

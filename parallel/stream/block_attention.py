@@ -6,14 +6,15 @@ merged by their lse, and only where they share queries or keys are gradients add
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import attend_block, attend_block_backward
 from fourfold.parallel.attention.blocks import Block, Span, pair_blocks, tidy
+from fourfold.parallel.attention.calls import Tokens, add, attend_call, attend_call_backward, calls
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, SavedAttention, accumulation_dtype
 from fourfold.parallel.attention.merged import Merged
 
@@ -26,6 +27,7 @@ def chunk_blocks(
     window: int | None,
     leaf: int,
     keys_a_call: int | None,
+    windows: bool = False,
 ) -> tuple[Block, ...]:
     """The unmasked work of some queries. A block's q counts from queries[0], its k from the sequence's first token.
 
@@ -35,6 +37,7 @@ def chunk_blocks(
         window: keys a query sees, itself included; None is all before it.
         leaf: the backend's: triangles down to this size are cut.
         keys_a_call: keys of an unmasked block at most; None is no limit.
+        windows: leave the window to the kernel where queries and keys are the same tokens, see pair_blocks.
     """
     start, stop = queries
     reach = (None if window is None else window - 1, 0)
@@ -44,8 +47,8 @@ def chunk_blocks(
     for begin, end in keys:
         begin, end = max(begin, oldest), min(end, stop)
         if begin < end:
-            pairs = pair_blocks((range(start, stop),), (range(begin, end),), ranges, reach)
-            blocks += [Block(block.q, (block.k[0] + begin, block.k[1] + begin), block.shape) for block in pairs]
+            pairs = pair_blocks((range(start, stop),), (range(begin, end),), ranges, reach, windows=windows)
+            blocks += [replace(block, k=(block.k[0] + begin, block.k[1] + begin)) for block in pairs]
     return tuple(piece for block in tidy(blocks, leaf) for piece in _cut(block, keys_a_call))
 
 
@@ -58,11 +61,12 @@ def attend_blocks(
         q: [B, H, S_q, D]. k, v: [B, H_kv, S_k, D].
         blocks: of these queries and keys.
     """
-    if [block.q for block in blocks] == [(0, q.shape[2])]:
-        return attend_block(backend, q, k, v, blocks[0], scale)
+    each = calls(backend, q, blocks)
+    if len(each) == 1 and _is_all(each[0].queries(q.device), q):
+        return attend_call(backend, q, k, v, each[0], scale)
     merged = Merged(q, [block.q for block in blocks], v.shape[3])
-    for block in blocks:
-        merged.add(block.q, *attend_block(backend, q, k, v, block, scale))
+    for call in each:
+        merged.add_call(call, *attend_call(backend, q, k, v, call, scale))
     return merged.out.to(q.dtype), merged.lse
 
 
@@ -71,19 +75,24 @@ def attend_blocks_backward(
 ) -> Gradients:
     """(dq, dk, dv) in the inputs' dtype, of all these blocks; `saved` as attend_blocks had and gave it."""
     q, k, v = saved.q, saved.k, saved.v
-    if len(blocks) == 1 and (blocks[0].q, blocks[0].k) == ((0, q.shape[2]), (0, k.shape[2])):
-        return attend_block_backward(backend, grad_out, saved, blocks[0], scale)
+    each = calls(backend, q, blocks)
+    if len(each) == 1 and _is_all(each[0].queries(q.device), q) and _is_all(each[0].keys(k.device), k):
+        return attend_call_backward(backend, grad_out, saved, each[0], scale)
     alone = [_side_by_side([block.q for block in blocks]), _side_by_side([block.k for block in blocks])]
     totals = [
         torch.zeros_like(x, dtype=x.dtype if one else accumulation_dtype(x.dtype))
         for x, one in zip((q, k, v), (alone[0], alone[1], alone[1]), strict=True)
     ]
-    for block in blocks:
-        queries, keys = slice(*block.q), slice(*block.k)
-        parts = attend_block_backward(backend, grad_out, saved, block, scale)
-        for total, span, part in zip(totals, (queries, keys, keys), parts, strict=True):
-            total[:, :, span].add_(part)
+    for call in each:
+        queries, keys = call.queries(q.device), call.keys(k.device)
+        parts = attend_call_backward(backend, grad_out, saved, call, scale)
+        for total, tokens, part in zip(totals, (queries, keys, keys), parts, strict=True):
+            add(total, tokens, part)
     return totals[0].to(q.dtype), totals[1].to(k.dtype), totals[2].to(v.dtype)
+
+
+def _is_all(tokens: Tokens, x: Tensor) -> bool:
+    return isinstance(tokens, tuple) and tokens == (0, x.shape[2])
 
 
 def _side_by_side(spans: Sequence[Span]) -> bool:

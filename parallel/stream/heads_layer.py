@@ -22,22 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.blocks import Block
-from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, MathAttention, SavedAttention
-from fourfold.parallel.stream.attention import (
-    RowMask,
-    ScoreOptions,
-    backend_for,
-    keys_a_call,
-    sinks_gradient,
-    with_sinks,
-)
-from fourfold.parallel.stream.block_attention import attend_blocks, attend_blocks_backward, chunk_blocks
+from fourfold.parallel.attention.kernels import SavedAttention
+from fourfold.parallel.stream.attention import ScoreOptions, sinks_gradient
 from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.head_groups import TRIED_TOKENS, head_cut, is_whole, project
-from fourfold.parallel.stream.layer import HeadsOutput, TakeInput, chunks_of
+from fourfold.parallel.stream.layer import HeadsOutput, TakeInput
 from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, finish_backward
 from fourfold.parallel.stream.random_numbers import random_numbers
+from fourfold.parallel.stream.whole_attention import attend_whole, attend_whole_backward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,43 +255,3 @@ def _inputs_backward(here: LayerRun, x: Tensor, grad_hidden: Tensor, grads: Laye
         assert taken.hidden is not None
         (grad_chunk,) = grads.sums.backward([taken.hidden], [chunk], [grad_hidden[:, start:stop]])
         grads.x[:, start:stop] += grad_chunk
-
-
-def attend_whole(run: StreamRun, q: Tensor, k: Tensor, v: Tensor, options: ScoreOptions) -> tuple[Tensor, Tensor]:
-    """(out [B, H, T, D] in q.dtype, lse [B, H, T]) of all queries to all keys, under the run's masks."""
-    backend = backend_for(run.backend, k, options.soft_cap)
-    parts = []
-    for mask in run.masks:
-        rows, blocks = slice(*mask.rows), whole_blocks(mask, q.shape[2], options.window, backend, run.chunk)
-        parts.append(attend_blocks(backend, q[rows], k[rows], v[rows], blocks, options.scale))
-    whole = (
-        parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]))
-    )
-    return with_sinks(whole, options.sinks)
-
-
-def attend_whole_backward(run: StreamRun, grad_out: Tensor, saved: SavedAttention, options: ScoreOptions) -> Gradients:
-    """(dq, dk, dv), final, in the inputs' dtype; `saved` as attend_whole had and gave it."""
-    backend = backend_for(run.backend, saved.k, options.soft_cap)
-    parts = []
-    for mask in run.masks:
-        rows, blocks = slice(*mask.rows), whole_blocks(mask, saved.q.shape[2], options.window, backend, run.chunk)
-        mine = SavedAttention(*(tensor[rows] for tensor in saved))
-        parts.append(attend_blocks_backward(backend, grad_out[rows], mine, blocks, options.scale))
-    if len(parts) == 1:
-        return parts[0]
-    dq, dk, dv = (torch.cat(gradients) for gradients in zip(*parts, strict=True))
-    return dq, dk, dv
-
-
-def whole_blocks(
-    mask: RowMask, seq_len: int, window: int | None, backend: AttentionBackend, chunk: int
-) -> tuple[Block, ...]:
-    """The unmasked work of all queries: large blocks for a fused kernel, `chunk` queries where scores are held."""
-    size = chunk if isinstance(backend, MathAttention) else seq_len
-    most = keys_a_call(backend)
-    blocks = []
-    for start, stop in chunks_of(0, seq_len, size):
-        for block in chunk_blocks(mask.keys, mask.documents, (start, stop), window, backend.leaf, most):
-            blocks.append(Block((block.q[0] + start, block.q[1] + start), block.k, block.shape))
-    return tuple(blocks)

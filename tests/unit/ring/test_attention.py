@@ -1,12 +1,20 @@
 """One block: every backend's output, lse and gradients against fp64; merging; who is chosen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.backends import BACKENDS, choose_backend, merge, select_backend
+from fourfold.parallel.attention import flex
+from fourfold.parallel.attention.backends import BACKENDS, choose_backend, fast_path, merge, select_backend
+from fourfold.parallel.attention.blocks import Block
+from fourfold.parallel.attention.calls import calls, takes_window
+from fourfold.parallel.attention.flex import FlexAttention
 from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, Hardware, SavedAttention
 from fourfold.parallel.attention.merged import Merged
+from fourfold.parallel.attention.packed import PackedCudaFlash
+from fourfold.parallel.attention.soft_cap import SoftCapAttention
 from fourfold.parallel.testing.reference import attention_reference
 
 # Rounding of each dtype: bf16 has 8 bits of mantissa.
@@ -196,3 +204,86 @@ def test_cuda_calls_fit_the_operators(backend):
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     gradients = backend.backward(grad, SavedAttention(q, k, v, out, lse), causal=True, scale=0.2)
     assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+
+
+# What does a block, and what packs small ones: of a device, its capability, packages, dtype, head size and soft cap.
+PATHS = [
+    ("cuda", (9, 0), (), torch.bfloat16, 128, False, ("cudnn", "cuda_flash")),  # H100, H200
+    ("cuda", (9, 0), (), torch.bfloat16, 256, False, ("cuda_flash", "cuda_flash")),
+    ("cuda", (9, 0), (), torch.float32, 128, False, ("math", None)),
+    ("cuda", (9, 0), (), torch.bfloat16, 128, True, ("math", None)),
+    ("cuda", (9, 0), ("flash_attn",), torch.bfloat16, 128, False, ("cudnn", "flash_attn")),
+    ("cuda", (9, 0), ("flash_attn",), torch.bfloat16, 256, True, ("flash_attn", "flash_attn")),
+    ("cuda", (9, 0), ("flash_attn_interface",), torch.bfloat16, 128, False, ("flash_attn_3", "flash_attn_3")),
+    ("cuda", (9, 0), ("flash_attn_interface",), torch.bfloat16, 128, True, ("flash_attn_3", "flash_attn_3")),
+    ("cuda", (10, 0), ("flash_attn.cute",), torch.bfloat16, 128, False, ("flash_attn_4", "cuda_flash")),  # B200
+    ("cuda", (10, 0), ("flash_attn_interface",), torch.bfloat16, 128, False, ("cudnn", "cuda_flash")),
+    ("cuda", (8, 0), (), torch.bfloat16, 128, False, ("cuda_flash", "cuda_flash")),  # A100
+    ("cuda", (8, 0), ("flash_attn",), torch.float16, 64, False, ("flash_attn", "flash_attn")),
+    ("cuda", (7, 5), ("flash_attn",), torch.float16, 64, False, ("math", None)),  # T4
+    ("cpu", (0, 0), (), torch.float32, 64, False, ("cpu_flash", None)),
+    ("cpu", (0, 0), (), torch.bfloat16, 64, True, ("math", None)),
+]
+
+
+@pytest.mark.parametrize(("kind", "capability", "packages", "dtype", "head_size", "cap", "path"), PATHS)
+def test_the_fast_path_of_a_device(kind, capability, packages, dtype, head_size, cap, path):
+    found = fast_path(Hardware(kind, capability, frozenset(packages)), dtype, head_size, soft_cap=cap)
+    assert (found.kernel, found.packed) == path
+    assert found.is_fused == (path[0] != "math")
+
+
+@pytest.mark.parametrize(("pairs", "packed"), [(100, True), (10**9, False)])
+def test_only_small_blocks_are_packed_by_a_slower_kernel(pairs, packed):
+    """Beside cuDNN; a kernel that packs its own blocks packs them all."""
+    side = int(pairs**0.5)
+    q = torch.empty(1, 8, 4 * side, 64, device="meta")
+    blocks = [Block((n * side, n * side + side), (n * side, n * side + side), "causal") for n in range(3)]
+    assert [call.packed for call in calls(CudnnAttention(PackedCudaFlash()), q, blocks)] == [packed] * (3, 1)[packed]
+    assert [call.packed for call in calls(CudaFlash(PackedCudaFlash()), q, blocks)] == [True]
+    assert [call.packed for call in calls(CudnnAttention(), q, blocks)] == [False] * 3
+
+
+def test_a_window_is_the_kernels_own_unless_its_tiles_are_worth_their_calls():
+    q = torch.empty(1, 32, 1 << 17, 128, device="meta")
+    cudnn, flash = CudnnAttention(PackedCudaFlash()), CudaFlash(PackedCudaFlash())
+    assert [takes_window(cudnn, q, window) for window in (None, 128, 512, 4096)] == [False, True, True, False]
+    assert [takes_window(flash, q, window) for window in (None, 128, 4096)] == [False, True, True]
+    assert not takes_window(BACKENDS["cpu_flash"], q, 128)
+
+
+def test_flex_attention_gives_a_blocks_gradients_of_the_merged_output(monkeypatch):
+    """With a stand-in for torch's function, which has no backward on a CPU: causal and full, capped and not."""
+
+    def dense_flex(q, k, v, *, score_mod, block_mask, **options):
+        assert set(options) == {"scale", "enable_gqa", "return_aux"}
+        assert options["enable_gqa"]
+        assert options["return_aux"].lse
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = q @ k.mT * options["scale"]
+        scores = scores if score_mod is None else score_mod(scores, *(None,) * 4)
+        if block_mask is not None:
+            places = torch.arange(q.shape[2])
+            seen = block_mask.mask_mod(None, None, places[:, None], places[None])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return scores.softmax(-1) @ v, SimpleNamespace(lse=scores.logsumexp(-1))
+
+    monkeypatch.setattr(flex, "_compiled", lambda: dense_flex)
+    q, k, v, grad = block(40, 40, torch.float64)
+    parts = [(slice(0, 20), slice(0, 20), True), (slice(20, 40), slice(20, 40), True),
+             (slice(20, 40), slice(0, 20), False)]  # fmt: skip
+    for cap in (0.0, 1.5):
+        reference = SoftCapAttention(cap) if cap else BACKENDS["math"]
+        results = []
+        for backend in (FlexAttention(cap), reference):
+            merged = Merged(q, [(here.start, here.stop) for here, _, _ in parts])
+            for here, keys, causal in parts:
+                found = backend.forward(q[:, :, here], k[:, :, keys], v[:, :, keys], causal=causal, scale=0.3)
+                merged.add((here.start, here.stop), *found)
+            gradients = [merged.out]
+            for here, keys, causal in parts:
+                out, lse = merged.out[:, :, here], merged.lse[:, :, here]
+                saved = SavedAttention(q[:, :, here], k[:, :, keys], v[:, :, keys], out, lse)
+                gradients += backend.backward(grad[:, :, here], saved, causal=causal, scale=0.3)
+            results.append(gradients)
+        assert max(error(mine, truth) for mine, truth in zip(*results, strict=True)) < 1e-13
