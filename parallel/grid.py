@@ -80,3 +80,32 @@ def layer_ranges(
         )
     starts = [sum(sizes[:stage]) for stage in range(num_stages)]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def interleaved_ranges(num_layers: int, num_ranks: int, chunks: int) -> list[list[range]]:
+    """Cut `num_layers` decoder layers into `chunks` runs a pipeline rank, dealt to the ranks in rounds.
+
+    A rank has as many layers as `layer_ranges` gives it; of its runs the earlier take one more where they differ.
+
+        8 layers, 2 ranks, 2 chunks     rank 0: 0 1 . . 4 5 . .     rank 1: . . 2 3 . . 6 7
+
+    Returns:
+        For each rank its runs, in the order of the layers.
+    Raises:
+        ValueError: fewer layers than runs.
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+    """
+    if num_layers < num_ranks * chunks:
+        raise ValueError(
+            f"{num_layers} layers cannot fill pp={num_ranks} x vp={chunks} stages: "
+            f"choose pp x vp of at most {num_layers}"
+        )
+    held = [len(run) for run in layer_ranges(num_layers, num_ranks)]
+    runs: list[list[range]] = [[] for _ in held]
+    start = 0
+    for chunk in range(chunks):
+        for rank, layers in enumerate(held):
+            size = layers // chunks + (chunk < layers % chunks)
+            runs[rank].append(range(start, start + size))
+            start += size
+    return runs

@@ -138,6 +138,7 @@ def _parallel_model(
         sharded_accumulation=layout.sharded_accumulation,
         sequence_parallel=layout.sequence_parallel,
         compile=layout.compile,
+        vp=layout.vp,
         seed=settings.seed,
         embedding_counts_as=layout.embedding_counts_as,
         head_counts_as=layout.head_counts_as,
@@ -160,8 +161,9 @@ def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: 
     width = 16 * layout.tp
     small = {
         "hidden_size": width, "intermediate_size": width, "num_attention_heads": layout.tp,
-        "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width, "num_hidden_layers": layout.pp,
-        "layer_types": None, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+        "num_key_value_heads": layout.tp, "head_dim": 16, "vocab_size": width,
+        "num_hidden_layers": layout.pp * layout.vp, "layer_types": None, "pad_token_id": None, "bos_token_id": None,
+        "eos_token_id": None,
     }  # fmt: skip
     settings, layout = (
         TrainSettings(steps=1, precision=settings.precision, optimizer=settings.optimizer),

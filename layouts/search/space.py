@@ -17,6 +17,7 @@ from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.decoder.limits import (
     FORMS,
+    INTERLEAVING,
     RUNTIME,
     SHAPES,
     UNEVEN_CUT,
@@ -64,12 +65,7 @@ OPTIONS: tuple[Limit, ...] = (
         lambda model, c: (c.sequence_parallel == 0) | (c.tp > 1),
         "sequence parallelism needs tp of at least 2",
     ),
-    _option(("pp", "vp"), lambda model, c: (c.vp == 1) | (c.pp > 1), "interleaving needs pp of at least 2"),
-    _option(
-        ("dp", "pp", "micro_batch", "vp"),
-        lambda model, c: (c.vp == 1) | (c.num_micro_batches % c.pp == 0),
-        "interleaving needs micro-batches in multiples of pp",
-    ),
+    *INTERLEAVING,
     _option(
         ("checkpointing", "checkpoint_every"),
         lambda model, c: (c.checkpoint_every == 1) | (c.checkpointing == FULL),
@@ -87,7 +83,7 @@ OPTIONS: tuple[Limit, ...] = (
         "tp x cp_heads does not divide the attention heads",
     ),
     _option(("dp", "cp", "ep"), lambda model, c: c.dp * c.cp % c.ep == 0, "experts are shared by ranks of dp x cp"),
-    *(_of_streaming(limit) for limit in RUNTIME if limit.fields),
+    *(_of_streaming(limit) for limit in RUNTIME if limit.fields and limit not in INTERLEAVING),
 )
 """In the order in which a plan counts them."""
 

@@ -3,16 +3,23 @@
 torch.distributed.pipelining runs the schedule. It builds its buffers for one shape of micro-batch and one number of
 them; this file keeps a schedule for each that was asked for, tells torch the shapes (so that no trial run of the model,
 with its collectives, is needed to find them), and picks 1F1B, or GPipe where there are too few micro-batches for it.
+With several stages a rank these are interleaved 1F1B, and breadth-first where micro-batches do not go into its rounds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from fourfold.parallel.decoder.batch import LocalRows
 from fourfold.parallel.decoder.stage import DecoderStage
@@ -21,33 +28,36 @@ _KEPT_SCHEDULES = 4
 """Each holds receive buffers; a loop that trains and evaluates at one length needs two."""
 
 
+_Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
 class Pipeline:
-    """This rank's stage on the mesh's pp axis.
+    """This rank's stages on the mesh's pp axis.
 
     Args:
-        module: what runs: `stage`, or DDP around it.
-        stage: the decoder stage inside.
+        modules: what runs: each of `stages`, or DDP around it.
+        stages: the decoder stages inside: one, or vp of them, of which the c-th is stage rank + c * pp of the model.
         mesh: (dp, pp, cp, tp).
         loss: (what the last stage returns, targets) -> the scalar that it differentiates, already scaled.
-        hidden_dtype, logits_dtype: of the stage's outputs.
+        hidden_dtype, logits_dtype: of the stages' outputs.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        stage: DecoderStage,
+        modules: Sequence[nn.Module],
+        stages: Sequence[DecoderStage],
         mesh: DeviceMesh,
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
         hidden_dtype: torch.dtype,
         logits_dtype: torch.dtype,
     ) -> None:
-        self._module, self._stage, self._loss = module, stage, loss
+        self._modules, self._stages, self._loss = list(modules), list(stages), loss
         self._hidden_dtype, self._logits_dtype = hidden_dtype, logits_dtype
-        self._local_vocab_size = stage.vocab_size // mesh["tp"].size()
+        self._local_vocab_size = stages[0].vocab_size // mesh["tp"].size()
         self._group = mesh.get_group("pp")
-        self._index, self._num_stages = mesh.get_local_rank("pp"), mesh["pp"].size()
-        self._schedules: dict[tuple[int, int, int, bool], tuple[PipelineScheduleSingle, PipelineStage]] = {}
+        self._rank, self._num_ranks = mesh.get_local_rank("pp"), mesh["pp"].size()
+        self._schedules: dict[tuple[int, int, int, bool], tuple[_Schedule, list[PipelineStage]]] = {}
 
     def step(self, rows: LocalRows, micro_batch: int) -> list[Tensor]:
         """Forward and backward over [B, S_local] inputs; the last stage returns its micro-batches' losses."""
@@ -59,35 +69,48 @@ class Pipeline:
 
     def _run(self, rows: LocalRows, micro_batch: int, *, train: bool) -> list[Tensor]:
         inputs, targets = rows.inputs, rows.targets
-        schedule, stage = self._schedule(inputs, micro_batch, train)
+        schedule, stages = self._schedule(inputs, micro_batch, train)
+        first, last = self._stages[0], self._stages[-1]
         losses: list[Tensor] = []
-        arguments = (inputs,) if self._stage.is_first else ()
-        keywords: dict[str, Any] = {"target": targets, "losses": losses} if self._stage.is_last else {}
+        arguments = (inputs,) if first.is_first else ()
+        keywords: dict[str, Any] = {"target": targets, "losses": losses} if last.is_last else {}
         if rows.document_ids is not None:
             keywords["document_ids"] = rows.document_ids  # torch cuts it with the micro-batches
-        if self._stage.is_last and self._stage.checkpointing == "stream":
+        if last.is_last and last.checkpointing == "stream":
             keywords["targets"] = targets  # of the stage's forward: logits would be whole
         run = schedule.step if train else schedule.eval
         run(*arguments, return_outputs=False, **keywords)
         if not train:  # nothing goes backward, so nothing would let go of the outputs
-            stage.clear_runtime_states()
+            for stage in stages:
+                stage.clear_runtime_states()
         return losses
 
-    def _schedule(self, inputs: Tensor, micro_batch: int, train: bool) -> tuple[PipelineScheduleSingle, PipelineStage]:
+    def _schedule(self, inputs: Tensor, micro_batch: int, train: bool) -> tuple[_Schedule, list[PipelineStage]]:
         batch, seq_len = inputs.shape
         num_micro_batches = batch // micro_batch
         # torch rebuilds a schedule's buffers when it turns from training to evaluation and back: keep one for each.
         key = (micro_batch, num_micro_batches, seq_len, train)
         if key not in self._schedules:
-            kind = Schedule1F1B if train and num_micro_batches >= self._num_stages else ScheduleGPipe
-            stage = self._torch_stage(inputs[:micro_batch], train)
+            tokens = inputs[:micro_batch]
+            stages = [self._torch_stage(chunk, tokens, train) for chunk in range(len(self._stages))]
             if len(self._schedules) >= _KEPT_SCHEDULES:
                 del self._schedules[next(iter(self._schedules))]
-            self._schedules[key] = kind(stage, num_micro_batches, loss_fn=self._loss, scale_grads=False), stage
+            self._schedules[key] = self._made(stages, num_micro_batches, train), stages
         return self._schedules[key]
 
-    def _torch_stage(self, tokens: Tensor, train: bool) -> PipelineStage:
-        stage, (batch, seq_len) = self._stage, tokens.shape
+    def _made(self, stages: Sequence[PipelineStage], num_micro_batches: int, train: bool) -> _Schedule:
+        arguments: dict[str, Any] = {"loss_fn": self._loss, "scale_grads": False}
+        if len(stages) == 1:
+            drains_late = train and num_micro_batches >= self._num_ranks
+            return (Schedule1F1B if drains_late else ScheduleGPipe)(stages[0], num_micro_batches, **arguments)
+        rounds = max(1, num_micro_batches // self._num_ranks)
+        interleaves = train and num_micro_batches % rounds == 0
+        return (ScheduleInterleaved1F1B if interleaves else ScheduleLoopedBFS)(
+            list(stages), num_micro_batches, **arguments
+        )
+
+    def _torch_stage(self, chunk: int, tokens: Tensor, train: bool) -> PipelineStage:
+        stage, (batch, seq_len) = self._stages[chunk], tokens.shape
 
         def activations(length: int, width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(batch, length, width, dtype=dtype, device="meta", requires_grad=train)
@@ -99,9 +122,9 @@ class Pipeline:
         else:
             last = activations(seq_len, self._local_vocab_size, self._logits_dtype)
         return PipelineStage(
-            self._module,
-            self._index,
-            self._num_stages,
+            self._modules[chunk],
+            self._rank + chunk * self._num_ranks,
+            self._num_ranks * len(self._stages),
             device=tokens.device,
             input_args=torch.empty_like(tokens, device="meta") if stage.is_first else hidden,
             output_args=last if stage.is_last else hidden,

@@ -9,7 +9,7 @@ not import torch, because the planner must answer without it.
 
     SHAPES    what any software needs to cut a decoder: heads that tp divides, a layer a stage
     FORMS     what makes a layout one at all, whatever the model: a batch that divides, an asynchronous stage kept whole
-    RUNTIME   what fourfold's own runtime has: four families, no interleaving, no tied embeddings across stages
+    RUNTIME   what fourfold's own runtime has: four families, no experts, no tied embeddings across stages
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -121,6 +121,25 @@ UNEVEN_CUT = Limit(
 )
 
 
+INTERLEAVING: tuple[Limit, ...] = (
+    Limit(
+        fields=("pp", "vp"),
+        allows=lambda model, layout: (layout.vp == 1) | (layout.pp > 1),
+        reason="interleaving needs pp of at least 2",
+        message="vp={layout.vp} with pp={layout.pp}: interleaving gives a pipeline rank several runs of layers; "
+        "choose pp of at least 2, or vp=1",
+    ),
+    Limit(
+        fields=("dp", "pp", "micro_batch", "global_batch", "vp"),
+        # Of a batch that is not known yet parallelize asks nothing: without rounds it runs breadth-first.
+        allows=lambda model, layout: (layout.vp == 1) | (layout.num_micro_batches % layout.pp == 0),
+        reason="interleaving needs micro-batches in multiples of pp",
+        message="vp={layout.vp} with {layout.num_micro_batches} micro-batches a step: interleaved stages take them in "
+        "rounds of pp={layout.pp}; choose a global_batch or micro_batch that gives a multiple, or vp=1",
+    ),
+)
+"""Of any software that interleaves."""
+
 WHOLE_VOCABULARY = _divides("tp", "vocab_size", "entries of the vocabulary")
 """Not among SHAPES: Megatron pads the vocabulary where tp does not divide it."""
 
@@ -230,7 +249,15 @@ RUNTIME: tuple[Limit, ...] = (
         message="tie_word_embeddings=true with pp={layout.pp}: the first and the last stage would each hold a copy; "
         "use pp=1 or untie them (set tie_word_embeddings=False)",
     ),
-    _absent("vp", 1, "interleaved stages"),
+    *INTERLEAVING,
+    Limit(
+        fields=("vp", "zero_stage"),
+        # torch's schedule gathers the weights of whole stages, and lets go of their gradients at the end of a step.
+        allows=lambda model, layout: (layout.vp == 1) | (layout.zero_stage <= 1),
+        reason="interleaving with ZeRO 2 or 3",
+        message="zero_stage={layout.zero_stage} with vp={layout.vp}: in a step of interleaved stages weights and "
+        "gradients are whole; choose zero_stage=1 or 0, or vp=1",
+    ),
     _absent("ep", 1, "expert parallelism"),
     _absent("cp_heads", 1, "exchange of heads among cp ranks"),
     Limit(

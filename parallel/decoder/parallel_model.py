@@ -5,7 +5,7 @@ and when parameters are whole. This class calls them in the one order in which t
 leaves them between its calls as it found them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -68,7 +68,13 @@ class ParallelModel:
     """
 
     def __init__(
-        self, stage: DecoderStage, mesh: DeviceMesh, replicas: DeviceMesh, options: StepOptions, whole: nn.Module
+        self,
+        stage: DecoderStage,
+        mesh: DeviceMesh,
+        replicas: DeviceMesh,
+        options: StepOptions,
+        whole: nn.Module,
+        runs: Sequence[DecoderStage] = (),
     ) -> None:
         """Made by `parallelize` only.
 
@@ -76,6 +82,7 @@ class ParallelModel:
             stage: this rank's layers, placed.
             replicas: the ranks that hold the same weights, dp and cp together.
             whole: the model that `stage` was cut from, for its config.
+            runs: of a rank that interleaves, its layers in unbroken runs, each a stage of the pipeline.
         """
         self.stage, self.mesh, self.device = stage, mesh, device_of(mesh)
         self.precision = options.precision.name
@@ -88,10 +95,11 @@ class ParallelModel:
         # DDP and FSDP2 average gradients over the replicas, so the loss is made that many times too large.
         self._num_replicas = replicas.size()
         self._replica_group = replicas.get_group() if replicas.size() > 1 else None
+        self._runs = list(runs) or [stage]
         self._module: nn.Module = stage
         self._averages_own_gradients = False
         if self._replica_group is not None and options.zero_stage == 0:
-            if self._tp == 1:
+            if self._tp == 1 and len(self._runs) == 1:
                 self._module = DistributedDataParallel(
                     stage, process_group=self._replica_group, gradient_as_bucket_view=True, init_sync=False,
                     **_NO_BUFFER_SYNC,
@@ -103,8 +111,9 @@ class ParallelModel:
             stored, products = options.precision.weights, options.precision.products
             # FSDP2 casts the residual stream with the weights; autocast leaves it in the embedding's dtype.
             hidden_dtype = (products or stored) if options.zero_stage > 0 else stored
+            modules = [self._module] if len(self._runs) == 1 else self._runs
             self._pipeline = Pipeline(
-                self._module, stage, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=products or stored
+                modules, self._runs, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=products or stored
             )
         self._loss_dtype = torch.promote_types(torch.float32, options.precision.weights)
         self._agreement = BatchAgreement(mesh)
@@ -172,10 +181,12 @@ class ParallelModel:
         try:
             yield
         finally:
-            if isinstance(self._module, FSDPModule):
-                if hasattr(self._module, "reset_iter_state"):  # torch 2.13 and later
-                    self._module.reset_iter_state()
-                for module in self._module.modules():
+            for run in self._runs:
+                if not isinstance(run, FSDPModule):
+                    continue
+                if hasattr(run, "reset_iter_state"):  # torch 2.13 and later
+                    run.reset_iter_state()
+                for module in run.modules():
                     if isinstance(module, FSDPModule):
                         module.reshard()
 
@@ -220,7 +231,8 @@ class ParallelModel:
         write_pretrained(Path(folder), self.stage, self._whole, self.mesh, dtype=dtype)
 
     def train(self, mode: bool = True) -> "ParallelModel":
-        self._module.train(mode)
+        for module in (self._module, *self._runs):
+            module.train(mode)
         return self
 
     def eval(self) -> "ParallelModel":
@@ -250,11 +262,12 @@ class ParallelModel:
             on_host = self._ring is not None or self.stage.checkpointing == "stream"
             document_ids = document_ids.to("cpu" if on_host else self.device, torch.int64)
             return LocalRows(input_ids, shard_labels(labels, (0, 1)), document_ids)
-        if self._ring is not None:
-            self.stage.attention_arguments["ring_seq_len"] = AgreedLength(seq_len)
         place = (0, 1) if self._ring is None else self._ring  # without a ring this rank has the whole sequence
         positions = shard_positions(seq_len, place, device=self.device)
-        self.stage.position_ids = positions[None]
+        for run in self._runs:
+            run.position_ids = positions[None]
+            if self._ring is not None:
+                run.attention_arguments["ring_seq_len"] = AgreedLength(seq_len)
         return LocalRows(shard_sequence(input_ids, place, dim=1), shard_labels(labels, place))
 
     def _trouble_with_length(self, input_ids: Tensor) -> str:

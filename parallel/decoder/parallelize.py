@@ -14,6 +14,7 @@ sums.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from fourfold.parallel.decoder.taken_over import mark_replaced, refuse_taken_ove
 from fourfold.parallel.decoder.tensor_parallel import cut_ends, cut_layer
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.gradients import copy_weights
-from fourfold.parallel.grid import AXES, layer_ranges
+from fourfold.parallel.grid import AXES, interleaved_ranges, layer_ranges
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.stream.settings import StreamSettings
 
@@ -50,6 +51,7 @@ def parallelize(
     sharded_accumulation: bool = False,
     sequence_parallel: bool = False,
     compile: bool | str | None = None,
+    vp: int = 1,
     seed: int = 0,
     embedding_counts_as: int = 0,
     head_counts_as: int = 0,
@@ -84,6 +86,8 @@ def parallelize(
             be multiples of cp x tp, with cp > 1 of twice that.
         compile: run each layer through torch.compile: True for inductor, or the name of another backend of torch. None
             does so on CUDA with Triton, not on a CPU. Needs tp=1, and checkpointing "none" or "full".
+        vp: runs of layers that a pipeline rank holds (interleaved 1F1B, which idles a vp-th of what 1F1B does and sends
+            vp times as often). Needs pp of at least 2, and zero_stage 0 or 1.
         seed: of the weights of a model on the meta device; the weights of any other are kept.
         embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     Returns:
@@ -100,6 +104,8 @@ def parallelize(
         raise ValueError(f"zero_stage={zero_stage!r}: choose 0 (DDP), 1, 2 or 3 (FSDP2)")
     if micro_batch is not None and micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
+    if isinstance(vp, bool) or not isinstance(vp, int) or vp < 1:
+        raise ValueError(f"vp={vp!r}: a whole number of runs of layers a pipeline rank, at least 1")
     layout = Choice(
         **{axis: mesh[axis].size() for axis in AXES},
         checkpointing=as_number("checkpointing", checkpointing),
@@ -107,6 +113,7 @@ def parallelize(
         sharded_accumulation=sharded_accumulation,
         sequence_parallel=sequence_parallel,
         compile=bool(compile),
+        vp=vp,
         embedding_counts_as=embedding_counts_as,
         head_counts_as=head_counts_as,
     )
@@ -116,9 +123,6 @@ def parallelize(
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     stored = chosen_precision(precision, dtype, model, mesh.device_type)
     backend = chosen_backend(compile, mesh.device_type, layout)
-    # The layers of this stage.
-    config = cast(Any, model).config
-    ranges = layer_ranges(config.num_hidden_layers, layout.pp, embedding_counts_as, head_counts_as)
     # Without a mask torch's kernel sees the whole sequence; the ring's blocks know windows, also on one rank.
     windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
     ring = mesh.get_group("cp") if layout.cp > 1 or windows else None
@@ -126,14 +130,22 @@ def parallelize(
         use_ring_attention(model, ring)
     else:
         cast(Any, model).set_attn_implementation("sdpa")
-    stage = DecoderStage(
-        model,
-        ranges[mesh.get_local_rank("pp")],
-        checkpointing=checkpointing,
-        stream=stream,
-        autocast_dtype=stored.products if zero_stage == 0 else None,
-    )
-    stage.sequence_shards = layout.tp if sequence_parallel else 1
+
+    # The layers of this rank.
+    def stage_of(layers: Sequence[int]) -> DecoderStage:
+        made = DecoderStage(
+            model,
+            layers,
+            checkpointing=checkpointing,
+            stream=stream,
+            autocast_dtype=stored.products if zero_stage == 0 else None,
+        )
+        made.sequence_shards = layout.tp if sequence_parallel else 1
+        return made
+
+    held = _layers_of_rank(model, mesh, layout)
+    runs = [stage_of(run) for run in held]
+    stage = runs[0] if vp == 1 else stage_of([layer for run in held for layer in run])
     # Their weights, and what becomes of the model around them.
     before = list(stage.parameters())
     replicas = _replica_mesh(mesh)
@@ -145,7 +157,7 @@ def parallelize(
         sequence_parallel=sequence_parallel,
         backend=backend,
     )
-    _place(stage, model, mesh, placement)
+    _place(stage, runs, model, mesh, placement)
     kept = {id(parameter) for parameter in stage.parameters()}
     mark_replaced(parameter for parameter in before if id(parameter) not in kept)
     take_over(model)
@@ -158,7 +170,15 @@ def parallelize(
         precision=stored,
         ring=ring,
     )
-    return ParallelModel(stage, mesh, replicas, options, model)
+    return ParallelModel(stage, mesh, replicas, options, model, runs)
+
+
+def _layers_of_rank(model: nn.Module, mesh: DeviceMesh, layout: Choice) -> list[range]:
+    """The runs of layers of this rank's pipeline stages."""
+    num_layers, rank = cast(Any, model).config.num_hidden_layers, mesh.get_local_rank("pp")
+    if layout.vp > 1:
+        return interleaved_ranges(num_layers, layout.pp, layout.vp)[rank]
+    return [layer_ranges(num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)[rank]]
 
 
 def _replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -203,8 +223,13 @@ class _Placement:
     backend: str | None
 
 
-def _place(stage: DecoderStage, model: nn.Module, mesh: DeviceMesh, how: _Placement) -> None:
-    """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time."""
+def _place(
+    stage: DecoderStage, runs: Sequence[DecoderStage], model: nn.Module, mesh: DeviceMesh, how: _Placement
+) -> None:
+    """Give the stage its weights on this rank, cut over tp and sharded over the replicas, a layer at a time.
+
+    What is left besides layers is sharded with the run that computes with it.
+    """
     device, tp_mesh, replicas = device_of(mesh), mesh["tp"], how.replicas
     # Unless they were drawn alike. DDP would copy them all at once, through a second copy of the model.
     drawn_alike = all(parameter.is_meta for parameter in stage.parameters())
@@ -240,4 +265,5 @@ def _place(stage: DecoderStage, model: nn.Module, mesh: DeviceMesh, how: _Placem
         copy_weights((weight for _, part in stage.ends() for weight in part.parameters()), replicas.get_group())
     if cast(Any, model).config.tie_word_embeddings:  # each step above makes parameters anew
         stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
-    sharded(stage)
+    for run in runs:
+        sharded(run)

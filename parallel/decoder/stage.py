@@ -6,7 +6,7 @@ which models it is exact for. The modules are the model's own and keep their nam
 the keys of the whole model, whatever the layout.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -71,7 +71,8 @@ class DecoderStage(nn.Module):
 
     Args:
         model: a causal language model that passed `check_decoder`. Its modules are shared, not copied.
-        layers: the decoder layers of this stage.
+        layers: the decoder layers of this stage, ascending. With gaps between them, where a rank has several runs, the
+            stage names and holds the parts, and a stage of each run computes with them.
         checkpointing: "none", "full" to keep only each layer's input and recompute the layer in the backward pass,
             "selective" to keep the outputs of matrix products and attention besides, or "stream" to recompute in chunks
             of the sequence (StreamBP).
@@ -85,7 +86,7 @@ class DecoderStage(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        layers: range,
+        layers: Sequence[int],
         *,
         checkpointing: str = "none",
         stream: StreamSettings | None = None,
@@ -99,7 +100,7 @@ class DecoderStage(nn.Module):
         self.config = whole.config
         self.num_layers = len(whole.model.layers)
         """Of the whole model."""
-        self.is_first, self.is_last = layers.start == 0, layers.stop == self.num_layers
+        self.is_first, self.is_last = layers[0] == 0, layers[-1] == self.num_layers - 1
         self.checkpointing = checkpointing
         self.autocast_dtype = autocast_dtype
         self.hidden_size: int = whole.config.hidden_size

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fourfold.parallel.grid import Grid, layer_ranges
+from fourfold.parallel.grid import Grid, interleaved_ranges, layer_ranges
 
 
 def test_tp_counts_fastest():
@@ -55,3 +55,25 @@ def test_every_layer_is_on_one_stage(num_layers, num_stages):
     stages = layer_ranges(num_layers, num_stages)
     assert [layer for stage in stages for layer in stage] == list(range(num_layers))
     assert max(map(len, stages)) - min(map(len, stages)) <= 1 or num_stages == 1
+
+
+def test_runs_are_dealt_in_rounds():
+    assert interleaved_ranges(8, 2, 2) == [[range(2), range(4, 6)], [range(2, 4), range(6, 8)]]
+    assert interleaved_ranges(7, 2, 3) == [
+        [range(2), range(3, 4), range(5, 6)],
+        [range(2, 3), range(4, 5), range(6, 7)],
+    ]
+
+
+@given(st.integers(1, 100), st.integers(1, 16), st.integers(1, 8))
+def test_interleaving_moves_no_layer_to_another_share(num_layers, num_ranks, chunks):
+    """What a rank holds is what the planner prices: as many layers as without."""
+    if num_layers < num_ranks * chunks:
+        with pytest.raises(ValueError, match=f"pp={num_ranks} x vp={chunks}"):
+            interleaved_ranges(num_layers, num_ranks, chunks)
+        return
+    runs = interleaved_ranges(num_layers, num_ranks, chunks)
+    dealt = [runs[rank][chunk] for chunk in range(chunks) for rank in range(num_ranks)]
+    assert [layer for run in dealt for layer in run] == list(range(num_layers))
+    assert all(len(run) >= 1 for run in dealt)
+    assert [sum(map(len, each)) for each in runs] == [len(run) for run in layer_ranges(num_layers, num_ranks)]

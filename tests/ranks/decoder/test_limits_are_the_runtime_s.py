@@ -1,22 +1,32 @@
 """What the table of limits allows, `parallelize` takes and a forward runs; what it refuses, that refuses alike.
 
 Combinations of axes, checkpointing, ZeRO stage, family and tied embeddings are tried on torch's fake process group,
-where collectives return at once; what the numbers are is for test_one_loss_any_layout.py.
+where collectives return at once; what the numbers are is for test_one_loss_any_layout.py. So is every pair of options.
 """
 
-import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.fork_server import fork_server
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.decoder.limits import FAMILIES, RUNTIME, SHAPES, Choice, as_number, broken, decoder_facts
-from fourfold.parallel.grid import Grid
+from fourfold.parallel.decoder.limits import (
+    FAMILIES,
+    FORMS,
+    RUNTIME,
+    SHAPES,
+    Choice,
+    as_number,
+    broken,
+    decoder_facts,
+)
+from fourfold.parallel.grid import AXES, Grid
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -25,9 +35,23 @@ SIZES = {
 GRIDS = [dict(zip(("dp", "pp", "cp", "tp"), sizes, strict=True)) for sizes in product((1, 2, 4), repeat=4)]
 FOUR = [grid for grid in GRIDS if Grid(**grid).world_size == 4]
 FEW = [grid for grid in GRIDS if Grid(**grid).world_size in (1, 2)]
+AXES_BY_AXES = [
+    {"checkpointing": checkpointing, "zero_stage": zero_stage}
+    for checkpointing, zero_stage in product(("none", "selective", "full", "stream"), range(4))
+]
+OTHERS = [
+    *(("checkpointing", word) for word in ("selective", "full", "stream")),
+    *(("zero_stage", stage) for stage in (1, 2, 3)),
+    ("sequence_parallel", True), ("compile", True), ("vp", 2), ("sharded_accumulation", True),
+    ("embedding_counts_as", 1), ("head_counts_as", 1),
+]  # fmt: skip
+PAIRS = [dict(pair) for pair in combinations(OTHERS, 2) if pair[0][0] != pair[1][0]] + [
+    {name: value} for name, value in OTHERS
+]
+"""Of options that are not at their default, each alone and every two together."""
 
 
-def tried(family: str, changes: dict, grids: list[dict]) -> list[tuple[dict, list[str], str]]:
+def tried(family: str, changes: dict, grids: list[dict], options: list[dict]) -> list[tuple[dict, list[str], str]]:
     """Of every combination: (what it is, what the table says, what `parallelize` or the step raised)."""
     config = AutoConfig.for_model(family, **{**SIZES, "pad_token_id": None, **changes})
     facts = decoder_facts(config)
@@ -35,21 +59,39 @@ def tried(family: str, changes: dict, grids: list[dict]) -> list[tuple[dict, lis
     for grid in grids:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=Grid(**grid).world_size)
         mesh = init_mesh(**grid, device_type="cpu")
-        for checkpointing, zero_stage in product(("none", "selective", "full", "stream"), range(4)):
-            choice = Choice(**grid, checkpointing=as_number("checkpointing", checkpointing), zero_stage=zero_stage)
-            said = [limit.told(facts, choice) for limit in broken((*RUNTIME, *SHAPES), facts, choice)]
+        for chosen in options:
+            choice = Choice(**grid, **{name: as_number(name, value) for name, value in chosen.items()})
+            said = [limit.told(facts, choice) for limit in broken((*FORMS, *RUNTIME, *SHAPES), facts, choice)]
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
+            given = chosen | ({"compile": "eager"} if chosen.get("compile") else {})
             raised = ""
             try:
-                parallel = parallelize(model, mesh, checkpointing=checkpointing, zero_stage=zero_stage)
-                if grid["pp"] == 1:  # a stage waits for its neighbours, and these are none
-                    parallel.evaluate(torch.zeros(1, 8 * grid["cp"], dtype=torch.int64))
+                parallel = parallelize(model, mesh, **given)
+                if grid["pp"] == 1 and not chosen.get("compile"):  # a stage waits for its neighbours; these are none
+                    parallel.evaluate(torch.zeros(1, 8 * grid["cp"] * grid["tp"], dtype=torch.int64))
             except ValueError as error:
                 raised = str(error)
-            answers.append(({**grid, "checkpointing": checkpointing, "zero_stage": zero_stage}, said, raised))
+            answers.append(({**grid, **chosen}, said, raised))
         dist.destroy_process_group()
     return answers
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, for a process group that is none."""
+    with ProcessPoolExecutor(1, mp_context=fork_server()) as started:
+        yield started
+
+
+def accepted_by_both(fresh: ProcessPoolExecutor, *what: object) -> list[dict]:
+    """Check that table and runtime say the same; what they accept."""
+    answers = fresh.submit(tried, *what).result(timeout=280)
+    for chosen, said, raised in answers:
+        assert raised == (said[0] if said else ""), chosen
+    accepted = [chosen for chosen, said, _ in answers if not said]
+    assert len(accepted) < len(answers)
+    return accepted
 
 
 @pytest.mark.parametrize(
@@ -66,12 +108,15 @@ def tried(family: str, changes: dict, grids: list[dict]) -> list[tuple[dict, lis
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_the_table_is_what_parallelize_does(family, changes, grids):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as fresh:
-        answers = fresh.submit(tried, family, changes, grids).result(timeout=280)
-    accepted = [what for what, said, _ in answers if not said]
-    for what, said, raised in answers:
-        assert raised == (said[0] if said else ""), what
+def test_the_table_is_what_parallelize_does(fresh, family, changes, grids):
+    accepted = accepted_by_both(fresh, family, changes, grids, AXES_BY_AXES)
     supported = family in FAMILIES and not {"attention_dropout", "rope_parameters"} & changes.keys()
     assert bool(accepted) == supported
-    assert len(accepted) < len(answers)
+
+
+def test_every_pair_of_options_runs_or_is_refused_by_the_table(fresh):
+    grids = [{axis: 2 if axis == longer else 1 for axis in AXES} for longer in AXES]
+    changes = {"tie_word_embeddings": False, "num_hidden_layers": 4}
+    accepted = accepted_by_both(fresh, "llama", changes, grids, PAIRS)
+    for name, value in OTHERS:
+        assert any(chosen.get(name) == value for chosen in accepted), f"{name}={value} runs nowhere"

@@ -12,7 +12,7 @@ from fourfold.parallel import init_mesh, parallelize
 
 TWO = [
     ({"dp": 2}, {}), ({"dp": 2}, {"zero_stage": 3}), ({"tp": 2}, {}), ({"tp": 2}, {"zero_stage": 3}), ({"cp": 2}, {}),
-    ({"pp": 2}, {}), ({"pp": 2}, {"zero_stage": 3, "checkpointing": "stream"}),
+    ({"pp": 2}, {}), ({"pp": 2}, {"zero_stage": 3, "checkpointing": "stream"}), ({"pp": 2}, {"vp": 2}),
 ]  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def saved(mesh_shape: dict, options: dict, model_options: dict, folder: str, dty
         ({"cp": 2}, {}, {"family": "mistral", "sliding_window": 5}),
         ({"pp": 2}, {"micro_batch": 1}, {}),
         ({"pp": 2}, {"zero_stage": 3, "checkpointing": "stream"}, {"family": "qwen3"}),
+        ({"dp": 2, "pp": 2}, {"zero_stage": 1, "vp": 2}, {"family": "qwen3"}),
         ({"dp": 2, "tp": 2}, {"zero_stage": 3}, {"tie_word_embeddings": True}),
         ({"pp": 4}, {}, {}),
         ({"pp": 2, "tp": 2}, {}, {}),

@@ -33,14 +33,14 @@ def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 
     return [record.loss for record in result.records]
 
 
-def resume_from_step_two(axes: dict, options: dict, folder: str) -> list[float]:
+def resume_from_step_two(axes: dict, options: dict, folder: str, num_layers: int) -> list[float]:
     if dist.get_rank() == 0:
         shutil.rmtree(Path(folder) / "step_00000004")
         # Stops in the middle of a save and of a removal leave these.
         (Path(folder) / "partial_00000003").mkdir()
         shutil.copytree(Path(folder) / "step_00000002", Path(folder) / "removed_step_00000001")
     dist.barrier()
-    return run(axes, options, folder, True)
+    return run(axes, options, folder, True, num_layers)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,17 @@ def resume_from_step_two(axes: dict, options: dict, folder: str) -> list[float]:
         (({"dp": 2}, {}), ({"dp": 2}, {})),
         (({"dp": 2}, {"zero_stage": 2}), ({"dp": 2}, {"zero_stage": 3})),
         (({"tp": 2}, {"sequence_parallel": True}), ({"dp": 2}, {"zero_stage": 1})),
+        (({"pp": 2}, {"vp": 2}), ({"dp": 2}, {"zero_stage": 3})),
+        (({"dp": 2}, {"zero_stage": 1}), ({"pp": 2}, {"vp": 2})),
     ],
     ids=str,
 )
 def test_resume_under_another_layout(ranks, tmp_path, written, read):
     folder = str(tmp_path / "checkpoints")
-    losses = ranks(2)(run, *written, folder, False)[0]
+    num_layers = 4 if any("vp" in options for _, options in (written, read)) else 2  # a layer a run
+    losses = ranks(2)(run, *written, folder, False, num_layers)[0]
     # Steps 1 and 3 end at saved states; both kept. Only the first is used, so steps 2 and 3 are taken again.
-    again = ranks(2)(resume_from_step_two, *read, folder)[0]
+    again = ranks(2)(resume_from_step_two, *read, folder, num_layers)[0]
     assert sorted(path.name for path in Path(folder).iterdir()) == ["step_00000002", "step_00000004"]
     assert again == pytest.approx(losses[2:], rel=1e-5)
 

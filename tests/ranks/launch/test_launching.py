@@ -76,6 +76,19 @@ def test_torchrun_and_mpi_train_alike(tmp_path):
     assert json.loads((tmp_path / "b" / "result.json").read_text())["losses"] == losses
 
 
+def test_interleaved_stages_train_alike(tmp_path):
+    losses = []
+    for vp in (1, 2):
+        file, out = tmp_path / f"{vp}.toml", tmp_path / str(vp)
+        layout = Layout(pp=2, vp=vp, global_batch=4, seq_len=32)
+        write_layout_file(file, layout, load_model({**CONFIG, "num_hidden_layers": 4}))
+        words = ["--layout", file, "--steps", 2, "--held-out-batches", 1, "--quiet", "--out", out]
+        start_forked_ranks(TRAIN, words, num_ranks=2, device_type="cpu")
+        result = json.loads((out / "result.json").read_text())
+        losses.append([*result["losses"], result["heldout_loss"]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_a_run_goes_on_and_keeps_its_history(tmp_path):
     layout, out = tmp_path / "layout.toml", tmp_path / "out"
     streamed = Layout(global_batch=2, seq_len=32, checkpointing="stream", stream_chunks=4)

@@ -92,7 +92,7 @@ def test_a_browser_opens_the_report(written):
         (["plan", "llama-3.1-8b", *BATCH, "--fix", "tp"], "write it as KEY=VALUE"),
         (["plan", "llama-3.1-8b", *BATCH, "--fix", "tp=x"], "give a whole number of at least 1"),
         (["plan", "llama-3.1-8b", *BATCH, "--fix", "tp=2", "--fix", "tp=4"], "tp is already fixed at 2"),
-        (["plan", "llama-3.1-8b", *BATCH, "--fix", "vp=2"], "add --space full"),
+        (["plan", "llama-3.1-8b", *BATCH, "--fix", "ep=2"], "add --space full"),
         (["plan", "llama-3.1-8b", *BATCH, "--tokens", "nan"], "--tokens nan"),
         (["plan", "llama-3.1-8b", *BATCH, "--gpus-per-node", "3"], "does not fill nodes of 3"),
         (["plan", "llama-3.1-8b", *BATCH, "--fix", "checkpointing=x"], "choose one of none"),
@@ -133,7 +133,7 @@ def test_compare_sets_two_side_by_side():
 @pytest.mark.parametrize(
     ("model", "words", "space", "message"),
     [
-        ("llama-3.1-8b", "tp2 pp4 vp2", "runtime", "add --space full"),
+        ("llama-3.1-8b", "cp2 tp4 heads2", "runtime", "add --space full"),
         ("gpt2", "mb1", "runtime", "add --space full"),
         ("llama-3.1-8b", "mb1 sp", "full", "sequence parallelism needs tp of at least 2"),
         ("llama-3.1-8b", "mb1 offload", "full", "offloading moves the inputs of checkpointed layers"),

@@ -85,8 +85,8 @@ def test_torchtitan_sections():
         ("torchtitan", Layout(tp=2, global_batch=8, seq_len=64), "without sequence parallelism"),
         (
             "slurm",
-            Layout(pp=2, vp=2, global_batch=8, seq_len=64),
-            "uses vp, which fourfold's own runtime does not have",
+            Layout(cp=2, cp_heads=2, global_batch=8, seq_len=64),
+            "uses cp_heads, which fourfold's own runtime does not have",
         ),
         ("torchrun", Layout(dp=12, global_batch=12, seq_len=64), "12 ranks do not fill nodes of 8 devices"),
         ("k8s", Layout(global_batch=8, seq_len=64), "--to k8s: choose one of megatron"),

@@ -102,11 +102,13 @@ def test_a_printed_name_reads_back(layout):
 
 
 def test_what_the_runtime_has_not_is_named():
-    layout = Layout(tp=2, pp=2, vp=2, sequence_parallel=True, zero_stage=1, global_batch=8, seq_len=64)
-    assert layout.unrunnable_reason() == "vp"
+    layout = Layout(tp=2, pp=2, ep=2, sequence_parallel=True, zero_stage=1, global_batch=8, seq_len=64)
+    assert layout.unrunnable_reason() == "ep"
     assert not layout.runnable
-    assert replace(layout, vp=1).runnable
-    assert replace(layout, vp=1, zero_stage=2).unrunnable_reason() == "zero_stage=2 needs pp=1"
+    assert replace(layout, ep=1).runnable
+    assert replace(layout, ep=1, vp=2).runnable
+    assert replace(layout, ep=1, vp=2, zero_stage=3).unrunnable_reason() == "interleaving with ZeRO 2 or 3"
+    assert replace(layout, ep=1, zero_stage=2).unrunnable_reason() == "zero_stage=2 needs pp=1"
     assert Layout(dp=2, zero_stage=3, checkpointing="full", global_batch=8, seq_len=64).runnable
     streamed = Layout(cp=2, checkpointing="stream", stream_chunks=4, global_batch=8, seq_len=64)
     assert streamed.runnable
