@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fourfold.parallel.decoder.balance import cut_decoder_into_stages as cut_decoder_into_stages
     from fourfold.parallel.decoder.balance import cut_into_stages as cut_into_stages
     from fourfold.parallel.decoder.parallel_model import ParallelModel as ParallelModel
+    from fourfold.parallel.decoder.parallelism_config import from_parallelism_config as from_parallelism_config
 
 __getattr__, __dir__, __all__ = exported(
     __name__,
@@ -18,6 +19,7 @@ __getattr__, __dir__, __all__ = exported(
         "cut_decoder_into_stages": "balance",
         "cut_into_stages": "balance",
         "decoder_stages": "async_pipeline",
+        "from_parallelism_config": "parallelism_config",
         "pipeline_decoder": "async_pipeline",
     },
 )

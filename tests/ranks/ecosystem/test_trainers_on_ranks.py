@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.one_loss import tiny_model
 from support.ring_models import complaint
 from support.streamed_layers import counted_layers
 from support.trl_trainers import STEPS, common, completion_only, dpo, grpo, run, sft, word_tokenizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from fourfold.parallel import shard_batch, stream_backprop, use_ring_attention
+from fourfold.parallel import parallelize, shard_batch, stream_backprop, use_ring_attention
+from fourfold.parallel.decoder import from_parallelism_config
 from fourfold.parallel.testing.compare import assert_ranks, relative_error
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
@@ -186,3 +189,41 @@ def test_fsdp2_by_accelerate_shards_a_streaming_model(ranks, mixed_precision, ri
     tolerance = GRADIENT_TOLERANCE if mixed_precision is None else BF16_TOLERANCE
     assert_ranks([errors for errors, _ in answers], tolerance, f"{mixed_precision}, ring={ring}")
     assert [layers for _, layers in answers] == [2, 2]
+
+
+def parallelized(sizes: dict[str, int]) -> tuple[dict[str, float], bool, int]:
+    """Errors of loss and gradients of `parallelize` under a ParallelismConfig; whether its groups are Accelerate's."""
+    from accelerate import ParallelismConfig
+
+    config, plain, ids = ParallelismConfig(**sizes), tiny_model(), batch(4, 32) % 64
+    truth = plain(input_ids=ids, labels=ids).loss
+    truth.backward()
+    arguments = from_parallelism_config(config, device_type="cpu")
+    mesh, theirs = arguments["mesh"], config.get_device_mesh("cpu")
+    axes = {"dp_replicate": "dp", "dp_shard": "dp", "cp": "cp", "tp": "tp"}
+    alike = all(
+        dist.get_process_group_ranks(theirs.get_group(name)) == dist.get_process_group_ranks(mesh.get_group(axes[name]))
+        for name in theirs.mesh_dim_names
+    )
+    model = parallelize(tiny_model(), **arguments)
+    loss = model.forward_backward(ids[model.batch_rows(4)])
+    errors = {"loss": relative_error(loss, truth.detach())}
+    whole = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        errors[name] = relative_error(gradient, whole[name].grad)
+    return errors, alike, arguments["zero_stage"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "zero_stage"),
+    [
+        ({"dp_shard_size": 2, "tp_size": 2}, 3),
+        ({"dp_shard_size": 2, "cp_size": 2}, 3),
+        ({"dp_replicate_size": 4}, 0),
+    ],
+)
+def test_parallelize_takes_a_parallelism_config(ranks, sizes, zero_stage):
+    answers = ranks(4)(parallelized, sizes)
+    assert_ranks([errors for errors, _, _ in answers], GRADIENT_TOLERANCE, str(sizes))
+    assert [(alike, stage) for _, alike, stage in answers] == [(True, zero_stage)] * 4
