@@ -20,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
+from fourfold.launch.training.chunks import chunks_of
 from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult, refuse_no_more_steps
 from fourfold.launch.training.optimizers import check_optimizer
 from fourfold.launch.training.packing import Batch
@@ -88,6 +89,8 @@ class AsynchronousModel:
             mitigation=layout.mitigation,
             scheduler=rate_schedule(layout, settings),
             checkpointing=layout.checkpointing,
+            stream=chunks_of(layout),
+            compile=layout.compile,
             precision=precision_of(layout, settings),
             seed=settings.seed,
             embedding_counts_as=layout.embedding_counts_as,

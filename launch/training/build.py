@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.launch.training.async_loop import AsynchronousModel, held_out_loss_asynchronously
+from fourfold.launch.training.chunks import chunks_of
 from fourfold.launch.training.deepspeed_engine import deepspeed_model
 from fourfold.launch.training.loop import held_out_loss
 from fourfold.launch.training.memory_use import MemoryGauge
@@ -25,7 +26,6 @@ from fourfold.launch.training.settings import TrainSettings, precision_of
 from fourfold.layouts.inputs.layout import Layout, check_runnable
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.parallel import ParallelModel, init_mesh, parallelize
-from fourfold.parallel.stream import StreamSettings
 
 
 def check_world(layout: Layout, model: ModelConfig) -> None:
@@ -132,7 +132,7 @@ def _parallel_model(
         mesh,
         micro_batch=layout.micro_batch,
         checkpointing=layout.checkpointing,
-        stream=_chunks(layout),
+        stream=chunks_of(layout),
         zero_stage=layout.zero_stage,
         precision=precision_of(layout, settings),
         sharded_accumulation=layout.sharded_accumulation,
@@ -143,14 +143,6 @@ def _parallel_model(
         embedding_counts_as=layout.embedding_counts_as,
         head_counts_as=layout.head_counts_as,
     )
-
-
-def _chunks(layout: Layout) -> StreamSettings | None:
-    """A layout that streams names its chunks of a rank's sequence; with one, they are chosen by their closed form."""
-    offload: Literal["host"] | None = "host" if layout.offload else None
-    if layout.stream_chunks == 1:
-        return StreamSettings(offload=offload) if offload else None
-    return StreamSettings(chunk_size=-(-layout.seq_len // (layout.cp * layout.stream_chunks)), offload=offload)
 
 
 def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: DeviceMesh) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel.decoder.async_stage import AsyncDecoderStage
+from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
 from fourfold.parallel.decoder.precision import chosen_precision
 from fourfold.parallel.decoder.stage import check_decoder, check_windows, has_sliding_window
@@ -26,18 +27,24 @@ from fourfold.parallel.pipeline.schedule import PipelineSchedule
 from fourfold.parallel.pipeline.settings import ClipNorm, SchedulerFactory
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
+from fourfold.parallel.stream.settings import StreamSettings
 
 
 class CutOptions(TypedDict, total=False):
     """How a decoder is cut, for decoder_stages and pipeline_decoder.
 
-    checkpointing: "none", or "full" to keep each layer's input and recompute the layer.
+    checkpointing: "none", "full" to keep each layer's input and recompute the layer, or "stream" to recompute in chunks
+        of the sequence (StreamBP); either computes anew with the weights of the backward.
+    stream: the chunks' sizes, with "stream"; None is stream_backprop's defaults.
+    compile: run each layer through torch.compile, as for parallelize.
     precision, dtype: as for parallelize; "bf16-mixed" by autocast.
     seed: of the weights of a model on the meta device.
     embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     """
 
     checkpointing: str
+    stream: StreamSettings | None
+    compile: bool | str | None
     precision: str | None
     dtype: torch.dtype | None
     seed: int
@@ -76,7 +83,8 @@ def decoder_stages(
             each stage draws its own weights, as parallelize does.
         seq_len: of the usual micro-batch; others may have another S.
         only: make this stage alone, the others are None.
-        cut: checkpointing, precision, dtype, seed, embedding_counts_as, head_counts_as; see CutOptions.
+        cut: checkpointing, stream, compile, precision, dtype, seed, embedding_counts_as, head_counts_as; see
+            CutOptions.
     Raises:
         ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
             window without ring attention (pipeline_decoder sets it).
@@ -84,24 +92,34 @@ def decoder_stages(
     checkpointing = cut.get("checkpointing", "none")
     ends = cut.get("embedding_counts_as", 0), cut.get("head_counts_as", 0)
     chosen = as_number("checkpointing", checkpointing)
-    check_decoder(model, Choice(pp=num_stages, checkpointing=chosen))
+    compiled, stream = cut.get("compile"), cut.get("stream")
+    layout = Choice(pp=num_stages, checkpointing=chosen, compile=bool(compiled))
+    check_decoder(model, layout)
+    if stream is not None and checkpointing != "stream":
+        raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     whole = cast(Any, model)
     device = device or torch.device("cpu")
     stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, device.type)
-    windows = has_sliding_window(model)
-    check_windows(model)
-    if not windows:
+    backend = chosen_backend(compiled, device.type, layout)
+    windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
+    if windows:
+        check_windows(model)
+    else:
         whole.set_attn_implementation("sdpa")
     stages: list[nn.Module | None] = []
     for index, layers in enumerate(layer_ranges(whole.config.num_hidden_layers, num_stages, *ends)):
         if only not in (None, index):
             stages.append(None)
             continue
-        stage = AsyncDecoderStage(model, layers, checkpointing=checkpointing, autocast_dtype=stored.products)
+        stage = AsyncDecoderStage(
+            model, layers, checkpointing=checkpointing, stream=stream, autocast_dtype=stored.products
+        )
         for name, part in stage.named_parts():
             materialise(part, name, model, seed=cut.get("seed", 0), device=device, dtype=stored.weights)
         stage.position_ids = torch.arange(seq_len, device=device)[None]
         stage.windowed = windows
+        for layer in stage.layers.values() if backend is not None else ():
+            compile_layer(layer, cast(str, backend))
         stages.append(stage)
     return stages
 
@@ -133,7 +151,7 @@ def pipeline_decoder(
     name = schedule if isinstance(schedule, str) else schedule.name
     late = as_number("schedule", name) if name in SCHEDULES[1:] else LOCKSTEP
     checkpointing = as_number("checkpointing", cut.get("checkpointing", "none"))
-    check_decoder(model, Choice(**sizes, checkpointing=checkpointing, schedule=late))
+    check_decoder(model, Choice(**sizes, checkpointing=checkpointing, schedule=late, compile=bool(cut.get("compile"))))
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
     stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, mesh.device_type)
     if stored.products is not None and (chosen.spectrain or chosen.correction > 0):
@@ -142,7 +160,7 @@ def pipeline_decoder(
             "keeps the forward's as casts: choose stash or lwpv+sc, or precision='fp32'"
         )
     cuda = mesh.device_type == "cuda"
-    if has_sliding_window(model):
+    if has_sliding_window(model) and cut.get("checkpointing") != "stream":
         use_ring_attention(model, mesh.get_group("cp"))
     stages = decoder_stages(
         model,
@@ -152,11 +170,14 @@ def pipeline_decoder(
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type),
         **cut,  # type: ignore[typeddict-item]
     )
+    own = stages[mesh.get_local_rank("pp")]
+    assert isinstance(own, AsyncDecoderStage)
+    own.gives_hidden = own.checkpointing == "stream"
     return PipelinedBackprop(
         stages,
         group=mesh.get_group("pp"),
         dp_group=mesh.get_group("dp") if sizes["dp"] > 1 else None,
-        loss_fn=next_token_loss,
+        loss_fn=own.streamed_loss if own.gives_hidden else next_token_loss,
         loss_weight=num_targets,
         **options,  # type: ignore[misc]
     )

@@ -5,14 +5,15 @@ bring another length with every micro-batch, and what a later stage must know (p
 travel with the activation. So the first stage also takes a dict, and stages hand a dict on.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourfold.parallel.decoder.documents import document_positions, seen_tokens
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.ring.options import AgreedLength
+from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_loss
 
 _KEYS = ("position_ids", "attention_mask", "document_ids")
 
@@ -21,6 +22,7 @@ class AsyncDecoderStage(DecoderStage):
     """Layers of a decoder, from what the stage before returned; the arguments are DecoderStage's.
 
     windowed: whether attention goes through the ring's implementation, which knows windows by its length.
+    gives_hidden: whether the last stage returns hidden states, for `streamed_loss`, in place of logits.
     """
 
     windowed = False
@@ -61,6 +63,19 @@ class AsyncDecoderStage(DecoderStage):
         self.attention_arguments = arguments if mask is None else {**arguments, "attention_mask": mask}
         output = super().forward(value, targets)
         return output if self.is_last or not isinstance(x, dict) else {"hidden": output, **batch}
+
+    def streamed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of what the last stage returns where it `gives_hidden`, without whole logits.
+
+        Args:
+            hidden: [B, S, hidden], after the last layer.
+            targets: [B, S] int64, shifted, negative for none; without any the loss is 0.
+        """
+        layer, norm = next(iter(self.layers.values())), cast(nn.Module, self.model.norm)
+        with torch.autocast(hidden.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            shared = stage_run(self._stream, self.config, layer, hidden, RowsOfStage())
+            total = stream_loss(self._stream, shared, self.config, norm, self.lm_head, hidden, targets)
+        return total / (targets >= 0).sum().clamp(min=1)
 
     def _check(self, value: Any, batch: dict[str, Any], name: str) -> None:
         if not isinstance(value, Tensor) or value.ndim != (2 if self.is_first else 3):

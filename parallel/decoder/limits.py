@@ -184,7 +184,6 @@ FORMS: tuple[Limit, ...] = (
     _whole_stage("sequence_parallel", False),
     _whole_stage("offload", False),
     _whole_stage("checkpoint_every", 1),
-    _whole_stage("compile", False),
     Limit(
         fields=("pp", "schedule"),
         allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.pp > 1),
@@ -194,12 +193,11 @@ FORMS: tuple[Limit, ...] = (
     ),
     Limit(
         fields=("checkpointing", "schedule"),
-        allows=lambda model, layout: (
-            (layout.schedule == DRAINED) | (layout.checkpointing == NONE) | (layout.checkpointing == FULL)
-        ),
-        reason="an asynchronous stage needs checkpointing=none or full",
+        # What is kept would be of other weights than what a later backward recomputes around it.
+        allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.checkpointing != SELECTIVE),
+        reason="an asynchronous stage needs checkpointing=none, full or stream",
         message="checkpointing={layout.checkpointing_word!r} with schedule={layout.schedule_word!r}: "
-        "choose none or full",
+        "choose none or full, or stream",
     ),
     Limit(
         fields=("dp", "pp", "micro_batch", "global_batch", "schedule"),

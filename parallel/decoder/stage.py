@@ -118,6 +118,9 @@ class DecoderStage(nn.Module):
             self.model.norm = whole.model.norm
             self.lm_head = whole.lm_head
 
+    gives_hidden = False
+    """Whether a last stage that streams returns what its last layer gives, for a loss that streams by itself."""
+
     @property
     def keeps_attention(self) -> bool:
         """Whether backward reads attention outputs of the forward and recomputes the rest."""
@@ -195,7 +198,7 @@ class DecoderStage(nn.Module):
             RowsOfStage(arguments["position_ids"] if packed else None, arguments.get("ring_seq_len"), cu_seqlens),
         )  # fmt: skip
         hidden = stream_layers(self._stream, layers, hidden, arguments, shared)
-        if not self.is_last:
+        if not self.is_last or self.gives_hidden:
             return hidden
         norm, head = cast(nn.Module, self.model.norm), self.lm_head
         if targets is None:

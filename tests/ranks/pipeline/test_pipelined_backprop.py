@@ -12,11 +12,12 @@ from support.digest import digest
 from support.rank_pool import RankFailure
 from torch.nn import functional as F
 
-from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator
-from fourfold.parallel.decoder import cut_decoder_into_stages
+from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator, init_mesh
+from fourfold.parallel.decoder import cut_decoder_into_stages, pipeline_decoder
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline import PipelineSchedule, Program
 from fourfold.parallel.pipeline.schedule import NAMES
+from fourfold.parallel.stream import StreamSettings
 from fourfold.parallel.testing.compare import assert_ranks, state_differences
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -255,6 +256,72 @@ def decoder_digests(checkpointing: str) -> tuple[str, str]:
 def test_a_hugging_face_decoder_in_stages(ranks, checkpointing):
     for stage, (mine, emulated) in enumerate(ranks(2)(decoder_digests, checkpointing)):
         assert mine == emulated, f"stage {stage}"
+
+
+def decoder_replicas(cut: dict[str, Any], schedule: str) -> tuple[bool, float]:
+    """2 replicas of 2 stages, rows with other numbers of targets: against plain steps on the mean over all targets.
+
+    Returns whether this rank's weights are those, and the largest difference of an evaluation's losses.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    mesh = init_mesh(dp=2, pp=2, device_type="cpu")
+    replica = mesh.get_local_rank("dp")
+
+    def model() -> Any:
+        torch.manual_seed(4)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=False,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).double()
+
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(0, 32, (2, 4, 1, 9), generator=generator)  # replica, micro-batch
+    targets = rows[..., 1:].clone()
+    for number, kept in enumerate((8, 1, 5, 0, 2, 8, 3, 4)):
+        targets[number // 4, number % 4, :, kept:] = -100
+    data = [(row[:, :-1], target) for row, target in zip(rows[replica], targets[replica], strict=True)]
+    made = pipeline_decoder(
+        model(), mesh, seq_len=8, optimizer=partial(torch.optim.SGD, lr=0.5, momentum=0.9), schedule=schedule,
+        precision="fp64", **cut,
+    )  # fmt: skip
+    before = made.evaluate(data)
+    made.run(data)
+    plain = model()
+
+    def loss(*places: tuple[int, int]) -> torch.Tensor:
+        logits = torch.cat([plain(rows[place][:, :-1]).logits for place in places])
+        return F.cross_entropy(logits.flatten(0, 1), torch.cat([targets[place] for place in places]).flatten())
+
+    seen = [float(loss((replica, number))) if (targets[replica, number] >= 0).any() else 0.0 for number in range(4)]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5, momentum=0.9)
+    every = made.schedule.update_every
+    for start in range(0, 4, every):
+        optimizer.zero_grad()
+        loss(*((who, number) for who in range(2) for number in range(start, start + every))).backward()
+        optimizer.step()
+    expected = dict(plain.named_parameters())
+    mine = dict(made.stage.module.named_parameters())
+    # transformers' RMSNorm computes in fp32 even of an fp64 model
+    alike = all(torch.allclose(p, expected[name], rtol=0, atol=1e-6) for name, p in mine.items())
+    return alike, max(abs(one - other) for one, other in zip(before, seen, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cut", "schedule"),
+    [
+        ({}, "1f1b:2"),
+        ({}, "1f1b:1"),
+        ({"checkpointing": "stream", "stream": StreamSettings(chunk_size=3, logits_chunk=2)}, "1f1b:2"),
+        ({"compile": "aot_eager"}, "1f1b:4"),
+    ],
+    ids=["two", "one", "stream", "compile"],
+)
+def test_replicas_of_a_decoder_take_the_mean_over_all_targets(ranks, cut, schedule):
+    for rank, (alike, difference) in enumerate(ranks(4)(decoder_replicas, cut, schedule)):
+        assert alike, f"rank {rank}"
+        assert difference < 1e-6, f"rank {rank}"
 
 
 def empty_and_wrong() -> list[str]:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from fourfold.parallel import PipelinedBackpropEmulator
 from fourfold.parallel.decoder import decoder_stages
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, num_targets
+from fourfold.parallel.ring.transformers import use_ring_attention
+from fourfold.parallel.stream import StreamSettings
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -107,3 +109,72 @@ def test_an_update_takes_the_mean_over_the_targets_of_its_micro_batches():
         torch.testing.assert_close(
             found[name], p.grad, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def trained(parts: list[Any], mitigation: str) -> list[Tensor]:
+    """Weights after eight updates under lockstep; the last stage gives hidden states where it is told to."""
+    last = parts[-1]
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(32, (2, 9), generator=generator) for _ in range(8)]
+    PipelinedBackpropEmulator(
+        parts, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), loss_weight=num_targets,
+        loss_fn=last.streamed_loss if last.gives_hidden else next_token_loss, mitigation=mitigation,
+    ).run([(row[:, :-1], row[:, 1:]) for row in rows])  # fmt: skip
+    return [p.detach() for part in parts for p in part.parameters()]
+
+
+SMALL = StreamSettings(chunk_size=3, mlp_chunk=2, logits_chunk=2)
+
+
+@pytest.mark.parametrize("mitigation", ["none", "lwpv+sc", "spectrain", "stash+lwpv+sc"])
+def test_streams_recompute_as_checkpoints_do(mitigation):
+    """With the backward's weights, whichever these are; logits in chunks, too."""
+    whole = trained(stages(checkpointing="full")[1], mitigation)
+    for gives_hidden in (False, True):
+        parts = stages(checkpointing="stream", stream=SMALL)[1]
+        parts[-1].gives_hidden = gives_hidden
+        for got, expected in zip(trained(parts, mitigation), whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
+    kept = trained(stages()[1], mitigation)
+    assert all(map(torch.equal, kept, whole)) == mitigation.startswith("stash")
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("mitigation", ["none", "lwpv+sc", "spectrain"])
+def test_compiled_layers_read_the_weights_that_are_there(mitigation, checkpointing):
+    """Also in a backward, whose weights are others than its forward's: a compiler may keep none of them."""
+    plain = trained(stages(checkpointing=checkpointing)[1], mitigation)
+    compiled = trained(stages(checkpointing=checkpointing, compile="aot_eager")[1], mitigation)
+    for got, expected in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_streams_know_windows_by_themselves():
+    ends = []
+    for checkpointing in ("full", "stream"):
+        torch.manual_seed(4)
+        model = MistralForCausalLM(
+            MistralConfig(
+                vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=4, sliding_window=3, tie_word_embeddings=False,
+            )
+        ).double()  # fmt: skip
+        if checkpointing == "full":
+            use_ring_attention(model, None)
+        chunks = SMALL if checkpointing == "stream" else None
+        ends.append(trained(decoder_stages(model, 2, seq_len=8, checkpointing=checkpointing, stream=chunks), "lwpv+sc"))
+    for got, expected in zip(*ends, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        ({"stream": SMALL}, "they go with checkpointing='stream'"),
+        ({"checkpointing": "stream", "compile": True}, "StreamBP runs layers in pieces"),
+        ({"compile": "fast"}, "choose true, false, or one of"),
+    ],
+)
+def test_what_goes_with_nothing_else_is_refused(cut, words):
+    with pytest.raises(ValueError, match=words):
+        stages(**cut)
