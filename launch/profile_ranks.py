@@ -17,7 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fourfold.launch.refusal import refuse
 from fourfold.parallel import use_ring_attention
 from fourfold.parallel.decoder import tensor_parallel
-from fourfold.profiling.partial import StaleProfileError
+from fourfold.parallel.decoder.choice import Choice
+from fourfold.parallel.decoder.compiled import BACKEND, chosen_backend, compile_layer
 from fourfold.profiling.ranks import chosen_device, profile_ranks
 from fourfold.profiling.settings import parse_settings
 from fourfold.profiling.shapes import model_shape, read_config
@@ -32,6 +33,12 @@ class TrainingParallelism:
     def cut_ends(self, model: Any, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
         model.is_first = model.is_last = True  # a whole model is the first stage and the last one
         tensor_parallel.cut_ends(model, tp_mesh, sequence_parallel=sequence_parallel)
+
+    def compiles_on(self, device_type: str) -> bool:
+        return chosen_backend(None, device_type, Choice()) is not None
+
+    def compile_layer(self, layer: nn.Module) -> None:
+        compile_layer(layer, BACKEND)
 
     def put_ring_around(self, model: Any, cp_group: dist.ProcessGroup) -> None:
         use_ring_attention(model, cp_group)
@@ -55,7 +62,7 @@ def main() -> None:
     dist.init_process_group(backend, timeout=limit, device_id=device if device.type == "cuda" else None)
     try:
         profile_ranks(settings, TrainingParallelism())
-    except StaleProfileError as error:
+    except ValueError as error:  # every rank's, or rank 0's of what an interrupted profile left
         refuse(error)
     dist.destroy_process_group()
 

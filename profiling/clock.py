@@ -1,4 +1,8 @@
-"""One way to time a stretch of work on a CPU and on a GPU: marks, and the seconds between two of them."""
+"""One way to time a stretch of work on a CPU and on a GPU: marks, and the seconds between two of them.
+
+A GPU works behind its host. Where the host needs longer to issue a stretch of work than the GPU to do it, two marks of
+the GPU's tell the host's time. `hold` keeps the GPU busy until the host is ahead, so that each is timed by itself.
+"""
 
 import time
 from collections.abc import Callable
@@ -6,6 +10,9 @@ from collections.abc import Callable
 import torch
 
 from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
+
+CYCLES_PER_S = 2_000_000_000
+"""Of a GPU's clock at most: `hold` lasts at least as long as asked for."""
 
 
 class Clock:
@@ -21,6 +28,11 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+    def hold(self, seconds: float) -> None:
+        """Let the GPU's current stream wait so long before what is issued from now on; a CPU is its own host."""
+        if self.device.type == "cuda":
+            torch.cuda._sleep(int(seconds * CYCLES_PER_S))  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Until all work given to the device is done."""

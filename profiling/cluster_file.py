@@ -2,7 +2,8 @@
 
     schema, name, provenance, num_devices, devices_per_node
     [device]         name, type, dtype, memory_bytes, peak_flops_per_s, memory_bandwidth_bytes_per_s,
-                     operator_overhead_s
+                     operator_overhead_s; on CUDA reserve_bytes: of memory_bytes, what groups of ranks and
+                     libraries took outside of torch's allocator
     [[matmul]]       dtype, m, n, k, operands, seconds       operands: nt, nn or tn (see compute.matmul_case)
     [[attention]]    dtype, batch, heads, kv_heads, seq_len, head_dim, causal, forward_s, backward_s
     [[elementwise]]  dtype, bytes, seconds                   bytes read and written

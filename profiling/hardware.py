@@ -79,6 +79,17 @@ def free_memory_bytes(device: torch.device, ranks_per_host: int, cgroup: Path = 
     return max(0, free) // ranks_per_host
 
 
+def held_outside_bytes(device: torch.device, free_before_bytes: int) -> int:
+    """What torch's allocator does not know of and the device has lost since `free_before_bytes` of it were free.
+
+    Communication buffers, libraries' workspaces and kernels; 0 on a CPU, where nothing tells it from other processes.
+    """
+    if device.type != "cuda":
+        return 0
+    free = int(torch.cuda.mem_get_info(device)[0])
+    return max(0, free_before_bytes - free - int(torch.cuda.memory_reserved(device)))
+
+
 def _cgroup_folders(root: Path) -> Iterator[Path]:
     """The version 2 cgroup of this process and its parents up to `root`: each may set a limit."""
     path = next((line[3:] for line in _text(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "/")

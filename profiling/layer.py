@@ -6,18 +6,23 @@ layer of a rank: heads, MLP width and vocabulary divided by tp, and no communica
 
 Tables, each row a median over all ranks at work together:
 
-    [[layer]]      dtype, tp, micro_batch, seq_len, forward_s, backward_s, activation_bytes, peak_bytes
+    [[layer]]      dtype, tp, compiled, micro_batch, seq_len, forward_s, backward_s, operators, activation_bytes,
+                   peak_bytes; on CUDA host_s
     [[ends]]       dtype, tp, micro_batch, seq_len, embedding_forward_s, embedding_backward_s, head_forward_s,
                    head_backward_s
     [[tp_layer]], [[tp_ends]]   the same times, and sequence_parallel; measured on groups of tp ranks by DTensor,
-                   collectives inside
+                   collectives inside; on CUDA [[tp_layer]] has host_s, too
     [[cp_layer]]   dtype, cp, micro_batch, seq_len, forward_s, backward_s, measured on groups of cp ranks
     [[optimizer]]  dtype, parameters, tensors, fused, step_s, clip_s
 
 [[layer]] is one layer's share of a forward pass through DEPTH layers and the backward pass after it, without
 checkpointing, gradients put into new memory as in a step's first micro-batch. activation_bytes are the distinct
 storages that one layer's forward pass keeps for its backward pass, its input among them, weights not; peak_bytes is the
-most that one layer's forward and backward pass hold at a time, its input, weights and their gradients included.
+most that one layer's forward and backward pass hold at a time, its input, weights and their gradients included;
+operators are those of both passes that make a tensor, each at least one launch on a GPU. Where training compiles layers
+by itself (on CUDA), tp=1 has a row of compiled ones as well, without operators and bytes.
+host_s is the time in which the host issues one layer's forward and backward pass; forward_s and backward_s are then the
+device's alone, timed while it is held back until the host is ahead. On a CPU the host does the work itself.
 [[ends]]: embedding with the rotary tables; final norm, head and the summed cross-entropy of fp32 logits.
 [[tp_layer]] and [[tp_ends]], for tp > 1 within a host: the whole model's layer cut as training cuts it (see
 parallelism.py), once with hidden states whole between its matrices and, where tp divides the sequence, once with them
@@ -30,9 +35,11 @@ shapes (at most MAX_PARAMETERS of them); fused is torch's option, false its defa
 dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 weights, as in training.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +52,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.decoder import local_model, loss_of_logits, run_layers
-from fourfold.profiling.memory import AllocationPeak
+from fourfold.profiling.memory import AllocationPeak, OperatorCount
 from fourfold.profiling.parallelism import Parallelism
 from fourfold.profiling.session import Case
 from fourfold.profiling.shapes import ModelShape
@@ -54,6 +61,8 @@ from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 
 DEPTH = 2
 MAX_PARAMETERS = 100_000_000
+HELD, LEAST_HELD_S, MOST_HELD_S = 1.25, 2e-4, 0.1
+"""A device is held back for HELD times what its host took at best so far, within bounds: first calls load code."""
 _LAYER = ("forward_s", "backward_s")
 _ENDS = ("embedding_forward_s", "embedding_backward_s", "head_forward_s", "head_backward_s")
 
@@ -69,11 +78,43 @@ def layer_cases(
     cases = []
     for micro_batch in micro_batches:
         work = _Work(model, device, dtype, micro_batch, seq_len)
-        fields = {**named, "micro_batch": micro_batch, "seq_len": seq_len}
+        sizes = {"micro_batch": micro_batch, "seq_len": seq_len}
         layers = Case(
-            table="layer", fields=fields, columns=_LAYER, run=work.time_layers, facts=work.layer_bytes, essential=True
-        )
-        cases += [layers, Case(table="ends", fields=fields, columns=_ENDS, run=work.time_ends, essential=True)]
+            table="layer", fields={**named, "compiled": False, **sizes}, columns=work.layer_columns,
+            run=work.time_layers, facts=work.layer_facts, essential=True,
+        )  # fmt: skip
+        ends = Case(table="ends", fields={**named, **sizes}, columns=_ENDS, run=work.time_ends, essential=True)
+        cases += [layers, ends]
+    return cases
+
+
+def compiled_layer_cases(
+    config: dict[str, Any],
+    device: torch.device,
+    parallelism: Parallelism,
+    *,
+    micro_batches: tuple[int, ...],
+    seq_len: int,
+) -> list[Case]:
+    """[[layer]] of compiled layers on one rank; the compiler works before anything is timed."""
+    with device:
+        model = local_model(config, num_layers=DEPTH)
+    for layer in model.model.layers:
+        parallelism.compile_layer(layer)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cases = []
+    for micro_batch in micro_batches:
+        work = _Work(model, device, dtype, micro_batch, seq_len)
+        fields = {
+            "dtype": str(dtype).removeprefix("torch."), "tp": 1, "compiled": True, "micro_batch": micro_batch,
+            "seq_len": seq_len,
+        }  # fmt: skip
+        cases.append(
+            Case(
+                table="layer", fields=fields, columns=work.layer_columns, run=work.time_layers, essential=True,
+                prepare=partial(work.time_layers, Clock(device), 1),
+            )
+        )  # fmt: skip
     return cases
 
 
@@ -107,7 +148,7 @@ def tensor_parallel_cases(
             "dtype": str(dtype).removeprefix("torch."), "tp": tp, "sequence_parallel": sequence_parallel,
             "micro_batch": micro_batch, "seq_len": seq_len,
         }  # fmt: skip
-        layers = Case(table="tp_layer", fields=fields, columns=_LAYER, run=work.time_layers, essential=True)
+        layers = Case(table="tp_layer", fields=fields, columns=work.layer_columns, run=work.time_layers, essential=True)
         cases += [layers, Case(table="tp_ends", fields=fields, columns=_ENDS, run=work.time_ends, essential=True)]
     return cases
 
@@ -133,7 +174,7 @@ def context_parallel_cases(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = []
     for micro_batch in micro_batches:
-        work = _Work(model, device, dtype, micro_batch, seq_len // cp, ring_seq_len=seq_len)
+        work = _Work(model, device, dtype, micro_batch, seq_len // cp, held=False, ring_seq_len=seq_len)
         fields = {"dtype": str(dtype).removeprefix("torch."), "cp": cp, "micro_batch": micro_batch, "seq_len": seq_len}
         cases.append(Case(table="cp_layer", fields=fields, columns=_LAYER, run=work.time_layers, essential=True))
     return cases
@@ -158,6 +199,7 @@ class _Work:
         micro_batch: int,
         seq_len: int,
         cut: _Cut | None = None,
+        held: bool = True,
         **attention_arguments: Any,
     ) -> None:
         self._model, self._device, self._dtype = model, device, dtype
@@ -166,6 +208,10 @@ class _Work:
         self._shape = (micro_batch, seq_len // (cut.sequence_shards if cut else 1), model.config.hidden_size)
         self._positions = torch.arange(seq_len, device=device)[None]
         self._attention_arguments = attention_arguments
+        # A ring has a hundred launches a layer besides, more than a GPU queues: its host would wait for the device.
+        self._held = held and device.type == "cuda"
+        self._least_host_s: float | None = None
+        self.layer_columns = (*_LAYER, "host_s") if self._held else _LAYER
 
     def _autocast(self) -> AbstractContextManager[None]:
         if self._dtype == torch.float32:
@@ -175,23 +221,31 @@ class _Work:
     def _hidden(self) -> Tensor:
         return torch.randn(self._shape, device=self._device, requires_grad=True)
 
-    def time_layers(self, clock: Clock, iterations: int) -> tuple[float, float]:
+    def time_layers(self, clock: Clock, iterations: int) -> tuple[float, ...]:
+        """Seconds of one layer's forward, its backward, and (on CUDA) of the host to issue both."""
         hidden, grad = self._hidden(), torch.randn(self._shape, device=self._device)
         rotary = self._model.model.rotary_emb(hidden, position_ids=self._positions)
-        forward, backward = 0.0, 0.0
+        forward, backward, host = 0.0, 0.0, 0.0
         for _ in range(iterations):
             self._model.zero_grad(set_to_none=True)
+            if self._held and self._least_host_s is not None:
+                clock.hold(min(HELD * self._least_host_s + LEAST_HELD_S, MOST_HELD_S))
+            issued = time.perf_counter()
             start = clock.mark()
             with self._autocast():
                 out = run_layers(self._model, hidden, rotary, self._positions, **self._attention_arguments)
             middle = clock.mark()
             out.backward(grad)  # type: ignore[no-untyped-call]
             end = clock.mark()
+            host_s = time.perf_counter() - issued
             clock.wait()
             forward += clock.seconds(start, middle)
             backward += clock.seconds(middle, end)
+            host += host_s
+            self._least_host_s = min(host_s, self._least_host_s or host_s)
         self._model.zero_grad(set_to_none=True)
-        return forward / iterations / DEPTH, backward / iterations / DEPTH
+        sums = (forward, backward, host)
+        return tuple(seconds / iterations / DEPTH for seconds in sums[: len(self.layer_columns)])
 
     def time_ends(self, clock: Clock, iterations: int) -> tuple[float, float, float, float]:
         model, vocab = self._model, self._model.config.vocab_size
@@ -225,8 +279,8 @@ class _Work:
         model.zero_grad(set_to_none=True)
         return totals[0] / iterations, totals[1] / iterations, totals[2] / iterations, totals[3] / iterations
 
-    def layer_bytes(self) -> dict[str, int]:
-        """activation_bytes and peak_bytes of one layer."""
+    def layer_facts(self) -> dict[str, int]:
+        """operators, activation_bytes and peak_bytes of one layer."""
         weights = {weight.untyped_storage().data_ptr() for weight in self._model.parameters()}
         kept: dict[int, int] = {}
 
@@ -239,13 +293,13 @@ class _Work:
         hidden, grad = self._hidden(), torch.randn(self._shape, device=self._device)
         rotary = self._model.model.rotary_emb(hidden, position_ids=self._positions)
         tables = {table.untyped_storage().data_ptr() for table in rotary}
-        with AllocationPeak() as peak:
+        with OperatorCount() as operators, AllocationPeak() as peak:
             with saved_tensors_hooks(keep, lambda tensor: tensor), self._autocast():
                 out = run_layers(self._model, hidden, rotary, self._positions, num_layers=1)
             out.backward(grad)  # type: ignore[no-untyped-call]
         self._model.zero_grad(set_to_none=True)
         activations = sum(size for pointer, size in kept.items() if pointer not in tables)
-        return {"activation_bytes": activations, "peak_bytes": peak.bytes}
+        return {"operators": operators.count, "activation_bytes": activations, "peak_bytes": peak.bytes}
 
 
 def optimizer_cases(shape: ModelShape, device: torch.device) -> list[Case]:

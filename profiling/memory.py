@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourfold.profiling.decoder import CHECKPOINTING, local_model, summed_loss
 from fourfold.profiling.shapes import read_config
@@ -50,6 +51,20 @@ class AllocationPeak:
     ) -> None:
         self.bytes = sum(snapshot["Total"] for snapshot in self._tracker.get_tracker_snapshot("peak").values())
         self._tracker.__exit__(kind, error, traceback)
+
+
+class OperatorCount(TorchDispatchMode):
+    """Context: how many operators made a tensor, forward or backward, in `count`; views are none."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not (func.is_view or torch.Tag.inplace_view in func.tags)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,5 +21,11 @@ class Parallelism(Protocol):
     def cut_ends(self, model: Any, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
         """The same for embedding, last norm and head; logits leave as this rank's part of the vocabulary."""
 
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether training compiles the layers of one rank by itself, as this rank sees it."""
+
+    def compile_layer(self, layer: nn.Module) -> None:
+        """Let calls of `layer` run compiled, as training does."""
+
     def put_ring_around(self, model: Any, cp_group: dist.ProcessGroup) -> None:
         """Make the attention of `model` a ring's over `cp_group`, which takes `ring_seq_len` with every call."""

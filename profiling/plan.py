@@ -16,7 +16,13 @@ from fourfold.profiling.compute import (
     matmul_case,
     overhead_case,
 )
-from fourfold.profiling.layer import context_parallel_cases, layer_cases, optimizer_cases, tensor_parallel_cases
+from fourfold.profiling.layer import (
+    compiled_layer_cases,
+    context_parallel_cases,
+    layer_cases,
+    optimizer_cases,
+    tensor_parallel_cases,
+)
 from fourfold.profiling.links import Tier, link_cases
 from fourfold.profiling.parallelism import Parallelism
 from fourfold.profiling.session import Case
@@ -89,6 +95,8 @@ def _model_cases(
     for tp in model.tp_degrees(world_size):
         cases += layer_cases(config, device, tp=tp, **sizes)
     if parallelism is not None:
+        if _all_ranks(parallelism.compiles_on(device.type)):
+            cases += compiled_layer_cases(config, device, parallelism, **sizes)
         for cp in _ring_sizes(per_host, settings.seq_len):
             cases += context_parallel_cases(config, device, parallelism, cp=cp, **sizes)
         for tp in model.tp_degrees(per_host)[1:]:
@@ -96,6 +104,13 @@ def _model_cases(
                 for cut in (False, True)[: 1 + (settings.seq_len % tp == 0)]:
                     cases += tensor_parallel_cases(config, device, parallelism, tp=tp, sequence_parallel=cut, **sizes)
     return cases + optimizer_cases(model, device)
+
+
+def _all_ranks(yes: bool) -> bool:
+    """Whether every rank says so: a host without a compiler must not wait for others in another case."""
+    answer = torch.tensor([int(yes)])
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer.item())
 
 
 def _token_counts(settings: ProfileSettings, num_ranks: int) -> list[int]:

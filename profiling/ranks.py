@@ -4,6 +4,8 @@ Links inside a host and between hosts are measured as separate tiers.
 """
 
 import datetime
+import hashlib
+import json
 import os
 import sys
 import time
@@ -13,7 +15,7 @@ import torch.distributed as dist
 
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.cluster_file import cluster_table, write_cluster
-from fourfold.profiling.hardware import device_name, free_memory_bytes
+from fourfold.profiling.hardware import device_name, free_memory_bytes, held_outside_bytes
 from fourfold.profiling.links import Tier, find_tiers
 from fourfold.profiling.parallelism import Parallelism
 from fourfold.profiling.partial import PartialProfile
@@ -21,6 +23,7 @@ from fourfold.profiling.plan import profile_cases
 from fourfold.profiling.progress import ProgressLine
 from fourfold.profiling.session import Case, Timings, measure
 from fourfold.profiling.settings import ProfileSettings
+from fourfold.profiling.shapes import read_config
 
 from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 
@@ -31,16 +34,19 @@ def profile_ranks(settings: ProfileSettings, parallelism: Parallelism | None = N
     Args:
         parallelism: how training spreads a layer over ranks; None measures no tensor- and no context-parallel layers.
     Raises:
-        ValueError: hosts of unequal numbers of ranks, or a model config without a needed field.
+        ValueError: hosts of unequal numbers of ranks, ranks with other options, models or kinds of device than others,
+            or a model config without a needed field.
     Cost: about `settings.seconds`, more where the model's own shapes need it.
     """
     start = time.perf_counter()
     # What the ranks are: their device, its free memory (the smallest counts), and the links between them.
     device = chosen_device(settings.device)
+    _refuse_unequal(settings, device)
     world_size = dist.get_world_size()
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     torch.manual_seed(dist.get_rank())
-    memory = torch.tensor([free_memory_bytes(device, per_host)])
+    free_bytes = free_memory_bytes(device, per_host)
+    memory = torch.tensor([free_bytes])
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     tiers = find_tiers(device.type)
     # What is measured, and what an interrupted profile has of it.
@@ -56,6 +62,9 @@ def profile_ranks(settings: ProfileSettings, parallelism: Parallelism | None = N
             progress=progress.show,
             keep=partial.save,
         )
+    # What the device has lost besides to groups of ranks and libraries: the largest counts.
+    outside = torch.tensor([held_outside_bytes(device, free_bytes)])
+    dist.all_reduce(outside, dist.ReduceOp.MAX)
     if dist.get_rank():
         return
     # Rank 0 writes the file, and then nothing is left to resume.
@@ -71,6 +80,8 @@ def profile_ranks(settings: ProfileSettings, parallelism: Parallelism | None = N
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "memory_bytes": memory.item(),
     }
+    if device.type == "cuda":
+        described["reserve_bytes"] = outside.item()
     write_cluster(settings.out, cluster_table(header, described, _rows(cases, timings, tiers)))
     partial.remove()
     note = f", {len(left_out)} left out for want of time (raise --seconds)" if left_out else ""
@@ -90,6 +101,20 @@ def chosen_device(asked: str | None) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _refuse_unequal(settings: ProfileSettings, device: torch.device) -> None:
+    """Refuse, on every rank, options or a config.json that differ between them: ranks would wait in different cases."""
+    config = read_config(settings.model) if settings.model else None
+    mine = [config, settings.seq_len, settings.micro_batches, settings.layers, device.type]
+    digest = int.from_bytes(hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()[:7])
+    extremes = torch.tensor([digest, -digest])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(
+            "ranks have other options, another config.json or other devices than others: give the same command on "
+            "every host, with the same model"
+        )
 
 
 def _rows(cases: list[Case], timings: Timings, tiers: list[Tier]) -> dict[str, list[dict[str, object]]]:

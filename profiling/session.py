@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from statistics import median
 from typing import Any
 
@@ -42,6 +42,7 @@ class Case:
             answers zeros, which are left out of the medians.
         essential: kept, whatever the budget.
         facts: more fields of the row, found once on rank 0 after the timing; no communication in it.
+        prepare: called once on every rank before anything is timed, and no part of the time budget (compiling).
     """
 
     table: str
@@ -50,6 +51,7 @@ class Case:
     run: Callable[[Clock, int], tuple[float, ...]]
     essential: bool = False
     facts: Callable[[], Mapping[str, Any]] = dict
+    prepare: Callable[[], object] = lambda: None
 
     @property
     def key(self) -> str:
@@ -104,23 +106,28 @@ def measure(
     Cost: one or two warm-up calls of every case, then rounds of about BATCH_S a case, with two small collectives each.
     """
     timings = timings or Timings()
+    for case in cases:
+        case.prepare()
     start = time.perf_counter() - timings.elapsed_s
     # Each rank has counted its own time: with budgets of their own, two ranks could choose other cases and wait for
     # each other in different ones.
     (seconds,) = _from_rank_0([seconds])
     past = _from_rank_0([float(len(timings.rounds.get(case.key, ()))) for case in cases])
-    # What a call of each case takes, by the slowest rank.
-    estimates = []
-    for index, case in enumerate(cases):
+    # What a call of each case takes, by the slowest rank. Once the budget is spent, what is not essential is not tried.
+    estimates = [inf] * len(cases)
+    for tried, index in enumerate(sorted(range(len(cases)), key=lambda index: not cases[index].essential)):
+        case = cases[index]
+        if not case.essential and _from_rank_0([time.perf_counter() - start])[0] > seconds:
+            break
         # The first call loads kernels and opens connections: it tells the cost of long cases only.
         (estimate,) = _agree([sum(case.run(clock, 1))])
         if estimate < LONG_S:
             estimate = sum(case.run(clock, 1))
-        estimates.append(max(estimate, 1e-7))
-        progress(0.0, f"warming up {index + 1} of {len(cases)}")
+        estimates[index] = max(estimate, 1e-7)
+        progress(0.0, f"warming up {tried + 1} of {len(cases)}")
     estimates = _agree(estimates)
     # How often a case is called in a round, which cases fit the budget, and for how many rounds it lasts.
-    iterations = [min(500, max(1, ceil(BATCH_S / estimate))) for estimate in estimates]
+    iterations = [min(500, max(1, ceil(BATCH_S / estimate))) for estimate in estimates]  # 1 where none is known
     costs = [count * estimate + AGREEING_S for count, estimate in zip(iterations, estimates, strict=True)]
     remaining = seconds - _from_rank_0([time.perf_counter() - start])[0]
     chosen, left_out = _within(remaining / MIN_ROUNDS, cases, costs)

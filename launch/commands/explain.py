@@ -15,7 +15,7 @@ from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.layout_words import parse_layout
 from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.inputs.software import Software, load_software
-from fourfold.layouts.output.tables import seconds_text
+from fourfold.layouts.output.tables import launch_text, seconds_text
 from fourfold.layouts.search.explain import TERMS, difference, draw_schedule, neighbours
 from fourfold.layouts.search.rank import advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
@@ -58,6 +58,8 @@ def explain(
         f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)} ({seconds_text(priced.step_low_s)} to "
         f"{seconds_text(priced.step_high_s)} in 8 cases of 10), MFU {priced.mfu:.1%}"
     )
+    if priced.launch_bound:
+        console.print(launch_text(priced), soft_wrap=True, highlight=False)
     console.print(_bars("Time of a step", {TERMS[n]: s for n, s in priced.time_parts_s.items()}, seconds_text))
     held = {**priced.memory_parts_bytes, "reserve": priced.reserve_bytes}
     room = f"of {priced.capacity_bytes / GIB:.3g} GiB: P(fits) {priced.fit_probability:.2f}"
@@ -78,7 +80,7 @@ def explain(
     table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("change", "step", "GiB", "why"):
         table.add_column(name)
-    runner = runner or software_for(machine, space, priced.layout.precision)
+    runner = runner or _of_space(machine, space, priced.layout.precision)
     for near in neighbours(priced, model, machine, software=runner):
         step = f"{near.priced.step_s / priced.step_s - 1:+.1%}" if near.priced else "-"
         memory = f"{near.priced.peak_bytes / GIB:.3g}" if near.priced else "-"
@@ -128,8 +130,13 @@ def _price(
         words, num_devices=request.num_devices, global_batch=request.global_batch, seq_len=request.seq_len
     )
     check_in_space(layout, model, request.space)
-    runner = software or software_for(cluster, request.space, layout.precision)
+    runner = software or _of_space(cluster, request.space, layout.precision)
     return price(model, cluster, [layout], software=runner)[0]
+
+
+def _of_space(cluster: Cluster, space: str, precision: str) -> Software | None:
+    """What runs the layouts of the full space; None for this runtime, which may compile some and not others."""
+    return software_for(cluster, space, precision) if space == "full" else None
 
 
 def _bars(title: str, parts: dict[str, float], text: Callable[[float], str]) -> Table:

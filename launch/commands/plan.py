@@ -14,7 +14,16 @@ from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES,
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import load_software
 from fourfold.layouts.output.report import write_report
-from fourfold.layouts.output.tables import describe, doubt_text, legend, plan_table, why_not, write_csv
+from fourfold.layouts.output.tables import (
+    describe,
+    doubt_text,
+    launch_text,
+    legend,
+    plan_table,
+    uncompiled_text,
+    why_not,
+    write_csv,
+)
 from fourfold.layouts.search.rank import Plan, advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import Mitigation
@@ -80,6 +89,10 @@ def plan(
     console = Console()
     console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
     console.print(doubt_text(result), style="dim", soft_wrap=True, highlight=False)
+    if result.layouts[0].launch_bound:
+        console.print(launch_text(result.layouts[0]), soft_wrap=True, highlight=False)
+    if uncompiled_text(result):
+        console.print(uncompiled_text(result), soft_wrap=True, highlight=False)
     for layout in late_layouts(result):
         console.print(convergence_text(layout), soft_wrap=True, highlight=False)
     if why_not(result):
@@ -107,7 +120,7 @@ def prediction_of(result: Plan, priced: PricedLayout) -> dict[str, Any]:
     """What was said of a layout, for whoever launches or exports it: [prediction] of layout.toml."""
     return {
         "cluster": result.cluster.name, "devices_per_node": result.cluster.devices_per_node,
-        "software": result.software.name, "step_s": priced.step_s, "peak_gib": priced.peak_bytes / GIB,
+        "software": priced.software.name, "step_s": priced.step_s, "peak_gib": priced.peak_bytes / GIB,
         "fit_probability": priced.fit_probability,
     }  # fmt: skip
 
@@ -163,7 +176,7 @@ def as_document(result: Plan) -> dict[str, Any]:
         "cluster": result.cluster.name,
         "device": result.cluster.device.name,
         "num_devices": result.num_devices,
-        "software": result.software.name,
+        "software": (result.layouts[0].software if result.layouts else result.software).name,
         "num_candidates": result.num_candidates,
         "num_fitting": result.num_fitting,
         "infeasible": dict(result.infeasible),

@@ -51,4 +51,4 @@ def num_exchanges(layouts: Candidates) -> Column:
 
 def waited_share(time: StepTime) -> Column:
     """Of the step, what the device waits: for other ranks, for its host, for the pipeline to fill."""
-    return (time.exposed_communication + time.overhead + time.bubble) / time.total
+    return (time.exposed_communication + time.launch + time.overhead + time.bubble) / time.total

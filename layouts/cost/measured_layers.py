@@ -40,19 +40,56 @@ HEAD = Piece("head_forward_s", "head_backward_s", "ends", "tp_ends", head_times)
 
 
 def measured_rows(pricing: Pricing, table: str) -> list[Row]:
-    """Rows of a table that were measured of this very model, in the training dtype.
+    """Rows of a table that were measured of this very model, in the training dtype, and compiled where the software is.
 
     The rows do not name their model; they are its own when the bytes that a layer keeps for backward agree within a
     tenth with the count of operators.
     """
-    cluster = pricing.cluster
-    layers = [row for row in cluster.tables.get("layer", ()) if row.get("dtype") == cluster.device.dtype]
+    cluster, software = pricing.cluster, pricing.software
+
+    def in_dtype(name: str) -> list[Row]:
+        return [row for row in cluster.tables.get(name, ()) if row.get("dtype") == cluster.device.dtype]
+
+    # What a layer keeps is counted for layers that no compiler has changed.
+    layers = [row for row in in_dtype("layer") if not row.get("compiled")]
     if not layers:
         return []
-    counted = float(saved_bytes(pricing.of(_of_row(layers[0])))[0][0])
+    counted = float(saved_bytes(pricing.uncompiled.of(_of_row(layers[0])))[0][0])
     if abs(float(layers[0].get("activation_bytes", 0)) / counted - 1) > 0.1:
         return []
-    return [row for row in cluster.tables.get(table, ()) if row.get("dtype") == cluster.device.dtype]
+    return [row for row in in_dtype(table) if bool(row.get("compiled")) == (software.compiled and table == "layer")]
+
+
+def lacks_compiled_layers(pricing: Pricing) -> bool:
+    """Whether layers run compiled on a cluster whose profile timed this model's layers, but none of them compiled."""
+    timed = bool(measured_rows(pricing.uncompiled, LAYER.table))
+    return pricing.software.compiled and timed and not measured_rows(pricing, LAYER.table)
+
+
+def measured_host_s(pricing: Pricing) -> Column | None:
+    """Seconds in which a host issues a layer's forward and backward, where a profile timed this model's layers.
+
+    A layer that tp cuts has rows of its own: DTensor's work on the host is a good part of it.
+    """
+    layouts = pricing.layouts
+    alone = _host_s(measured_rows(pricing, LAYER.table), layouts)
+    if alone is None:
+        return None
+    rows = measured_rows(pricing, LAYER.split_table)
+    for cut in (False, True):
+        same = [row for row in rows if bool(row.get("sequence_parallel")) == cut] or rows
+        split = _host_s(same, layouts)
+        if split is not None:
+            alone = np.where((layouts.tp > 1) & (layouts.sequence_parallel == cut), split, alone)
+    return alone
+
+
+def _host_s(rows: list[Row], layouts: Candidates) -> Column | None:
+    points: dict[int, list[tuple[float, ...]]] = {}
+    for row in rows:
+        if "host_s" in row:
+            points.setdefault(row["tp"], []).append((float(_of_row(row).tokens[0]), float(row["host_s"])))
+    return _interpolated(points, layouts.tp, layouts)[0] if points else None
 
 
 def _of_row(row: Row) -> Candidates:

@@ -89,7 +89,8 @@ def memory_of(pricing: Pricing) -> Memory:
     workspace = workspace + (_held(pricing) * software.bucket_bytes + software.extra_peak_bytes)
     workspace = workspace + software.allocator_waste * constants.fragmentation * changing.total
     weights = _weights(pricing)
-    reserve = constants.reserve_bytes if software.launched else 0.0
+    measured = pricing.cluster.device.reserve_bytes
+    reserve = (constants.reserve_bytes if measured is None else measured) if software.launched else 0.0
     parts = {
         "weights": weights, "gradients": gradients, "optimizer": _sharded(pricing, 1) * software.state_bytes,
         "activations": changing.activations, "logits": changing.logits, "workspace": workspace,

@@ -1,12 +1,12 @@
 """A layout with its price: step time in its terms, memory in its parts, and how surely it fits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import Candidates
+from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.cost.doubt import TENTH, step_interval
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.pricing import Pricing
@@ -15,11 +15,14 @@ from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
 from fourfold.layouts.inputs.layout import PRECISIONS, Layout, check
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_CPU, RUNTIME_CUDA, Software, load_software
+from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_COMPILING, RUNTIME_CPU, Software, load_software
+from fourfold.parallel.decoder.limits import FORMS, RUNTIME, Choice, DecoderFacts
 
 GIB = float(1 << 30)
 FITS, SAFE = 0.5, 0.95
 """Least probability of fitting at which a layout counts as fitting, and as safe."""
+LAUNCH_BOUND = 0.05
+"""Share of a step from which on the wait for launches is worth a word."""
 STAGE_NAMES = ("first", "second", "last")
 
 
@@ -51,6 +54,8 @@ class PricedLayout:
     mfu: float
     """Model FLOPs (6 N + 12 L q S a token) over peak x devices x step."""
     tokens_per_s: float
+    software: Software
+    """What runs it."""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,7 +77,12 @@ class PricedLayout:
 
     @property
     def compute_s(self) -> float:
-        return self.time_parts_s["compute"] + self.time_parts_s["recompute"] + self.time_parts_s["overhead"]
+        return sum(self.time_parts_s[name] for name in ("compute", "recompute", "launch", "overhead"))
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the device waits a good part of the step for its host to issue operators."""
+        return self.time_parts_s["launch"] >= LAUNCH_BOUND * self.step_s
 
     @property
     def exposed_communication_s(self) -> float:
@@ -105,7 +115,7 @@ def software_for(
                 "known on CUDA with bf16-mixed alone; plan without it"
             )
         return load_software("fourfold-compiled")
-    usual, software = ("fp32", RUNTIME_CPU) if kind == "cpu" else ("bf16-mixed", RUNTIME_CUDA)
+    usual, software = ("fp32", RUNTIME_CPU) if kind == "cpu" else ("bf16-mixed", RUNTIME_COMPILING)
     if precision in (PRECISIONS[0], usual):
         return MEGATRON if space == "full" and kind != "cpu" else software
     if precision == "bf16" and kind != "cpu" and space != "full":
@@ -126,29 +136,54 @@ def price(
 ) -> list[PricedLayout]:
     """Price some layouts of one batch and length.
 
+    Args:
+        software: what runs them; None for this runtime, which compiles layers on CUDA where it can.
     Raises:
         ValueError: a layout that cannot cut the model.
     """
     for layout in layouts:
         check(layout, model)
         cluster.check_links(layout.world_size)
-    return price_candidates(
-        Pricing(
-            layouts=Candidates.of(layouts),
-            model=model,
-            cluster=cluster,
-            software=software or _software_of(cluster, layouts[0]),
-            constants=constants or load_constants(),
-        )
+    base = software or software_for(cluster, precision=layouts[0].precision, compiled=bool(layouts[0].compile))
+    pricing = Pricing(
+        layouts=Candidates.of(layouts),
+        model=model,
+        cluster=cluster,
+        software=base,
+        constants=constants or load_constants(),
     )
+    return price_each(pricing)
 
 
-def _software_of(cluster: Cluster, layout: Layout) -> Software:
-    return software_for(cluster, precision=layout.precision, compiled=bool(layout.compile))
+def price_each(pricing: Pricing) -> list[PricedLayout]:
+    """Every layout of a pricing as an object, priced as what runs it."""
+    result: dict[int, PricedLayout] = {}
+    for rows, each in by_software(pricing):
+        result |= zip(rows.tolist(), price_candidates(each.of(pricing.layouts.take(rows))), strict=True)
+    return [result[row] for row in range(len(pricing.layouts))]
+
+
+def by_software(pricing: Pricing) -> list[tuple[Column, Pricing]]:
+    """The rows that the pricing's software runs as it is, and those whose layers it compiles unasked, each priced so.
+
+    The runtime asks the same limits when it starts.
+    """
+    layouts, software = pricing.layouts, pricing.software
+    if not software.compiled_as or layouts.compile is not None:
+        return [(np.arange(len(layouts)), pricing)]
+    names = {entry.name for entry in fields(Choice)} - {"compile"}
+    choice = Choice(**{name: getattr(layouts, name) for name in names}, compile=True)
+    compiled = np.ones(len(layouts), dtype=bool)
+    for limit in (*FORMS, *RUNTIME):
+        if "compile" in limit.fields:
+            compiled &= limit.allows(DecoderFacts(), choice)
+    other = replace(pricing, software=load_software(software.compiled_as))
+    parts = [(np.flatnonzero(~compiled), pricing), (np.flatnonzero(compiled), other)]
+    return [(rows, each) for rows, each in parts if len(rows)]
 
 
 def price_candidates(pricing: Pricing) -> list[PricedLayout]:
-    """Every layout of a pricing as an object."""
+    """Every layout of a pricing as an object, by the pricing's software."""
     memory, time = memory_of(pricing), time_of(pricing)
     step, peak, worst = time.total, memory.peak, memory.worst_stage
     by_stage, probability = memory.by_stage, memory.fit_probability
@@ -179,6 +214,7 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
                 peak_high_bytes=float(peak[row] + doubt[row]),
                 mfu=mfu_of(pricing.model, layout, seconds, pricing.cluster.device.peak_flops_per_s),
                 tokens_per_s=layout.global_batch * layout.seq_len / seconds,
+                software=pricing.software,
             )
         )
     return result

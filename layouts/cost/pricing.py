@@ -13,7 +13,7 @@ from fourfold.layouts.cost.stages import Stages, stage_params, stages_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants
 from fourfold.layouts.inputs.model import ModelConfig
-from fourfold.layouts.inputs.software import Software
+from fourfold.layouts.inputs.software import Software, load_software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,12 @@ class Pricing:
     def of(self, layouts: Candidates) -> "Pricing":
         """The same question about other layouts."""
         return replace(self, layouts=layouts)
+
+    @property
+    def uncompiled(self) -> "Pricing":
+        """The same question to the same runtime without a compiler; this one where it has none, or names none such."""
+        other = self.software.uncompiled
+        return replace(self, software=load_software(other)) if other else self
 
     @cached_property
     def kernels(self) -> Kernels:

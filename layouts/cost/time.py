@@ -28,6 +28,7 @@ from fourfold.layouts.cost.measured_layers import (
     Piece,
     Split,
     extra_seconds_of_splitting,
+    measured_host_s,
     measured_rows,
     optimizer_rate,
     piece_times,
@@ -51,6 +52,8 @@ class StepTime:
     dp_communication: Column
     bubble: Column
     optimizer: Column
+    launch: Column
+    """What the device waits for its host to issue operators."""
     overhead: Column
 
     @property
@@ -80,6 +83,7 @@ class MicroBatch:
     cp_communication: Column
     ep_communication: Column
     pp_communication: Column
+    launch: Column
     overhead: Column
 
     @property
@@ -87,7 +91,7 @@ class MicroBatch:
         """The seconds that a stage is busy with one micro-batch: its slot in the pipeline's schedule."""
         return (
             self.compute + self.recompute + self.tp_communication + self.cp_communication + self.ep_communication
-            + self.pp_communication + self.overhead
+            + self.pp_communication + self.launch + self.overhead
         )  # fmt: skip
 
 
@@ -129,6 +133,7 @@ def time_of(pricing: Pricing) -> StepTime:
         dp_communication=on_slowest(update.reduction),
         bubble=bubble,
         optimizer=on_slowest(update.optimizer),
+        launch=times * on_slowest(one.launch),
         overhead=times * on_slowest(one.overhead)
         + _straggling(pricing) * (times * bottleneck + bubble)
         + pricing.software.step_s,
@@ -142,7 +147,7 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
     layer, embedding, head = (piece_times(pricing, piece) for piece in (LAYER, EMBEDDING, HEAD))
     attention = attention_times(pricing)
     again = recomputed(pricing, layer.forward, attention.forward) + stream_overhead_s(pricing)
-    if software.compute_share != 1.0:
+    if software.compute_share != 1.0 and not pricing.cluster.measured:  # a profile timed what this software reaches
         slower = 1.0 / software.compute_share
         layer, embedding, head = (times.scaled(slower) for times in (layer, embedding, head))
         attention, again = attention.scaled(slower), slower * again
@@ -150,13 +155,13 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
     compute = compute + stages.has_embedding * (embedding.forward + embedding.backward)
     compute = compute + stages.has_head * (head.forward + head.backward)
     sends = np.broadcast_to(pipeline_seconds(pricing), compute.shape)
-    overhead = _overhead(pricing, layer) + software.micro_batch_s
     tp_communication = _tp_of_stage(pricing, layer)
-    if software.layer_host_s:
+    launch = np.zeros_like(compute)
+    if software.launched and (software.layer_host_s or pricing.cluster.measured):
         # The device waits where it has done a layer before the host has issued the next.
         host_s = stages.layers * _layer_host_s(pricing)
         device_s = stages.layers * (layer.forward + layer.backward + again) + tp_communication
-        overhead = overhead + np.maximum(host_s - device_s, 0.0)
+        launch = np.maximum(host_s - device_s, 0.0)
     return MicroBatch(
         compute=compute,
         recompute=stages.layers * again,
@@ -164,14 +169,20 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
         cp_communication=stages.layers * _cp_of_layer(pricing, attention if software.launched else None),
         ep_communication=stages.layers * expert_seconds(pricing),
         pp_communication=sends,
-        overhead=overhead,
+        launch=launch,
+        overhead=_overhead(pricing, layer) + software.micro_batch_s,
     )
 
 
 def _layer_host_s(pricing: Pricing) -> Column:
-    """Seconds until the host has issued a layer's forward and backward, and what is recomputed."""
+    """Seconds until the host has issued a layer's forward and backward, and what is recomputed.
+
+    As a profile measured it of this model, else what is known of the software.
+    """
     layouts, software, cluster = pricing.layouts, pricing.software, pricing.cluster
-    seconds = software.layer_host_s + software.layer_host_tp_s * (layouts.tp > 1)
+    seconds = measured_host_s(pricing)
+    if seconds is None:
+        seconds = software.layer_host_s + software.layer_host_tp_s * (layouts.tp > 1)
     pipelined_s = cluster.links[-1].pipelined_layer_s if cluster.links else 0.0
     if pipelined_s:
         world = layouts.dp * layouts.pp * layouts.cp * layouts.tp
@@ -208,13 +219,15 @@ def _tp_of_piece(pricing: Pricing, piece: Piece, rows: list[Mapping[str, Any]]) 
 def _cp_of_layer(pricing: Pricing, hidden_by: Times | None) -> Column:
     """Exchanging heads, and the ring's hops: measured beyond the layer's work, else what attention does not hide."""
     exchange = head_exchange_seconds(pricing)
-    rows = measured_rows(pricing, "cp_layer")
+    # No compiler touches a ring: what it adds to a layer was measured beside layers as they are.
+    uncompiled = pricing.uncompiled
+    rows = measured_rows(uncompiled, "cp_layer")
     if not rows:
         return exchange + ring_seconds(pricing, hidden_by)
     split = Split(
         piece=LAYER,
         axis="cp",
-        alone=lambda layouts: piece_times(pricing.of(layouts), LAYER),
+        alone=lambda layouts: piece_times(uncompiled.of(layouts), LAYER),
         communication=lambda layouts: ring_seconds(pricing.of(layouts)),
     )
     return exchange + extra_seconds_of_splitting(rows, split, pricing.layouts)
@@ -253,7 +266,7 @@ def _bubble(pricing: Pricing, one: MicroBatch, bottleneck: Column) -> Column:
     """What fill and drain wait for: one micro-batch through all pp stages, less the one that is counted as work."""
     layouts, stages, slot = pricing.layouts, pricing.stages, one.total
     # The largest stage between first and last may hold a layer more than most: the mean of them is passed through.
-    fixed = one.pp_communication[1] + one.overhead[1]
+    fixed = one.pp_communication[1] + one.launch[1] + one.overhead[1]
     between = fixed + (slot[1] - fixed) * stages.mean_between / np.maximum(stages.layers[1], 1)
     through = np.where(layouts.pp == 1, slot[0], slot[0] + slot[2] + np.maximum(layouts.pp - 2, 0) * between)
     bubble = (through - bottleneck) / layouts.vp

@@ -119,6 +119,8 @@ class Device:
     operator_overhead_s: float
     host_bytes_per_s: float = 20e9
     """To and from pinned host memory, one way: of the 31.5 GB/s of PCIe 4.0 x16, what copies commonly reach."""
+    reserve_bytes: float | None = None
+    """Of memory_bytes, what lies outside the framework's allocator; None: not measured."""
 
     @property
     def itemsize(self) -> int:
@@ -287,6 +289,7 @@ def _read_device(table: Any, title: str) -> Device:
         peak_flops_per_s=_positive(table, "peak_flops_per_s", where),
         memory_bandwidth_bytes_per_s=_positive(table, "memory_bandwidth_bytes_per_s", where),
         operator_overhead_s=_positive(table, "operator_overhead_s", where),
+        reserve_bytes=_positive(table, "reserve_bytes", where, zero=True) if "reserve_bytes" in table else None,
     )
 
 
@@ -356,8 +359,9 @@ def _model_table(table: Mapping[str, Any], key: str, title: str) -> tuple[Mappin
             _positive(row, name, where) if name.endswith("_s") else _whole(row, name, where)
         if not isinstance(row.get("dtype", ""), str):
             raise ValueError(f"{where}: dtype={shown(row['dtype'])}, but it is a word")
-        if not isinstance(row.get("sequence_parallel", False), bool):
-            raise ValueError(f"{where}: sequence_parallel={shown(row['sequence_parallel'])}, but it is true or false")
+        for name in ("sequence_parallel", "compiled"):
+            if not isinstance(row.get(name, False), bool):
+                raise ValueError(f"{where}: {name}={shown(row[name])}, but it is true or false")
         number(row.get("activation_bytes", 0), f"{where}: activation_bytes", zero=True)
     return rows
 

@@ -132,6 +132,12 @@ class Software:
     """The part of its pipelined runs that waited so."""
     devices: str = ""
     """The devices that the doubt was seen on, by the start of their names, comma between; on others it doubles."""
+    compiled: bool = False
+    """Whether layers run through torch.compile."""
+    uncompiled: str = ""
+    """Where it compiles them: the same runtime without a compiler."""
+    compiled_as: str = ""
+    """The software that runs those layouts whose layers this one compiles unasked; "": it compiles none."""
     launched: bool = True
     """Operators run behind the host (CUDA); else the host itself computes."""
 
@@ -190,6 +196,10 @@ def software_from(document: Mapping[str, Any], *, name: str, where: str) -> Soft
         raise ValueError(f"{where}: selective={shown(values['selective'])}: choose one of {', '.join(SELECTIVE)}")
     if values.get("attention", "flash2") not in ATTENTION:
         raise ValueError(f"{where}: attention={shown(values['attention'])}: choose one of {', '.join(ATTENTION)}")
+    for other in ("uncompiled", "compiled_as"):
+        if values.get(other, "") not in ("", *software_names()):
+            known = ", ".join(software_names())
+            raise ValueError(f"{where}: {other}={shown(values[other])}: choose one of {known}")
     for share in ("dp_overlap", "sharded_overlap", "tp_overlap", "zero3_overlap", "stall_chance"):
         if values.get(share, 0) > 1:
             raise ValueError(f"{where}: {share}={values[share]}: a share of at most 1")
@@ -236,5 +246,8 @@ def as_document(software: Software, *, provenance: str, like: str = "") -> dict[
 
 RUNTIME_CPU = load_software("fourfold-cpu")
 RUNTIME_CUDA = load_software("fourfold-cuda")
+"""No layer compiled."""
+RUNTIME_COMPILING = replace(RUNTIME_CUDA, compiled_as="fourfold-compiled")
+"""The runtime as it is on CUDA: layers are compiled where its limits allow it."""
 MEGATRON = load_software("megatron")
 FSDP = load_software("llm-foundry")

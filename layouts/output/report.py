@@ -16,7 +16,7 @@ from fourfold.layouts.search.rank import Plan
 TIME_COLOURS = {
     "compute": "#2f6f9f", "recompute": "#7fb2d3", "tensor parallel": "#e39b3b", "context parallel": "#c8742a",
     "expert parallel": "#a75a1f", "pipeline sends": "#d9b64e", "data parallel": "#8c6bb1", "bubble": "#c9ccd1",
-    "optimizer": "#5a9e6f", "overhead": "#8a8f98",
+    "optimizer": "#5a9e6f", "launch": "#b5838d", "overhead": "#8a8f98",
 }  # fmt: skip
 _TIME_NAMES = {
     "tp_communication": "tensor parallel", "cp_communication": "context parallel", "ep_communication":
@@ -89,6 +89,7 @@ def write_report(
     if losses:
         sections.append(_section("Training loss", "Each step's mean loss over all target tokens.", _loss_chart(losses)))
     reasons = why_not(result)
+    runner = ranked[0].software if ranked else result.software
     if reasons:
         sections.append(_section("What was ruled out", html.escape(reasons) + ".", ""))
     page = (
@@ -98,7 +99,7 @@ def write_report(
         f"<script>{get_plotlyjs()}</script></head><body><main><header><h1>{html.escape(title)}</h1>"
         f"<p>{_subtitle(result)}</p></header>{''.join(sections)}"
         f"<footer>{html.escape(result.cluster.name)}: {html.escape(result.cluster.provenance)}. "
-        f"Priced as {html.escape(result.software.title or result.software.name)}.</footer></main></body></html>\n"
+        f"Priced as {html.escape(runner.title or runner.name)}.</footer></main></body></html>\n"
     )
     Path(path).write_text(page, encoding="utf-8")
 

@@ -10,8 +10,13 @@ from rich import box
 from rich.table import Table
 
 from fourfold.layouts.cost.asynchronous import convergence
+from fourfold.layouts.cost.candidates import Candidates
+from fourfold.layouts.cost.measured_layers import lacks_compiled_layers
 from fourfold.layouts.cost.price import GIB, PricedLayout
+from fourfold.layouts.cost.pricing import Pricing
+from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.model import human_count
+from fourfold.layouts.inputs.software import load_software
 from fourfold.layouts.search.rank import Plan
 
 
@@ -30,6 +35,7 @@ def describe(priced: PricedLayout) -> dict[str, Any]:
         "step_low_s": priced.step_low_s, "step_high_s": priced.step_high_s,
         "peak_low_gib": priced.peak_low_bytes / GIB, "peak_high_gib": priced.peak_high_bytes / GIB,
         "expected_s": priced.expected_s, "fit_probability": priced.fit_probability, "fits": priced.fits,
+        "software": priced.software.name, "launch_bound": priced.launch_bound,
     }  # fmt: skip
     if priced.layout.asynchronous:
         row |= {"updates_per_step": priced.layout.updates_per_step, "convergence": convergence(priced.layout)}
@@ -144,9 +150,9 @@ def legend(layouts: Sequence[PricedLayout] | None = None) -> str:
 def doubt_text(result: Plan) -> str:
     """How sure the first of a plan is, and which two layouts a short measurement would tell apart."""
     best = result.layouts[0]
-    seen = "" if result.software.seen_on(result.cluster.device.name) else ", never held against runs on such devices"
+    seen = "" if best.software.seen_on(result.cluster.device.name) else ", never held against runs on such devices"
     words = (
-        f"Priced as {result.software.name}{seen}: {best.layout} takes {seconds_text(best.step_low_s)} to "
+        f"Priced as {best.software.name}{seen}: {best.layout} takes {seconds_text(best.step_low_s)} to "
         f"{seconds_text(best.step_high_s)} in 8 cases of 10, with {best.peak_low_bytes / GIB:.3g} to "
         f"{best.peak_high_bytes / GIB:.3g} GiB."
     )
@@ -156,6 +162,38 @@ def doubt_text(result: Plan) -> str:
     # Of those that may be faster, the one that differs most in how it is cut tells most.
     rival = max(rivals[:10], key=lambda priced: _cuts_changed(best, priced))
     return words + f" What would settle the order: twelve steps each of {best.layout} and of {rival.layout}."
+
+
+def launch_text(priced: PricedLayout) -> str:
+    """What a layout's device waits for its host to launch operators, and what gives the launches more work."""
+    if priced.software.compiled or not priced.software.compiled_as:
+        compiling = ""
+    elif priced.layout.compile is False:
+        compiling = ", or compile=true"
+    else:
+        compiling = ", or a layout whose layers the runtime compiles (tp=1, checkpointing none or full)"
+    share = priced.time_parts_s["launch"] / priced.step_s
+    return (
+        f"{priced.layout} is launch-bound: its devices wait {share:.0%} of a step for their hosts to launch operators. "
+        f"What gives a launch more work: a larger micro-batch{compiling}."
+    )
+
+
+def uncompiled_text(result: Plan) -> str:
+    """That compiled layers are priced by formulas, where the cluster's profile timed others of this model; or ""."""
+    if not result.layouts or result.request.fix.get("compile") is False:
+        return ""
+    software = result.software
+    pricing = Pricing(
+        layouts=Candidates.of([result.layouts[0].layout]), model=result.model, cluster=result.cluster,
+        software=load_software(software.compiled_as) if software.compiled_as else software, constants=load_constants(),
+    )  # fmt: skip
+    if not lacks_compiled_layers(pricing):
+        return ""
+    return (
+        "Layers run compiled here, and the profile timed none of this model's so: they are priced by formulas. "
+        "Measure again with `layout-advisor profile --model`."
+    )
 
 
 def _cuts_changed(first: PricedLayout, second: PricedLayout) -> int:

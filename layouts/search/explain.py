@@ -15,7 +15,8 @@ TERMS = {
     "compute": "compute", "recompute": "recomputation", "tp_communication": "tensor-parallel communication",
     "cp_communication": "context-parallel communication", "ep_communication": "expert communication",
     "pp_communication": "pipeline sends", "dp_communication": "gradient and weight communication",
-    "bubble": "pipeline bubble", "optimizer": "optimizer", "overhead": "overhead and stragglers",
+    "bubble": "pipeline bubble", "optimizer": "optimizer", "launch": "waiting for launches",
+    "overhead": "overhead and stragglers",
 }  # fmt: skip
 
 
@@ -78,9 +79,18 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def neighbours(
-    best: PricedLayout, model: ModelConfig, cluster: Cluster, *, software: Software, constants: Constants | None = None
+    best: PricedLayout,
+    model: ModelConfig,
+    cluster: Cluster,
+    *,
+    software: Software | None = None,
+    constants: Constants | None = None,
 ) -> list[Neighbour]:
-    """Every layout one change away, fastest first, then those that do not fit, then those that cannot be."""
+    """Every layout one change away, fastest first, then those that do not fit, then those that cannot be.
+
+    Args:
+        software: what runs them; None for this runtime, which compiles layers on CUDA where it can.
+    """
     found = []
     for change, fields in _moves(best.layout):
         try:

@@ -111,7 +111,7 @@ def _host_bytes(result: Plan, priced: PricedLayout) -> float:
     if not priced.layout.offload:
         return 0.0
     pricing = Pricing(
-        layouts=Candidates.of([priced.layout]), model=result.model, cluster=result.cluster, software=result.software,
+        layouts=Candidates.of([priced.layout]), model=result.model, cluster=result.cluster, software=priced.software,
         constants=load_constants(),
     )  # fmt: skip
     stages, layer_input = pricing.stages, saved_bytes(pricing)[1]

@@ -13,7 +13,15 @@ import numpy as np
 
 from fourfold.layouts.cost.candidates import FLUSHED, Column
 from fourfold.layouts.cost.memory import memory_of
-from fourfold.layouts.cost.price import FITS, GIB, SAFE, PricedLayout, price_candidates, software_for
+from fourfold.layouts.cost.price import (
+    FITS,
+    GIB,
+    SAFE,
+    PricedLayout,
+    by_software,
+    price_each,
+    software_for,
+)
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
@@ -35,6 +43,7 @@ class Plan:
     model: ModelConfig
     cluster: Cluster
     software: Software
+    """What runs the layouts; each says itself where its layers are compiled unasked."""
     request: SearchRequest
     layouts: list[PricedLayout]
     """Of those that fit the first `top`, by step time over the probability of fitting (`PricedLayout.expected_s`)."""
@@ -89,7 +98,7 @@ def rank_layouts(
         layouts=candidates, model=model, cluster=cluster, software=software,
         constants=constants or load_constants(),
     )  # fmt: skip
-    found = _scan(pricing)
+    found = _scan(by_software(pricing))
     reasons["does not fit in memory"] = len(candidates) - len(found.rows)
     common: dict[str, Any] = {
         "model": model, "cluster": cluster, "software": pricing.software, "request": request,
@@ -97,7 +106,7 @@ def rank_layouts(
     }  # fmt: skip
 
     def objects(rows: Column) -> list[PricedLayout]:
-        return price_candidates(pricing.of(candidates.take(rows))) if len(rows) else []
+        return price_each(pricing.of(candidates.take(rows))) if len(rows) else []
 
     if not len(found.rows):
         return Plan(**common, layouts=[], slowest=None, safe=None, nearest=objects(np.array([found.nearest]))[0])
@@ -126,21 +135,29 @@ class _Found:
     nearest: int
 
 
-def _scan(pricing: Pricing) -> _Found:
-    """Memory of every candidate, time of those that fit, a block at a time."""
-    candidates = pricing.layouts
+def _scan(parts: list[tuple[Column, Pricing]]) -> _Found:
+    """Memory of every candidate, time of those that fit, a block at a time.
+
+    Args:
+        parts: rows of the candidates, and the pricing of all candidates that holds for these.
+    """
     rows, steps, margins, chances = [], [], [], []
     nearest, best = 0, -math.inf
-    for start in range(0, len(candidates), BLOCK):
-        block = candidates.take(np.arange(start, min(start + BLOCK, len(candidates))))
+    blocks = [
+        (members[start : start + BLOCK], pricing)
+        for members, pricing in parts
+        for start in range(0, len(members), BLOCK)
+    ]
+    for members, pricing in blocks:
+        block = pricing.layouts.take(members)
         memory = memory_of(pricing.of(block))
         margin, chance = memory.margin, memory.fit_probability
         if margin.max() > best:
-            best, nearest = float(margin.max()), start + int(margin.argmax())
+            best, nearest = float(margin.max()), int(members[margin.argmax()])
         fitting = np.flatnonzero(chance >= FITS)
         if not len(fitting):
             continue
-        rows.append(start + fitting)
+        rows.append(members[fitting])
         margins.append(margin[fitting])
         chances.append(chance[fitting])
         steps.append(time_of(pricing.of(block.take(fitting))).total)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fourfold.profiling.decoder import local_model
 from fourfold.profiling.links import find_tiers
 from fourfold.profiling.memory import AllocationPeak, TracedStep, _LossModel, step_memory
 from fourfold.profiling.partial import PartialProfile
+from fourfold.profiling.plan import profile_cases
 from fourfold.profiling.ranks import profile_ranks
 from fourfold.profiling.session import LATE_ROUNDS, Case, Timings, measure
 from fourfold.profiling.settings import ProfileSettings
@@ -80,6 +82,37 @@ def test_a_model_is_measured_with_its_shapes_and_layers(ranks, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith((".", "cluster.toml."))] == []
 
 
+class CompilesOnSomeRanks(TrainingParallelism):
+    """Layers compiled by torch's simplest backend, on a CPU; `ranks` of them see a compiler."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+
+    def compiles_on(self, device_type: str) -> bool:
+        return dist.get_rank() < self._ranks
+
+    def compile_layer(self, layer: torch.nn.Module) -> None:
+        layer.compile(backend="eager")
+
+
+def compiled_cases(folder: str, ranks_with_compiler: int) -> list[str]:
+    """Every case of a profile, by its key, where so many ranks have a compiler."""
+    config = Path(folder) / "config.json"
+    if dist.get_rank() == 0:
+        config.write_text(json.dumps(CONFIG))
+    dist.barrier()
+    settings = ProfileSettings(out=Path(folder) / "c.toml", model=config, seq_len=32, micro_batches=(1,), device="cpu")
+    cases = profile_cases(settings, torch.device("cpu"), find_tiers("cpu"), CompilesOnSomeRanks(ranks_with_compiler))
+    return [case.key for case in cases if case.table == "layer"]
+
+
+@pytest.mark.parametrize("ranks_with_compiler", [1, 2])
+def test_ranks_measure_compiled_layers_where_all_have_a_compiler(ranks, tmp_path, ranks_with_compiler):
+    first, second = ranks(2)(compiled_cases, str(tmp_path), ranks_with_compiler, timeout_s=60.0)
+    assert first == second
+    assert any('"compiled": true' in key for key in first) == (ranks_with_compiler == 2)
+
+
 def test_each_host_of_two_measures_what_cuts_its_layers(ranks, tmp_path):
     ranks(4)(write_profile, str(tmp_path), 2, 0.1, True)
     table = tomllib.loads((tmp_path / "cluster.toml").read_text())
@@ -121,6 +154,20 @@ def test_hosts_of_unequal_size_are_refused(ranks):
         ranks(2)(unequal_hosts)
 
 
+def profile_of_other_lengths(folder: str) -> str:
+    """Why a rank refuses its part in a profile of which each rank has another length."""
+    settings = ProfileSettings(out=Path(folder) / "c.toml", seq_len=32 + dist.get_rank(), device="cpu", seconds=0.1)
+    with pytest.raises(ValueError, match="ranks have other options") as refusal:
+        profile_ranks(settings)
+    return str(refusal.value)
+
+
+def test_options_that_differ_between_ranks_are_refused_on_every_rank(ranks, tmp_path):
+    first, second = ranks(2)(profile_of_other_lengths, str(tmp_path), timeout_s=30.0)
+    assert first == second
+    assert "give the same command on every host, with the same model" in first
+
+
 def interrupted_and_resumed(folder: str) -> tuple[int, int, int]:
     """Rounds kept by a profile that is interrupted in its third round; rounds and calls of the one after it."""
     calls, last = 0, 2 + 2  # two warm-up calls, two rounds
@@ -152,6 +199,28 @@ def test_an_interrupted_profile_goes_on_where_it_stopped(ranks, tmp_path):
     warm_up = 2
     assert first == (2, LATE_ROUNDS, warm_up + LATE_ROUNDS - 2)
     assert second == (2, 0, first[2])
+
+
+def calls_once_the_budget_is_spent() -> tuple[list[str], list[str]]:
+    """Names of the cases that were called, and of those left out, where essential ones take the whole budget."""
+    called: list[str] = []
+
+    def case(name: str, *, essential: bool) -> Case:
+        def run(clock: Clock, iterations: int) -> tuple[float]:
+            called.append(name)
+            time.sleep(0.06 if essential else 0.0)  # beyond LONG_S, so that it is not called again to warm up
+            return (0.06,)
+
+        return Case(table="matmul", fields={"m": name}, run=run, essential=essential)
+
+    cases = [case("general", essential=False), case("ours", essential=True)]
+    _, left_out = measure(cases, Clock(torch.device("cpu")), seconds=0.05)
+    return sorted(set(called)), [str(case.fields["m"]) for case in left_out]
+
+
+def test_once_the_budget_is_spent_nothing_is_tried_that_is_not_essential(ranks):
+    for called, left_out in ranks(2)(calls_once_the_budget_is_spent, timeout_s=30.0):
+        assert (called, left_out) == (["ours"], ["general"])
 
 
 def budgets_that_differ() -> list[str]:
