@@ -26,6 +26,8 @@ class DecoderFacts:
     tied_embeddings: bool = False
     attention_dropout: float = 0.0
     rope_type: str = "default"
+    adapters: bool = False
+    """Whether peft's adapters stand beside its matrices; no config says so."""
 
 
 def decoder_facts(config: Any) -> DecoderFacts:

@@ -312,6 +312,13 @@ RUNTIME: tuple[Limit, ...] = (
         "choose tp=1, or compile=false",
     ),
     Limit(
+        fields=("tp",),
+        allows=lambda model, layout: (not model.adapters) | (layout.tp == 1),
+        reason="adapters with tp",
+        message="adapters of peft with tp={layout.tp}: they are not cut with their matrices; use tp=1, or merge them "
+        "first (merge_and_unload())",
+    ),
+    Limit(
         fields=("checkpointing", "compile"),
         allows=lambda model, layout: (
             (layout.compile == 0) | (layout.checkpointing == NONE) | (layout.checkpointing == FULL)

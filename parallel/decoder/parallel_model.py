@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
+from fourfold.parallel.decoder.adapters import has_adapters, write_adapters
 from fourfold.parallel.decoder.batch import BatchAgreement, LocalRows, trouble_with
 from fourfold.parallel.decoder.documents import document_shards, trouble_with_ring, without_first_tokens
 from fourfold.parallel.decoder.draining_pipeline import Pipeline
@@ -81,7 +82,7 @@ class ParallelModel:
         Args:
             stage: this rank's layers, placed.
             replicas: the ranks that hold the same weights, dp and cp together.
-            whole: the model that `stage` was cut from, for its config.
+            whole: the model that `stage` was cut from, or peft's wrapper of it, for its configuration.
             runs: of a rank that interleaves, its layers in unbroken runs, each a stage of the pipeline.
         """
         self.stage, self.mesh, self.device = stage, mesh, device_of(mesh)
@@ -99,7 +100,8 @@ class ParallelModel:
         self._module: nn.Module = stage
         self._averages_own_gradients = False
         if self._replica_group is not None and options.zero_stage == 0:
-            if self._tp == 1 and len(self._runs) == 1:
+            trains = any(parameter.requires_grad for parameter in stage.parameters())
+            if self._tp == 1 and len(self._runs) == 1 and trains:  # DDP refuses a stage that is frozen
                 self._module = DistributedDataParallel(
                     stage, process_group=self._replica_group, gradient_as_bucket_view=True, init_sync=False,
                     **_NO_BUFFER_SYNC,
@@ -227,8 +229,12 @@ class ParallelModel:
         self.stage.load_state_dict(state_dict)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that transformers' from_pretrained loads; see decoder.pretrained_folder.write_pretrained."""
-        write_pretrained(Path(folder), self.stage, self._whole, self.mesh, dtype=dtype)
+        """Write a folder that transformers' from_pretrained loads, or of a PeftModel its adapters for peft's.
+
+        See decoder.pretrained_folder.write_pretrained and decoder.adapters.write_adapters.
+        """
+        write = write_adapters if has_adapters(self._whole) else write_pretrained
+        write(Path(folder), self.stage, self._whole, self.mesh, dtype=dtype)
 
     def train(self, mode: bool = True) -> "ParallelModel":
         for module in (self._module, *self._runs):

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fourfold.parallel.decoder.adapters import without_wrapper
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.limits import Choice, as_number
 from fourfold.parallel.decoder.parallel_model import ParallelModel, StepOptions, device_of
@@ -62,8 +63,9 @@ def parallelize(
     layer at a time, the same under every layout.
 
     Args:
-        model: a transformers causal language model of the Llama family (decoder.limits.FAMILIES). Its modules are taken
-            over and changed in place: from now on `model` itself refuses to run or be saved. Make the optimizer
+        model: a transformers causal language model of the Llama family (decoder.limits.FAMILIES), or a PeftModel with
+            LoRA of its layers' matrices around one, of which the adapters alone are trained and saved. Its modules are
+            taken over and changed in place: from now on `model` itself refuses to run or be saved. Make the optimizer
             afterwards, from ParallelModel.parameters(): tp and zero_stage above 0 replace parameters.
         mesh: from `init_mesh`. tp cuts matrices (DTensor), cp the sequence (ring attention), pp the layers
             (torch.distributed.pipelining, 1F1B), dp the batch.
@@ -95,7 +97,7 @@ def parallelize(
     Raises:
         ValueError: what cannot be exact (decoder.limits): another model family, heads that tp does not divide, fewer
             layers than stages, tied embeddings with pp > 1, streaming with tp > 1; a precision or a compiler that is
-            none; a model that was parallelized or compiled before, or that peft has changed.
+            none; a model that was parallelized or compiled before; adapters with tp, or of another kind.
     Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others.
     """
     if mesh.mesh_dim_names != AXES:
@@ -117,8 +119,10 @@ def parallelize(
         embedding_counts_as=embedding_counts_as,
         head_counts_as=head_counts_as,
     )
-    refuse_taken_over(model)
-    check_decoder(model, layout)
+    given = model
+    refuse_taken_over(given)
+    model, adapted = without_wrapper(given)
+    check_decoder(model, layout, adapters=adapted)
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     stored = chosen_precision(precision, dtype, model, mesh.device_type)
@@ -160,7 +164,7 @@ def parallelize(
     _place(stage, runs, model, mesh, placement)
     kept = {id(parameter) for parameter in stage.parameters()}
     mark_replaced(parameter for parameter in before if id(parameter) not in kept)
-    take_over(model)
+    take_over(model, *([given, cast(Any, given).base_model] if adapted else []))
     options = StepOptions(
         micro_batch=micro_batch,
         zero_stage=zero_stage,
@@ -170,7 +174,7 @@ def parallelize(
         precision=stored,
         ring=ring,
     )
-    return ParallelModel(stage, mesh, replicas, options, model, runs)
+    return ParallelModel(stage, mesh, replicas, options, given, runs)
 
 
 def _layers_of_rank(model: nn.Module, mesh: DeviceMesh, layout: Choice) -> list[range]:

@@ -7,7 +7,7 @@ shards, sent to the first rank if another stage has it, and written to a file of
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,27 +40,32 @@ def write_pretrained(
     """
     is_writer = not any(mesh.get_coordinate() or ())
     writer = _Writer(folder) if is_writer else None
-    tied = bool(cast(Any, whole).config.tie_word_embeddings)
     num_files = stage.num_layers + 2
-    for weights in _gathered_parts(stage, mesh, tied):
+    for weights in gathered_parts(stage, mesh):
         if writer is not None:
             writer.add({name: value.to("cpu", dtype or value.dtype) for name, value in weights.items()}, num_files)
     if writer is not None:
         writer.finish(whole, dtype or next(stage.parameters()).dtype)
-    _raise_together(writer.error if writer is not None else "", mesh)
+    raise_together(writer.error if writer is not None else "", mesh)
 
 
-def _gathered_parts(stage: DecoderStage, mesh: DeviceMesh, tied: bool) -> Iterator[dict[str, Tensor]]:
-    """Each part's weights, whole, by name and in the model's order, on the first rank; elsewhere empty.
+def gathered_parts(
+    stage: DecoderStage, mesh: DeviceMesh, *, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[dict[str, Tensor]]:
+    """Each part's weights, whole, by name and stage by stage, on the first rank; elsewhere empty; every rank calls.
 
     A part is the embedding, a layer, or the norm with the head.
+
+    Args:
+        wanted: of a parameter's name, whether it is gathered.
+    Cost: each wanted weight travels once to the first rank.
     """
     group, num_stages = mesh.get_group("pp"), mesh["pp"].size()
     position = mesh.get_local_rank("pp")
     # Of each stage one rank sends: the others have the same weights, or gave their parts of them to it.
     sends = all(mesh.get_local_rank(axis) == 0 for axis in ("dp", "cp", "tp"))
     for sender in range(num_stages):
-        parts = _parts(stage, tied) if sender == position else []
+        parts = _parts(stage, wanted) if sender == position else []
         count = torch.tensor(len(parts), device=_device_of(stage))
         if sender and sends:
             _pass_to_first(count, sender, position, group)
@@ -71,11 +76,13 @@ def _gathered_parts(stage: DecoderStage, mesh: DeviceMesh, tied: bool) -> Iterat
             yield weights if position == 0 and sends else {}
 
 
-def _parts(stage: DecoderStage, tied: bool) -> list[dict[str, nn.Parameter]]:
+def _parts(stage: DecoderStage, wanted: Callable[[str], bool]) -> list[dict[str, nn.Parameter]]:
     """This stage's parameters part by part, by their names in the whole model."""
+    tied = bool(stage.config.tie_word_embeddings)
     named: dict[str, dict[str, nn.Parameter]] = {}
     for name, part in stage.named_parts():
-        own = {f"{name}.{path}": parameter for path, parameter in part.named_parameters()}
+        every = {f"{name}.{path}": parameter for path, parameter in part.named_parameters()}
+        own = {path: parameter for path, parameter in every.items() if wanted(path)}
         if own and not (tied and name == "lm_head"):  # which is the embedding again
             named[name] = own
     first = [named.pop("model.embed_tokens")] if "model.embed_tokens" in named else []
@@ -164,7 +171,7 @@ class _Writer:
             self.error = f"{self.folder} cannot be written ({error.strerror}): free space, or give another folder"
 
 
-def _raise_together(error: str, mesh: DeviceMesh) -> None:
+def raise_together(error: str, mesh: DeviceMesh) -> None:
     """ValueError on every rank of the mesh, with the writer's words; returns where there are none."""
     said: list[Any] = [error]
     for axis in ("tp", "cp", "pp", "dp"):  # from the first rank along one axis after the other, so to all

@@ -7,6 +7,7 @@ the keys of the whole model, whatever the layout.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,13 +26,15 @@ from fourfold.parallel.stream.settings import StreamSettings
 from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_layers, stream_loss
 
 
-def check_decoder(model: nn.Module, layout: Choice | None = None) -> None:
+def check_decoder(model: nn.Module, layout: Choice | None = None, *, adapters: bool = False) -> None:
     """Refuse a model whose forward pass `DecoderStage` would not reproduce, or a layout that it cannot have.
 
+    Args:
+        adapters: whether the caller takes peft's (decoder.adapters).
     Raises:
         ValueError: what decoder.limits has: another model family, attention dropout, heads that tp does not divide.
     """
-    refuse_wrapped(model)
+    refuse_wrapped(model, adapters=adapters)
     config = cast(Any, model).config if hasattr(model, "config") else None
     if config is None or not hasattr(model, "lm_head"):
         raise ValueError(
@@ -41,7 +44,7 @@ def check_decoder(model: nn.Module, layout: Choice | None = None) -> None:
     facts = decoder_facts(config)
     if not facts.family:
         raise ValueError(f"{type(model).__name__}: its config has no model_type; use one of {', '.join(FAMILIES)}")
-    refuse_decoder(facts, layout or Choice())
+    refuse_decoder(replace(facts, adapters=adapters), layout or Choice())
 
 
 def has_sliding_window(model: nn.Module) -> bool:
@@ -165,6 +168,8 @@ class DecoderStage(nn.Module):
         assert positions.shape[-1] == x.shape[1] * (1 if self.is_first else self.sequence_shards)
         with torch.autocast(x.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             hidden = self.model.embed_tokens(x) if self.is_first else x  # type: ignore[operator]
+            if torch.is_grad_enabled() and not hidden.requires_grad:  # a frozen embedding, before layers that are not
+                hidden.requires_grad_()
             rotary = self.model.rotary_emb(hidden, position_ids=positions)  # type: ignore[operator]
             arguments: dict[str, Any] = {
                 "attention_mask": None,

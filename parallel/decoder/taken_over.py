@@ -25,11 +25,14 @@ def refuse_taken_over(model: nn.Module) -> None:
         raise ValueError("this model was parallelized before, and its modules belong to that layout: build it again")
 
 
-def refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module, *, adapters: bool = False) -> None:
     """Raise ValueError for a model whose layers other libraries call in a way that a stage would pass by.
 
     torch.compile's wrapper, or `compile()` of a module, holds code of the whole model; peft's adapters are modules in
     the place of the matrices that tp cuts and a folder is written from.
+
+    Args:
+        adapters: whether the caller knows them (decoder.adapters).
     """
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "this model"
@@ -38,18 +41,18 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{where} went through torch.compile, which would be passed by: give parallelize the model as it was "
                 "before, and compile=True to compile its layers"
             )
-        if type(module).__module__.startswith("peft."):
+        if type(module).__module__.startswith("peft.") and not adapters:
             raise ValueError(
-                f"{where} is peft's {type(module).__name__}: adapters are not cut over ranks; merge them first "
-                "(merge_and_unload()), or train them with stream_backprop, FSDP or DDP around the peft model"
+                f"{where} is peft's {type(module).__name__}: parallelize takes adapters in the PeftModel around them, "
+                "nothing else does; give it that, or merge them first (merge_and_unload())"
             )
 
 
-def take_over(model: nn.Module) -> None:
-    """Refuse, from now on, what only the whole model could do: forward (and with it generate), state_dict (and with it
-    save_pretrained), load_state_dict; of the model and of the one inside it that has the layers."""
-    model.__dict__[_MARK] = True
-    for module in (model, cast(nn.Module, cast(Any, model).model)):
+def take_over(model: nn.Module, *around: nn.Module) -> None:
+    """Refuse, from now on, what only the whole model could do: forward and generate, state_dict and save_pretrained,
+    load_state_dict; of the model, of the one inside it that has the layers, and of wrappers `around` it."""
+    for module in (model, cast(nn.Module, cast(Any, model).model), *around):
+        module.__dict__[_MARK] = True
         # First of all hooks: the ring's own would judge the call by a batch that this model never sees again.
         module.register_forward_pre_hook(_refuse, prepend=True)
         module.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from zlib import crc32
 import torch
 from torch import nn
 
+from fourfold.parallel.decoder.adapters import draw_adapters, drawn_adapters
 from fourfold.parallel.decoder.precision import store_weights_in
 
 
@@ -27,6 +28,7 @@ def materialise(
         dtype: of the parameters. Weights are drawn in fp32, so that they are the same numbers in each dtype, rounded.
     Cost: no communication; at most the module's own size in host memory.
     """
+    adapted = drawn_adapters(module)
     for path, part in module.named_modules():
         own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         if any(tensor.is_meta for tensor in own):
@@ -37,5 +39,6 @@ def materialise(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(crc32(f"{seed} {name} {path}".encode()))
                 cast(Any, model)._init_weights(part)
+    draw_adapters(adapted, name, seed)
     store_weights_in(module, dtype)
     module.to(device)

@@ -84,12 +84,3 @@ def test_a_model_that_was_compiled_before_is_refused(mesh):
         with pytest.raises(ValueError, match=f"{where} went through torch.compile.* give parallelize the model as it"):
             parallelize(model, mesh)
     parallelize(whole, mesh)
-
-
-def test_a_peft_model_is_refused(mesh):
-    peft = pytest.importorskip("peft")  # of the test extra, not of the package
-    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    for model in (adapted, adapted.get_base_model()):
-        with pytest.raises(ValueError, match=r"peft's \w+: adapters are not cut over ranks; merge them first"):
-            parallelize(model, mesh)
-    parallelize(adapted.merge_and_unload(), mesh)

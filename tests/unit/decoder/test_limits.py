@@ -34,7 +34,7 @@ MODELS = [
     DecoderFacts(family="llama", num_layers=4, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64),
     DecoderFacts(
         family="mixtral", num_layers=3, num_heads=6, num_kv_heads=3, ffn_size=9, vocab_size=63, num_experts=4,
-        tied_embeddings=True, attention_dropout=0.1, rope_type="dynamic",
+        tied_embeddings=True, attention_dropout=0.1, rope_type="dynamic", adapters=True,
     ),
 ]  # fmt: skip
 
