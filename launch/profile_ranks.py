@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fourfold.launch.refusal import refuse
+from fourfold.launch.refusal import leave, refuse
 from fourfold.parallel import use_ring_attention
 from fourfold.parallel.decoder import tensor_parallel
 from fourfold.parallel.decoder.choice import Choice
@@ -64,7 +64,9 @@ def main() -> None:
         profile_ranks(settings, TrainingParallelism())
     except ValueError as error:  # every rank's, or rank 0's of what an interrupted profile left
         refuse(error)
+    dist.barrier()
     dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

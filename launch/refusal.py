@@ -15,6 +15,8 @@ EXIT_REFUSED = 2
 """Something that the user can mend, said in one line."""
 EXIT_TOLD = 3
 """A failure that the rank has said in one line itself."""
+EXIT_STOPPED = 130
+"""Ended from the keyboard (SIGINT), as shells have it."""
 _PATIENCE_S = 10.0
 _NEIGHBOUR_LOST = re.compile(
     r"gloo/transport|Connection (closed|reset)|Broken pipe|NCCL (communicator|error)|remote process exited"
@@ -46,6 +48,12 @@ def tell_lost_neighbour(error: BaseException, activity: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     print(f"error: rank {rank} lost another rank in {activity}: {first}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_TOLD)
+
+
+def tell_stopped() -> None:
+    """Say on the first rank that the run was ended from the keyboard, and how it goes on."""
+    if os.environ.get("RANK", "0") == "0":
+        print("stopped: the last checkpoint is whole; go on with --resume auto", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -9,9 +9,11 @@ through torch's elastic agent.
 import sys
 import traceback
 
+from fourfold.launch.parent import parent_at_start  # isort: skip  (before torch: a launcher may go while it is imported)
+
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from fourfold.launch.refusal import leave, lost_neighbour, refuse, tell_lost_neighbour
+from fourfold.launch.refusal import EXIT_STOPPED, leave, lost_neighbour, refuse, tell_lost_neighbour, tell_stopped
 from fourfold.launch.train_options import read_options
 from fourfold.launch.training.run import adopt_ranks, run_training
 from fourfold.launch.training.watch import Activity
@@ -22,7 +24,7 @@ def main() -> None:
     """Train on this rank as the command line says. Exit code 2 and one line for what a user got wrong."""
     activity = Activity()
     try:
-        adopt_ranks()
+        adopt_ranks(parent_at_start())
         run_training(read_options(sys.argv[1:]), activity)
     except ValueError as error:
         refuse(error)
@@ -41,6 +43,9 @@ def _end() -> None:
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except KeyboardInterrupt:
+        tell_stopped()
+        code = EXIT_STOPPED
     except BaseException:
         traceback.print_exc()
         code = 1

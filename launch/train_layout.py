@@ -12,6 +12,8 @@ from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.search.rank import advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+
 
 def chosen_layout(options: TrainOptions) -> tuple[Layout, ModelConfig]:
     """The layout and the model that `options` mean.
@@ -46,6 +48,10 @@ def _from_file(options: TrainOptions) -> tuple[Layout, ModelConfig]:
         asked, has = getattr(options, name), getattr(layout, name)
         if asked not in (0, has):
             raise ValueError(f"{name}={asked}, but {options.layout} has {has}: leave one of them out")
+    if options.ranks not in (0, layout.world_size):
+        raise ValueError(
+            f"ranks={options.ranks}, but {options.layout} is of {layout.world_size}: leave ranks out, or plan again"
+        )
     if options.model is not None:
         given = load_model(options.model)
         for name in ("num_params", "num_layers", "hidden_size", "num_heads", "vocab_size"):
@@ -80,7 +86,16 @@ def model_folder(options: TrainOptions) -> Path | None:
     """
     folder = Path(options.model) if options.model is not None else None
     has = folder is not None and any(folder.glob("*.safetensors"))
-    if options.weights == "random" or (options.weights == "auto" and not has):
+    if options.weights == "random":
+        return None
+    if folder is not None and not has and folder.is_dir():
+        other = next((path.name for path in sorted(folder.iterdir()) if path.suffix in _OTHER_WEIGHTS), None)
+        if other is not None:
+            raise ValueError(
+                f"--model {options.model} has its weights in {other}, which is not read: save them as .safetensors "
+                "(save_pretrained does), or give weights='random' to draw others"
+            )
+    if options.weights == "auto" and not has:
         return None
     if not has:
         raise ValueError(f"weights='pretrained', but --model {options.model} is no folder with .safetensors files")

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from fourfold.launch.training.agreement import gathered, on_rank_0
 from fourfold.launch.training.background import Background
-from fourfold.launch.training.manifest import Checksum, ChecksummingFileSystem, Manifest, damage
+from fourfold.launch.training.manifest import MANIFEST, Checksum, ChecksummingFileSystem, Manifest, damage
 from fourfold.parallel.decoder.stage import DecoderStage
 
 _LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
@@ -90,8 +90,11 @@ class Checkpoints:
     background: Background | None = None
 
     def refuse_overwriting(self) -> None:
-        """Raises CheckpointError where there are checkpoints of an earlier run: a new one would replace them."""
-        found = self._all()
+        """Raises CheckpointError where there are checkpoints of an earlier run, which a new one would replace.
+
+        Every rank calls; the first one looks.
+        """
+        found: list[Path] = on_rank_0(self._all)
         if found:
             raise CheckpointError(
                 f"{self.folder} holds {found[-1].name} of an earlier run: add --resume, or give another --out"
@@ -148,7 +151,7 @@ class Checkpoints:
             files = _write(partial, state, group)
             manifest = Manifest(step=step, settings=self.settings, files=files)
             on_rank_0(lambda: _put_in_place(manifest, partial, target), group)
-            on_rank_0(self._remove_old, group)
+            on_rank_0(lambda: self._remove_others(step), group)
         except ValueError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
@@ -209,9 +212,12 @@ class Checkpoints:
         """The checkpoint that `resume` means, verified; None where "auto" has none to choose from."""
         found: list[Path] = on_rank_0(self._all)
         if resume.step is not None:
-            found = [path for path in found if _step_of(path) == resume.step]
+            there, found = found, [path for path in found if _step_of(path) == resume.step]
             if not found:
-                raise CheckpointError(f"{self.folder} holds no checkpoint of step {resume.step}")
+                known = ", ".join(str(_step_of(path)) for path in there) or "none"
+                raise CheckpointError(f"{self.folder} holds no checkpoint of step {resume.step}: it has {known}")
+            for later in [path for path in there if _step_of(path) > _step_of(found[0])]:
+                _tell(f"going back to {found[0].name}: {later.name} goes as soon as a new one is whole")
         if not found:
             if resume.choice == "auto":
                 return None
@@ -243,10 +249,8 @@ class Checkpoints:
 
     def _compare_settings(self, path: Path, manifest: Manifest, resume: Resume) -> None:
         """Refuse, or with `resume.anyway` tell, what this run does otherwise than the one that wrote `path`."""
-        old, new = {**_ABSENT_BEFORE, **manifest.settings}, self.settings
-        changed = {
-            name: f"{name}={old[name]!r} (now {new[name]!r})" for name in new if name in old and old[name] != new[name]
-        }
+        # What rank 0 finds counts: where another rank saw it otherwise, it alone would stop.
+        changed: dict[str, str] = on_rank_0(lambda: self._changed(manifest))
         refused = [told for name, told in changed.items() if name not in MAY_CHANGE]
         if refused and not resume.anyway:
             raise CheckpointError(
@@ -256,14 +260,31 @@ class Checkpoints:
         if changed:
             _tell(f"{path.name} was written with {', '.join(changed.values())}")
 
+    def _changed(self, manifest: Manifest) -> dict[str, str]:
+        """What this run has otherwise than the one of `manifest`, in words, by the settings' names."""
+        old, new = {**_ABSENT_BEFORE, **manifest.settings}, self.settings
+        changed = {name: f"{name}={old[name]!r} (now {new[name]!r})" for name in new if name in old}
+        changed = {name: words for name, words in changed.items() if old[name] != new[name]}
+        if "data" in changed:  # a checksum, which says nothing to a reader
+            changed["data"] = "other data (files, their sizes and times, the tokenizer, the weights' sources)"
+        return changed
+
     def _all(self) -> list[Path]:
         """Checkpoints by their names, oldest first, whole or not."""
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
 
-    def _remove_old(self) -> None:
-        for old in self._all()[: -self.keep]:
+    def _remove_others(self, step: int) -> None:
+        """All but the newest up to `step`, which has just been verified.
+
+        What is of a later step was damaged, or left by going back to an earlier one: taken up again, it would be the
+        other run that goes on.
+        """
+        found = self._all()
+        for later in [path for path in found if _step_of(path) > step]:
+            _remove(later)
+        for old in [path for path in found if _step_of(path) <= step][: -self.keep]:
             _remove(old)
 
 
@@ -333,6 +354,8 @@ def _verified(path: Path, group: dist.ProcessGroup | None = None) -> tuple[Manif
         manifest: Manifest = on_rank_0(lambda: Manifest.read(path), group)
     except ValueError as error:
         return None, str(error)
+    if manifest.step != _step_of(path):
+        return None, f"{MANIFEST} is of step {manifest.step}"
     mine = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
     problems = [problem for rank in gathered(damage(path, manifest.files, mine), group) for problem in rank]
     return (None, ", ".join(problems[:3])) if problems else (manifest, "")

@@ -6,6 +6,7 @@ Rank 0 tokenizes a file once and leaves the tokens in the run's folder; every ra
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.agreement import on_rank_0
 from fourfold.launch.training.data import Text, standard_library
+from fourfold.launch.training.places import check_data, outside
 from fourfold.launch.training.text_files import BOUNDS, TOKENS, documents, found_files
 from fourfold.launch.training.watch import Activity
 
@@ -107,10 +109,13 @@ def found_sources(options: TrainOptions) -> Sources:
         raise ValueError("tokenizer without data: give --data, or leave both out for the demo's text")
     if options.data and options.out is None:
         raise ValueError("data needs a folder for its tokens: give --out DIR")
-    files = [found_files([word], "data") for word in options.data]
+    files = [outside(found_files([word], "data"), options.out, word, "data") for word in options.data]
+    rest = [outside(found_files([word], "validation"), options.out, word, "validation") for word in options.validation]
+    train, held_out = (tuple(path for source in each for path in source) for each in (files, rest))
+    check_data(train, held_out)
     return Sources(
-        train=tuple(path for source in files for path in source),
-        held_out=tuple(found_files(options.validation, "validation")),
+        train=train,
+        held_out=held_out,
         tokenizer=tokenizer,
         text_column=options.text_column,
         num_files=tuple(map(len, files)) if options.data_weights else (),
@@ -131,8 +136,8 @@ def read_corpus(sources: Sources, out: Path | None, vocab_size: int, activity: A
         _check_vocabulary(255, vocab_size, "the text is bytes")
         return Corpus(train_texts=(library,), held_out_texts=(rest,), identity="standard library", unit="byte")
     assert out is not None
-    folder, identity = out / "tokens", sources.identity()
-    told: dict[str, Any] = on_rank_0(lambda: _tokenized(sources, folder, identity, activity))
+    folder = out / "tokens"
+    told: dict[str, Any] = on_rank_0(lambda: _tokenized(sources, folder, sources.identity(), activity), long=True)
     _check_vocabulary(told["largest"], vocab_size, f"the tokens are those of {sources.tokenizer or 'bytes'}")
     train = _texts(folder, "train", told["train"])
     if sources.held_out:
@@ -140,8 +145,8 @@ def read_corpus(sources: Sources, out: Path | None, vocab_size: int, activity: A
     else:
         train, held_out = zip(*map(_cut, train), strict=True)
     return Corpus(
-        train_texts=train, held_out_texts=held_out, identity=identity, unit="token" if sources.tokenizer else "byte",
-        without_bounds=told["without_bounds"],
+        train_texts=train, held_out_texts=held_out, identity=told["identity"],
+        unit="token" if sources.tokenizer else "byte", without_bounds=told["without_bounds"],
     )  # fmt: skip
 
 
@@ -180,7 +185,8 @@ def _tokenized(sources: Sources, folder: Path, identity: str, activity: Activity
     """Make the token files of `folder`, unless they are those of `identity`; what was found about them."""
     try:
         told: dict[str, Any] = json.loads((folder / "tokens.json").read_text())
-        if told["identity"] == identity and "train" in told:  # an older version wrote no bounds of documents
+        # An older version wrote no bounds of documents.
+        if told["identity"] == identity and "train" in told and told["bytes"] == _sizes(folder):
             return told
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet
@@ -196,10 +202,19 @@ def _tokenized(sources: Sources, folder: Path, identity: str, activity: Activity
             told["largest"] = max(told["largest"], largest)
     unsaid = [path for path in (*sources.train, *sources.held_out) if path.suffix in TOKENS]
     told["without_bounds"] = next((str(path) for path in unsaid if not bounds_of(path).exists()), None)
+    told["bytes"] = _sizes(partial)
     (partial / "tokens.json").write_text(json.dumps(told))
+    for path in partial.iterdir():  # a power cut must not leave the note of files that it has emptied
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return told
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of the token files, in bytes: one that was cut off is made again."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.npy"))}
 
 
 def _grouped(sources: Sources) -> list[tuple[Path, ...]]:

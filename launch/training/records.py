@@ -3,7 +3,10 @@
 import csv
 import json
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +17,17 @@ from fourfold.launch.training.loop import StepRecord, TrainResult
 from fourfold.layouts.inputs.layout import Layout
 
 
+@contextmanager
+def told_where(path: Path) -> Iterator[None]:
+    """Around writing `path`: what the file system refuses is one line that names the file and the mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written: {error.strerror}: make room, and go on with --resume auto"
+        ) from None
+
+
 class Metrics:
     """metrics.csv, a row as each step ends; a resumed run goes on below the rows of the steps before it."""
 
@@ -21,16 +35,22 @@ class Metrics:
         self._path = path
         self._earlier: list[dict[str, str]] = []
         if resume and path.exists():
-            with path.open(newline="") as file:
-                self._earlier = list(csv.DictReader(file))
+            with path.open(newline="", errors="replace") as file:
+                # A machine that went down may leave half a row, or zeros.
+                self._earlier = [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
         self._file: TextIO | None = None
 
     def add(self, step: StepRecord) -> None:
+        """A row. Raises ValueError where it cannot be written."""
+        with told_where(self._path):
+            self._add(step)
+
+    def _add(self, step: StepRecord) -> None:
         names = [name for name in StepRecord.__dataclass_fields__ if name != "phases"]
         if self._file is None:
             partial = self._path.with_name(self._path.name + ".partial")
             self._file = partial.open("w", newline="")
-            writer = csv.DictWriter(self._file, names, lineterminator="\n")
+            writer = csv.DictWriter(self._file, names, lineterminator="\n", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in self._earlier if int(row["step"]) < step.step)
             self._file.flush()
@@ -44,13 +64,23 @@ class Log:
     """log.jsonl, an object a line as things happen; a resumed run goes on below."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._path = path
+        self._file = path.open("a+b")
+        if self._file.tell():  # a machine that went down may leave half a line
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
 
     def add(self, event: str, **fields: Any) -> None:
-        """One line; what is no finite number is null, which JSON has and NaN it has not."""
+        """One line; what is no finite number is null, which JSON has and NaN it has not.
+
+        Raises ValueError where it cannot be written.
+        """
         told = {name: None if _is_no_number(value) else value for name, value in fields.items()}
-        self._file.write(json.dumps({"event": event, "time": time.time(), **told}) + "\n")
-        self._file.flush()
+        with told_where(self._path):
+            line = json.dumps({"event": event, "time": time.time(), **told}) + "\n"
+            self._file.write(line.encode())
+            self._file.flush()
 
 
 def _is_no_number(value: object) -> bool:
@@ -75,5 +105,6 @@ def write_result(out: Path, layout: Layout, result: TrainResult, **facts: Any) -
         **facts,
     }
     partial = out / "result.json.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.rename(out / "result.json")
+    with told_where(out / "result.json"):
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.rename(out / "result.json")

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fourfold.launch.training.loop import TrainingRun, largest_memory, train
 from fourfold.launch.training.mix import shares_of
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.launch.training.optimizers import check_optimizer
+from fourfold.launch.training.places import check_export, check_shared, check_writable
 from fourfold.launch.training.pretrained import export_model
 from fourfold.launch.training.rows import Order, PackedRows, Rows, WindowRows, check_packing
 from fourfold.launch.training.settings import TrainSettings, comparable_settings
@@ -30,16 +30,20 @@ from fourfold.launch.training.trackers import check_trackers
 from fourfold.launch.training.watch import Activity, HangWatch, watch_launcher
 from fourfold.layouts.inputs.layout import Layout
 
+MOST_MINUTES = 7 * 24 * 60
 
-def adopt_ranks() -> None:
+
+def adopt_ranks(parent: int | None = None) -> None:
     """Learn this process's rank from whoever started it, and end with the launcher, should that be killed.
 
+    Args:
+        parent: the process that started this one; None for its parent now.
     Raises:
         ValueError: MPI started the ranks, and mpi4py is missing.
     """
     # torch's profiler, which counts memory on CPUs, tells of its start and stop below this level.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    watch_launcher(os.environ)
+    watch_launcher(os.environ, parent)
     if started_by_mpi(os.environ):
         adopt_mpi_ranks()
     elif started_by_slurm(os.environ):
@@ -65,21 +69,26 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     check_trackers(options, layout)
     if layout.seq_len < 2:
         raise ValueError(f"seq_len={layout.seq_len}: a sequence of one token has nothing to predict; give 2 or more")
-    if not options.timeout_minutes > 0:
-        raise ValueError(f"timeout_minutes={options.timeout_minutes}: give minutes above 0")
+    if not 0 < options.timeout_minutes <= MOST_MINUTES:
+        raise ValueError(
+            f"timeout_minutes={options.timeout_minutes:g}: give minutes above 0, and at most {MOST_MINUTES}"
+        )
     check_packing(options, layout, meta)
     sources, pretrained = found_sources(options), model_folder(options)
     out = Path(options.out) if options.out is not None else None
     if out is None and (options.checkpoint_every or resume):
         raise ValueError("checkpoints need a folder: give --out DIR")
-    if options.export is not None and Path(options.export).exists() and not resume:
-        raise ValueError(f"export={options.export!r} is there already: give another folder")
+    check_export(options)
+    if options.trace is not None:
+        check_writable(Path(options.trace).resolve().parent, f"trace={options.trace!r}")
     lock = _own_folder(out) if out is not None else None
     # The ranks meet, and from now on a hang is told and bounded.
     timeout_s = options.timeout_minutes * 60
     activity.now("meeting the other ranks")
     mesh = meet(layout, timeout_s=timeout_s)
     watch = HangWatch(activity, timeout_s=timeout_s)
+    if out is not None:
+        check_shared(out)
     activity.now("reading the data")
     corpus = read_corpus(sources, out, model.vocab_size, activity)
     batches = _rows(options, layout, settings, corpus)
@@ -151,10 +160,5 @@ def _own_folder(out: Path) -> FolderLock | None:
     Raises:
         ValueError: results could not be written there, or another run is using it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: {error.strerror}: give a folder that can be written") from None
+    check_writable(out, f"--out {out}")
     return FolderLock(out) if os.environ.get("RANK", "0") == "0" else None

@@ -43,13 +43,17 @@ class Activity:
         self.words, self.since_s = words, time.monotonic()
 
 
-def watch_launcher(environment: MutableMapping[str, str]) -> None:
-    """End this process soon after the launcher that started it, if one did, is gone."""
+def watch_launcher(environment: MutableMapping[str, str], started_by: int | None = None) -> None:
+    """End this process soon after the launcher that started it, if one did, is gone.
+
+    Args:
+        started_by: the parent as this process began; None for its parent now.
+    """
     if "TORCHELASTIC_RUN_ID" not in environment and "RANK" not in environment:
         return  # started from a shell, which may go away
     # Importing torch takes seconds in which a launcher can go, too: then the parent is already another process.
     # The variable is this rank's alone: what the rank starts has another parent.
-    parent = int(environment.pop(LAUNCHER, os.getppid()))
+    parent = int(environment.pop(LAUNCHER, started_by or os.getppid()))
 
     def look() -> None:
         while os.getppid() == parent:

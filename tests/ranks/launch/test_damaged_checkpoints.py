@@ -263,6 +263,52 @@ def test_a_failure_in_the_background_ends_all_ranks_at_one_step(ranks, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def gone_back(folder: str) -> list[str]:
+    """What is there after a run to step 4 with three kept, then one from step 2 that ends at step 3."""
+    kept = Checkpoints(folder=Path(folder), keep=3)
+    trained({"dp": 2}, kept, Resume())
+    on_rank_0(lambda: (kept.folder / "step_00000004").rename(kept.folder / "step_00000009"))
+    with pytest.raises(CheckpointError) as renamed:
+        trained({"dp": 2}, kept, Resume(choice="yes"))
+    on_rank_0(lambda: (kept.folder / "step_00000009").rename(kept.folder / "step_00000004"))
+    with pytest.raises(CheckpointError) as absent:
+        trained({"dp": 2}, kept, Resume(choice="3"))
+    layout = Layout(global_batch=4, seq_len=24, micro_batch=1, dp=2)
+    settings = TrainSettings(steps=3, warmup_steps=2, held_out_batches=0, checkpoint_every=3)
+    with MemoryGauge(torch.device("cpu")) as gauge:
+        run = TrainingRun(gauge=gauge, checkpoints=kept, resume=Resume(choice="2"))
+        model = parallelize(tiny_model(num_hidden_layers=2), init_mesh(dp=2, device_type="cpu"), micro_batch=1)
+        train(model, layout, (TEXT[0], TEXT[1]), settings, run)
+    return [str(renamed.value), str(absent.value), *sorted(path.name for path in kept.folder.iterdir())]
+
+
+def test_going_back_leaves_the_other_run(ranks, tmp_path):
+    """Kept, its later checkpoints would be the newest ones: those of the new run would go first, and `auto` err."""
+    first, second = ranks(2)(gone_back, str(tmp_path))
+    assert first == second
+    renamed, absent, *left = first
+    assert "step_00000009: manifest.json is of step 4; step_00000002 is whole" in renamed
+    assert absent.endswith("holds no checkpoint of step 3: it has 2, 4")
+    assert left == ["step_00000002", "step_00000003"]
+
+
+def seen_otherwise(folder: str) -> str:
+    """Rank 1 alone finds other settings than the checkpoint's (a clock or a file system that differs)."""
+    trained({"dp": 2}, Checkpoints(folder=Path(folder), settings={"data": "one"}), Resume())
+    found = Checkpoints(folder=Path(folder), settings={"data": "one" if dist.get_rank() == 0 else "other"})
+    agreed = trained({"dp": 2}, found, Resume(choice="2"))
+    with pytest.raises(CheckpointError) as error:
+        trained({"dp": 2}, Checkpoints(folder=Path(folder), settings={"data": "other"}), Resume(choice="2"))
+    return f"{len(agreed)} {error.value}"
+
+
+def test_one_rank_decides_whether_settings_are_the_same(ranks, tmp_path):
+    first, second = ranks(2)(seen_otherwise, str(tmp_path))
+    assert first == second
+    assert first.startswith("2 ")
+    assert "was written with other data (files, their sizes and times, the tokenizer" in first
+
+
 def test_which_checkpoint_is_meant():
     assert [bool(Resume(choice=choice)) for choice in ("no", "yes", "auto", "7")] == [False, True, True, True]
     assert Resume(choice="step_00000040").step == Resume(choice="40").step == 40

@@ -157,6 +157,46 @@ def test_ranks_end_with_a_killed_launcher(layout_file, launch, tmp_path, module)
     assert "the launcher of these ranks is gone: they end, too; go on with --resume auto" in line
 
 
+WAITS_FOR_ITS_LAUNCHER = """
+import os, sys, time
+class BeforeTorch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            launcher = os.getppid()
+            open("importing", "w").close()
+            while os.getppid() == launcher:
+                time.sleep(0.05)
+sys.meta_path.insert(0, BeforeTorch())
+"""
+
+
+def test_a_launcher_that_goes_during_imports_is_noticed(layout_file, tmp_path, monkeypatch):
+    """Of any kind, torchrun's too, which leaves no word of its own number."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(WAITS_FOR_ITS_LAUNCHER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "slow"), str(ROOT / "src")]))
+    monkeypatch.chdir(tmp_path)
+    rank = f"{sys.executable} -m {TRAIN} --layout {layout_file()} {' '.join(map(str, FOREVER))}"
+    launcher = ["sh", "-c", f"{rank} >log 2>&1 & until [ -e importing ]; do sleep 0.05; done"]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    subprocess.run(launcher, env={**os.environ, **alone, "TORCHELASTIC_RUN_ID": "none"}, check=True, timeout=60)
+    deadline = time.monotonic() + STARTING_S
+    while "the launcher of these ranks is gone" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+
+
+def test_a_run_that_is_stopped_from_the_keyboard_says_so_in_a_line(layout_file, ranks_of, tmp_path):
+    out = tmp_path / "out"
+    ranks = ranks_of("--layout", layout_file(dp=2), "--out", out, "--quiet", *FOREVER)
+    until_rows(out / "metrics.csv", 8, ranks[0])
+    for rank in ranks:
+        rank.system.send_signal(signal.SIGINT)
+    assert [rank.wait(30.0) for rank in ranks] == [130, 130], ranks[0].text()
+    assert ranks[0].text().strip().splitlines() == ["stopped: the last checkpoint is whole; go on with --resume auto"]
+
+
 def test_a_folder_has_one_run_at_a_time(layout_file, ranks_of, tmp_path):
     layout, out = layout_file(), tmp_path / "out"
     words = ["--layout", layout, "--out", out]
