@@ -9,6 +9,7 @@ from multiprocessing.context import ForkServerContext
 
 _LOADED = [
     "torch",
+    "torch._inductor.compile_fx",
     "torch.distributed",
     "torch.distributed.checkpoint",
     "torch.distributed.elastic.multiprocessing.errors",
