@@ -48,7 +48,7 @@ def launch(
     resume_anyway: Annotated[
         bool, typer.Option("--resume-anyway", help="Also where the checkpoint's run had other settings.")
     ] = False,
-    engine: Annotated[str, typer.Option(help="native, or deepspeed: its ZeRO over dp, in fp32.")] = "native",
+    engine: Annotated[str, typer.Option(help="native, or deepspeed: its ZeRO over dp.")] = "native",
     timeout_minutes: Annotated[
         float, typer.Option(help="Without progress, before a hang is told and the ranks are ended.")
     ] = 10.0,

@@ -12,7 +12,9 @@ import psutil
 import pytest
 from support.tiny_config import CONFIG
 from support.training_process import TRAIN, Forked, start_forked_ranks
+from typer.testing import CliRunner
 
+from fourfold.launch.cli import app
 from fourfold.launch.commands import demo, launch, profile
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.runs import COLUMNS
@@ -40,11 +42,6 @@ def test_a_rank_that_dies_ends_the_run(how, shown):
     assert not [child for child in left if "failing_rank" in " ".join(child.cmdline())]
 
 
-def python(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
 def test_a_world_of_another_size_is_refused(tmp_path):
     layout = tmp_path / "layout.toml"
     write_layout_file(layout, Layout(dp=2, global_batch=2, seq_len=16), load_model(CONFIG))
@@ -60,10 +57,7 @@ def test_torchrun_and_mpi_train_alike(tmp_path):
     layout = tmp_path / "layout.toml"
     write_layout_file(layout, Layout(pp=2, global_batch=4, seq_len=32), load_model(CONFIG))
     words = ["--layout", layout, "--steps", 2, "--held-out-batches", 0, "--quiet", "--out"]
-    torchrun = python(
-        "-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "fourfold.launch.train", *words, tmp_path / "a"
-    )
-    assert torchrun.returncode == 0, torchrun.stderr
+    start_forked_ranks(TRAIN, [*words, tmp_path / "a"], num_ranks=2, device_type="cpu")  # as torchrun's are told
     losses = json.loads((tmp_path / "a" / "result.json").read_text())["losses"]
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
@@ -89,7 +83,7 @@ def test_interleaved_stages_train_alike(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_a_run_goes_on_and_keeps_its_history(tmp_path):
+def test_a_run_goes_on_and_keeps_its_history(tmp_path, monkeypatch):
     layout, out = tmp_path / "layout.toml", tmp_path / "out"
     streamed = Layout(global_batch=2, seq_len=32, checkpointing="stream", stream_chunks=4)
     write_layout_file(layout, streamed, load_model(CONFIG))
@@ -100,8 +94,9 @@ def test_a_run_goes_on_and_keeps_its_history(tmp_path):
 
     first = rank("--steps", 2)
     assert first.wait(60.0) == 0, first.text()
-    second = python("-m", "fourfold.launch.cli", "launch", layout, *words, "--steps", 3, "--resume")
-    assert second.returncode == 0, second.stderr
+    monkeypatch.setattr(launch, "start_ranks", start_forked_ranks)
+    second = CliRunner().invoke(app, ["launch", *map(str, [layout, *words, "--steps", 3, "--resume"])])
+    assert second.exit_code == 0, second.exception
     with (out / "metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"]
     for words_again, said in ((["--steps", 3], "add --resume"), (["--steps", 3, "--resume"], "asks for no more")):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.training_process import forked_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -121,15 +120,13 @@ def test_each_host_of_two_measures_what_cuts_its_layers(ranks, tmp_path):
     assert [row["cp"] for row in table["cp_layer"]] == [2]
 
 
-def test_torchrun_measures_them_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3] / "src"))
+def test_ranks_of_a_launcher_measure_them_too(tmp_path):
+    """`torchrun -m fourfold.profiling.run`: the entry hands the profile what cuts layers."""
     config, out = tmp_path / "config.json", tmp_path / "c.toml"
     config.write_text(json.dumps(CONFIG))
     words = ["--out", out, "--model", config, "--seq-len", 32, "--micro-batch", 1, "--seconds", 0.1, "--device", "cpu"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "fourfold.profiling.run", *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
+    for rank in forked_ranks(tmp_path / "rank", 2, words, module="fourfold.profiling.run"):
+        assert rank.wait(240.0) == 0, rank.text()
     table = tomllib.loads(out.read_text())
     assert table["tp_layer"][0]["tp"] == table["tp_ends"][0]["tp"] == table["cp_layer"][0]["cp"] == 2
 
