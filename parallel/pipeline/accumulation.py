@@ -37,15 +37,20 @@ class GradientSum:
         self._pending = 0.0  # weight of the micro-batches in the sum, in units
         self._unit = 0.0
 
-    def begin(self) -> None:
-        """At the start of a run.
+    @property
+    def under_way(self) -> tuple[float, float]:
+        """The weight of the micro-batches in the sum, and its unit, for `begin`."""
+        return self._pending, self._unit
+
+    def begin(self, under_way: tuple[float, float] | None = None) -> None:
+        """At the start of a run, or where a paused one goes on.
 
         Raises:
             ValueError: on every replica, where their weights are not the same: set on some of them only, say.
             PipelineError: a replica is gone.
         Cost: with replicas, one small all-gather, and the weights read once.
         """
-        self._pending = self._unit = 0.0
+        self._pending, self._unit = under_way or (0.0, 0.0)
         if self._group is None or not self._weights.live:
             return
         prints = [fingerprint(local_part(p)) for p in self._weights.live]

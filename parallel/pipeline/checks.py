@@ -186,6 +186,22 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
             part.training = mode
 
 
+def check_pause(clipping: ClipNorm | None, schedule: PipelineSchedule | Program) -> None:
+    """Refuse to leave micro-batches in flight where there are none, or where stages wait for one another's norms.
+
+    Raises:
+        ValueError: naming what to choose.
+    """
+    if isinstance(schedule, Program) or schedule.flushed:
+        name = "a Program" if isinstance(schedule, Program) else repr(schedule.name)
+        raise ValueError(f"drain=False with {name}, which ends drained by itself: leave drain out")
+    if clipping is not None and clipping.scope == "model":
+        raise ValueError(
+            "drain=False with clip of scope='model': stages that pause at different updates would wait for one "
+            "another's norms; choose scope='stage', or drain=True"
+        )
+
+
 def check_model_norm(clipping: ClipNorm | None, schedule: PipelineSchedule | Program) -> None:
     """Refuse clipping by the whole model's norm where stages update after different micro-batches: there is none."""
     if clipping is None or clipping.scope == "stage" or isinstance(schedule, PipelineSchedule):

@@ -8,6 +8,7 @@ message or a second micro-batch in flight: an independent statement of what the 
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Unpack
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fourfold.parallel.pipeline.checks import (
     OneRunAtATime,
     check_model_norm,
+    check_pause,
     check_recomputation,
     check_untied,
     evaluating,
@@ -86,18 +88,35 @@ class PipelinedBackpropEmulator:
         self._clips_model = settings.clipping if settings.clipping and settings.clipping.scope == "model" else None
         self.reports: list[StageReport] = []
         self._alone = OneRunAtATime()
+        self._paused: _Paused | None = None
 
-    def run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
-        """Train on (input, target) micro-batches to the end of the stream; returns their losses, seen in training."""
+    def run(self, batches: Iterable[tuple[Any, Any]], *, drain: bool = True) -> list[float]:
+        """Train on (input, target) micro-batches to the end of the stream; returns their losses, seen in training.
+
+        Args:
+            drain: False: the next run goes on as if its stream were a part of this one. Here the weights in between are
+                those after all backwards of this stream, where stages on ranks have made fewer: they are not evaluated
+                or saved.
+        """
+        if not drain:
+            check_pause(self.stages[0].settings.clipping, self.schedule)
         with self._alone.running("run"):
-            return self._run(batches)
+            return self._run(batches, drain)
 
-    def _run(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
-        for stage in self.stages:
-            stage.begin()
-        histories = [_History(stage) for stage in self.stages]
-        versions = [self._versions(index) for index in range(len(self.stages))]
-        ahead = [next(each, None) for each in versions]
+    def _run(self, batches: Iterable[tuple[Any, Any]], drain: bool) -> list[float]:
+        paused, self._paused = self._paused, None
+        for index, stage in enumerate(self.stages):
+            if paused is None:
+                stage.begin()
+            else:
+                stage.begin(paused.under_way[index], paused.histories[index].num_updates)
+                stage.weights.set_gradients(paused.sums[index])
+        if paused is None:
+            histories = [_History(stage) for stage in self.stages]
+            versions = [self._versions(index) for index in range(len(self.stages))]
+            ahead = [next(each, None) for each in versions]
+        else:
+            histories, versions, ahead = paused.histories, paused.versions, paused.ahead
         losses: list[Tensor] = []
         for value, target in map(copied, pairs(batches)):
             now = ahead
@@ -122,14 +141,24 @@ class PipelinedBackpropEmulator:
             raise ValueError(
                 f"the program is for {self.schedule.num_micro_batches} micro-batches; the stream gave {len(losses)}"
             )
-        self._update([history for history in histories if history.pending])
+        if drain:
+            self._update([history for history in histories if history.pending])
         for stage in self.stages:
-            stage.end()
+            stage.end(drained=drain)
+        if not drain:
+            self._paused = _Paused(
+                histories=histories,
+                versions=versions,
+                ahead=ahead,
+                under_way=[stage.gradients.under_way for stage in self.stages],
+                sums=[stage.weights.take_gradients() for stage in self.stages],
+            )
         self.reports = [stage.meter.report(stage.index, 0.0) for stage in self.stages if stage.settings.observe]
         return torch.stack([loss.double().reshape(()) for loss in losses]).tolist() if losses else []
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode."""
+        self._check_drained("evaluate")
         losses: list[float] = []
         with self._alone.running("evaluate"), evaluating([stage.module for stage in self.stages]):
             for stage in self.stages:
@@ -143,12 +172,26 @@ class PipelinedBackpropEmulator:
     def state_dict(self) -> list[dict[str, Any]]:
         """One state a stage; entry s is what rank s of PipelinedBackprop saves and loads."""
         self._alone.check("state_dict")
+        self._check_drained("state_dict")
         return [stage.state_dict() for stage in self.stages]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         self._alone.check("load_state_dict")
+        if any("in_flight" in state for state in states):
+            raise ValueError(
+                "these states have micro-batches in flight, which only PipelinedBackprop can hold: save after a run "
+                "with drain=True"
+            )
+        self._paused = None
         for stage, state in zip(self.stages, states, strict=True):
             stage.load_state_dict(state)
+
+    def _check_drained(self, what: str) -> None:
+        if self._paused is not None:
+            raise ValueError(
+                f"{what} after a run with drain=False: one process has nothing in flight, so that its weights are not "
+                "those that stages on ranks would have now; use PipelinedBackprop, or end with a run of drain=True"
+            )
 
     def _versions(self, stage: int) -> Iterator[Versions]:
         if self._delays is None:
@@ -179,24 +222,40 @@ class PipelinedBackpropEmulator:
         return norm
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Paused:
+    """Where a stream was left that another goes on with: for every stage."""
+
+    histories: list["_History"]
+    versions: list[Iterator[Versions]]
+    ahead: list[Versions | None]
+    under_way: list[tuple[float, float]]
+    sums: list[list[Tensor | None]]
+
+
 def _ends_group(version: Versions | None, following: Versions | None) -> bool:
     return following is None or version is None or following[1] > version[1]
 
 
 class _History:
-    """The weights that forwards read at each update still in use."""
+    """The weights that forwards read at each update still in use.
+
+    Attributes:
+        pending: whether gradients wait for an update.
+        num_updates: made in this stream.
+    """
 
     def __init__(self, stage: PipelineStage) -> None:
         self.stage = stage
-        self.pending = False  # whether gradients wait for an update
+        self.pending = False
         self._first = 0
         self._past: deque[Weights] = deque()
-        self._updates = 0
+        self.num_updates = 0
         self._newest = stage.snapshot()
 
     def weights(self, seen: int, own: int) -> Weights:
         """The weights after `seen` updates, for a micro-batch whose gradient comes after `own`."""
-        assert own == self._updates
+        assert own == self.num_updates
         self.pending = True
         while self._first < seen and self._past:
             self._past.popleft()
@@ -212,6 +271,6 @@ class _History:
         else:
             self._first += 1
         self.stage.update(norm)
-        self._updates += 1
+        self.num_updates += 1
         self.pending = False
         self._newest = self.stage.snapshot()

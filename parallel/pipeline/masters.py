@@ -134,6 +134,17 @@ class MasterWeights:
                     )
                 p.grad = None if given is None else given.detach().to(p.dtype)
 
+    def take_gradients(self) -> list[Tensor | None]:
+        """The module's gradients, which it has no more."""
+        taken = [p.grad for p in self.live]
+        self.drop_gradients()
+        return taken
+
+    def set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """The inverse of `take_gradients`."""
+        for p, gradient in zip(self.live, gradients, strict=True):
+            p.grad = gradient
+
     def drop_gradients(self) -> None:
         """Of module and masters."""
         self._given = []

@@ -75,9 +75,9 @@ class Meter:
         self._weights, self._on = weights, on
         self.begin()
 
-    def begin(self) -> None:
-        """At the start of a run."""
-        self.num_updates = 0
+    def begin(self, num_updates: int = 0) -> None:
+        """At the start of a run, after so many updates of the stream that goes on."""
+        self.num_updates = self._before = num_updates
         self._start = time.perf_counter()
         self._delays: list[int] = []
         self._errors: list[float] = []
@@ -112,7 +112,7 @@ class Meter:
         return StageReport(
             stage=stage,
             num_micro_batches=len(self._delays),
-            num_updates=self.num_updates,
+            num_updates=self.num_updates - self._before,
             delay_mean=_mean(self._delays),
             delay_max=max(self._delays, default=0),
             prediction_error=_mean(self._errors),

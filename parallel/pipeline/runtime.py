@@ -6,9 +6,7 @@ any length, steps its own optimizer in the middle of it, and reads the weights t
 (mitigation.py). The weights after a run equal PipelinedBackpropEmulator's bit for bit in fp32.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from collections.abc import Iterable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -18,23 +16,21 @@ from torch import Tensor, nn
 from fourfold.parallel.pipeline.checks import (
     OneRunAtATime,
     check_model_norm,
+    check_pause,
     check_recomputation,
     check_untied,
     check_whole_backwards,
     evaluating,
-    pairs,
 )
 from fourfold.parallel.pipeline.failure import PipelineError
 from fourfold.parallel.pipeline.links import PipeLinks, device_of_stages
 from fourfold.parallel.pipeline.norms import ModelNorms
-from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.report import StageReport
-from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
+from fourfold.parallel.pipeline.schedule import lag_updates, resolve_schedule
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
-from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
-from fourfold.parallel.pipeline.values import copied, describe, needs_gradient, put_together, take_apart
-
-OnLoss = Callable[[int, Tensor], None]
+from fourfold.parallel.pipeline.stage import PipelineStage
+from fourfold.parallel.pipeline.stream_run import OnLoss, Place, Stream, StreamRun
+from fourfold.parallel.pipeline.values import describe, put_together, take_apart
 
 
 class PipelinedBackprop:
@@ -100,6 +96,8 @@ class PipelinedBackprop:
         self._device = device_of_stages(next((p.device for p in module.parameters()), None), ranks)
         self._links = PipeLinks(ranks, self._device, timeout_s)
         self._norms = ModelNorms(settings.clipping, self.stage.norms)
+        self._place = Place(stage=self.stage, links=self._links, schedule=self.schedule, norms=self._norms)
+        self._paused: StreamRun | None = None
         self._alone = OneRunAtATime()
         self._length = 0  # of the stream that ran last
         self.reports: list[StageReport] = []
@@ -112,12 +110,9 @@ class PipelinedBackprop:
     def is_last(self) -> bool:
         return self.stage.index == self.num_stages - 1
 
-    @property
-    def reads(self) -> tuple[bool, bool]:
-        """Whether this rank reads a stream's inputs, and its targets."""
-        return self.is_first, self.is_last
-
-    def run(self, batches: Iterable[tuple[Any, Any]], *, on_loss: OnLoss | None = None) -> list[float]:
+    def run(
+        self, batches: Iterable[tuple[Any, Any]], *, on_loss: OnLoss | None = None, drain: bool = True
+    ) -> list[float]:
         """Train on a stream of (input, target) micro-batches to its end, drained: every sample is used exactly once.
 
         Args:
@@ -125,15 +120,20 @@ class PipelinedBackprop:
                 the inputs, the last the targets; elsewhere they may be anything.
             on_loss: called on the last stage with the number of a micro-batch in this stream and its loss, as soon as
                 it is known.
+            drain: False leaves the last micro-batches in flight: the next run goes on as if its stream were a part of
+                this one, with the same weights to the bit, whatever is evaluated or saved in between.
         Returns:
             The loss of each micro-batch as seen in training, on every rank.
         Raises:
             ValueError: this stage's stream is shorter or longer than its neighbour's; as PipelineStage.forward and
                 backward. The other stages then raise PipelineError.
             PipelineError: another stage has failed, is gone or silent; names it. The group cannot be used any more.
+        Cost: with drain=False every micro-batch in flight also keeps a copy of its input and the weights it read.
         """
+        if not drain:
+            check_pause(self.stage.settings.clipping, self.schedule)
         with self._alone.running("run"):
-            return self._guarded(lambda: self._share(self._train(batches, on_loss)))
+            return self._guarded(lambda: self._share(self._train(batches, on_loss, drain)))
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode; arguments as for `run`."""
@@ -141,38 +141,38 @@ class PipelinedBackprop:
             return self._guarded(lambda: self._share(self._evaluate(batches)))
 
     def state_dict(self) -> dict[str, Any]:
-        """This stage's state between two runs. A run may end at any micro-batch, so this is any moment of training."""
+        """This stage's state between two runs, with what a run of drain=False has left in flight.
+
+        A run may end at any micro-batch, so this is any moment of training.
+        """
         self._alone.check("state_dict")
-        return self.stage.state_dict()
+        state = self.stage.state_dict()
+        return state if self._paused is None else {**state, "in_flight": self._paused.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another stage."""
         self._alone.check("load_state_dict")
         self.stage.load_state_dict(state)
         self._norms.known = self.stage.norms
+        in_flight = state.get("in_flight")
+        self._paused = None if in_flight is None else StreamRun.restored(self._place, in_flight)
 
-    def _train(self, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None) -> list[Tensor]:
-        self.stage.begin()
-        run = _Run(self, batches, on_loss)
+    def _train(self, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None, drain: bool) -> list[Tensor]:
+        run, self._paused = self._paused or StreamRun(self._place), None
         idle = self._links.idle_s
-        # Every action of the schedule in turn; the stream is read as forwards are due.
-        for _, kind, micro_batch in self.schedule.actions(self.stage.index, run.stream):
-            run.actions[kind](micro_batch)
-        # Nothing is in flight any more, and the streams of all stages have ended.
-        run.finish()
-        self.stage.end()
+        self._length = run.train(batches, on_loss, drain=drain)
         if self.stage.settings.observe:
             report = self.stage.meter.report(self.stage.index, self._links.idle_s - idle)
             gathered: list[Any] = [None] * self.num_stages
             self._links.guard(lambda: dist.all_gather_object(gathered, report, group=self.group), "sharing reports")
             self.reports = gathered
-        self._length = run.stream.length
+        self._paused = None if drain else run
         return run.losses
 
     def _evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
         stage, links = self.stage, self._links
         stage.weights.take_changes(for_now=True)
-        stream = _Stream(batches, self.reads)
+        stream = Stream(batches, self._place.reads)
         losses = []
         with evaluating([stage.module]):
             for micro_batch in stream:
@@ -224,158 +224,3 @@ class PipelinedBackprop:
             self._links.abort(f"raised {type(error).__name__}: {error}")
             raise
         return losses
-
-
-class _Run:
-    """One run of one stage: what is under way, and what each kind of action does."""
-
-    def __init__(self, pipeline: PipelinedBackprop, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None) -> None:
-        self.pipeline, self.stage, self.links = pipeline, pipeline.stage, pipeline._links
-        self.stream = _Stream(batches, pipeline.reads, self._end_of_stream)
-        self.losses: list[Tensor] = []
-        self.actions: dict[str, Callable[[int], None]] = {
-            "F": self._forward, "B": self._backward, "I": self._backward_input, "W": self._backward_weight,
-            "U": self._update,
-        }  # fmt: skip
-        self._on_loss = on_loss
-        self._flights: dict[int, Flight] = {}
-        self._waiting: deque[int] = deque()  # forwarded, gradient not yet taken
-        self._weights: Weights = self.stage.snapshot()
-        self._previous: Weights = None
-        self._updates = 0
-        self._update_of = _update_of(pipeline.schedule, self.stage.index)
-        if not pipeline.is_first and not self.stream.ended:
-            self.links.expect_activation("train")
-
-    def finish(self) -> None:
-        """After the last action: the stream of the stage before has ended as well, and all messages have left."""
-        if not self.pipeline.is_first:
-            self.links.take_end("train", self.stream.length)
-        self.links.confirm()
-        self.pipeline._norms.finish()
-        self.links.drain()
-
-    def _end_of_stream(self, length: int) -> None:
-        if not self.pipeline.is_last:
-            self.links.send_end(length)
-
-    def _forward(self, micro_batch: int) -> None:
-        value, target = self.stream.current
-        if not self.pipeline.is_first:
-            # This activation, and the receive of the next one posted before there is anything to compute.
-            tensors, (specs, structure) = self.links.take_activation("train", micro_batch)
-            if not self.stream.ended:
-                self.links.expect_activation("train")
-            marked = [each.requires_grad_(spec.needs_gradient) for each, spec in zip(tensors, specs, strict=True)]
-            value = put_together(structure, marked)
-        # With double buffering a group reads the weights before the newest update, once there are such.
-        group = self._update_of(micro_batch) if self.pipeline.schedule.double_buffered else 0
-        use_previous = group > 0 and self._updates == group
-        weights = self._previous if use_previous else self._weights
-        flight = self.stage.forward(value, target, weights, self._updates - use_previous)
-        self._flights[micro_batch] = flight
-        if self.pipeline.is_last:
-            self.losses.append(flight.outputs[0].detach())
-            if self._on_loss is not None:
-                self._on_loss(micro_batch, self.losses[-1])
-            return
-        # On to the next stage, and the receive of its gradient posted if no other is awaited.
-        results = flight.results
-        description = describe(results), flight.structure
-        self.links.send_activation("train", [each.detach() for each in results], description, micro_batch)
-        self._waiting.append(micro_batch)
-        if len(self._waiting) == 1:
-            self._expect_gradient(flight)
-
-    def _expect_gradient(self, flight: Flight) -> None:
-        self.links.expect_gradient(describe([output for output in flight.outputs if needs_gradient(output)]))
-
-    def _gradient_of(self, micro_batch: int) -> tuple[list[Tensor] | None, float]:
-        """The gradients of a micro-batch's outputs, and its weight; on the last stage there is only the weight."""
-        if self.pipeline.is_last:
-            return None, self._flights[micro_batch].weight
-        gradients, weight = self.links.take_gradient(micro_batch)
-        assert self._waiting.popleft() == micro_batch
-        if self._waiting:
-            self._expect_gradient(self._flights[self._waiting[0]])
-        return gradients, weight
-
-    def _pass_on(self, gradients: list[Tensor], weight: float, micro_batch: int) -> None:
-        if not self.pipeline.is_first:
-            self.links.send_gradient(gradients, weight, micro_batch)
-
-    def _backward(self, micro_batch: int) -> None:
-        gradients, weight = self._gradient_of(micro_batch)
-        self._pass_on(self.stage.backward(self._flights.pop(micro_batch), gradients, weight), weight, micro_batch)
-
-    def _backward_input(self, micro_batch: int) -> None:
-        gradients, weight = self._gradient_of(micro_batch)
-        self._pass_on(
-            self.stage.backward_input(self._flights[micro_batch], gradients, weight), weight, micro_batch
-        )  # fmt: skip
-
-    def _backward_weight(self, micro_batch: int) -> None:
-        self.stage.backward_weight(self._flights.pop(micro_batch))
-
-    def _update(self, number: int) -> None:
-        # No forward reads them again: free before the update makes others.
-        self._previous, self._weights = (self._weights if self.pipeline.schedule.double_buffered else None), None
-        norm = self.stage.prepare_update()
-        self.stage.update(self.pipeline._norms.of(self.stage.num_updates, norm, self.links))
-        self._updates = number + 1
-        self._weights = self.stage.snapshot()
-
-
-def _update_of(schedule: PipelineSchedule | Program, stage: int) -> Callable[[int], int]:
-    """Micro-batch -> the number of the update that uses it."""
-    if isinstance(schedule, PipelineSchedule):
-        every = schedule.update_every
-        return lambda micro_batch: micro_batch // every
-    return [own for _, own in schedule.versions(stage)].__getitem__
-
-
-class _Stream(Iterator[int]):
-    """Numbers the micro-batches of an iterable and looks one ahead, so that the next receive can be posted.
-
-    What this rank reads is copied when it is pulled: the iterable may fill the same tensors again.
-
-    Args:
-        reads: whether this rank reads the inputs, and the targets.
-        on_end: called with the length as soon as the last micro-batch has been used, before anything else is asked.
-    """
-
-    def __init__(
-        self,
-        batches: Iterable[tuple[Any, Any]],
-        reads: tuple[bool, bool],
-        on_end: Callable[[int], None] | None = None,
-    ) -> None:
-        self._batches, self._reads = pairs(batches), reads
-        self._numbers = count()
-        self._on_end = on_end
-        self._next = self._pull()
-        self.current: tuple[Any, Any] = (None, None)
-        self.length = 0
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is no micro-batch after the current one."""
-        return self._next is None
-
-    def __next__(self) -> int:
-        if self._next is None:
-            if self._on_end is not None:
-                self._on_end(self.length)
-                self._on_end = None
-            raise StopIteration
-        self.current = self._next
-        self._next = self._pull()
-        self.length += 1
-        return next(self._numbers)
-
-    def _pull(self) -> tuple[Any, Any] | None:
-        pulled = next(self._batches, None)
-        if pulled is None:
-            return None
-        value, target = (copied(each) if read else None for each, read in zip(pulled, self._reads, strict=True))
-        return value, target

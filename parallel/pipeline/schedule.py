@@ -120,12 +120,19 @@ class PipelineSchedule:
         following = self.num_stages - 1 - stage
         return {"lockstep": 2 * following, "gpipe": self.update_every - 1}.get(self.name, following)
 
-    def actions(self, stage: int, micro_batches: Iterator[int]) -> Iterator[Action]:
-        """What `stage` does, in order. A micro-batch is pulled when its forward is due: the stream may be endless."""
+    def actions(self, stage: int, micro_batches: Iterator[int], *, first: int = 0) -> Iterator[Action]:
+        """What `stage` does, in order. A micro-batch is pulled when its forward is due: the stream may be endless.
+
+        Args:
+            first: go on from this micro-batch, the `warm_up` ones before it being in flight; not where the pipeline
+                drains before every update.
+        """
         if not 0 <= stage < self.num_stages:
             raise ValueError(f"stage {stage} is outside of {self.num_stages} stages")
-        order = _flushed if self.flushed else _flowing
-        return order(self, stage, micro_batches)
+        if self.flushed:
+            assert first == 0
+            return _flushed(self, stage, micro_batches)
+        return _flowing(self, stage, micro_batches, first)
 
     def program(self, num_micro_batches: int) -> Program:
         """All stages' actions for a stream of `num_micro_batches`."""
@@ -244,9 +251,10 @@ def _check_halves(program: Program) -> None:
                 )
 
 
-def _flowing(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> Iterator[Action]:
+def _flowing(schedule: PipelineSchedule, stage: int, stream: Iterator[int], first: int) -> Iterator[Action]:
     """Warm up once, then one forward and one backward in turn to the end of the stream."""
-    waiting: deque[int] = deque()  # forwarded, not yet backwarded
+    # Forwarded, not yet backwarded.
+    waiting = deque(range(max(0, first - schedule.warm_up(stage)), first))
 
     def backward() -> Iterator[Action]:
         micro_batch = waiting.popleft()
@@ -257,7 +265,7 @@ def _flowing(schedule: PipelineSchedule, stage: int, stream: Iterator[int]) -> I
             yield Action(stage, "U", update)
 
     # While the stream lasts: a forward, and once warmed up a backward after each.
-    last = -1
+    last = first - 1
     for last in stream:
         yield Action(stage, "F", last)
         waiting.append(last)

@@ -125,20 +125,25 @@ class PipelineStage:
         """The learning-rate scheduler (of the first optimizer, where there are several)."""
         return self.schedulers[0] if self.schedulers else None
 
-    def begin(self) -> None:
-        """At the start of a run: take weights that the user has set since the last. Raises ValueError, see masters."""
+    def begin(self, under_way: tuple[float, float] | None = None, num_updates: int = 0) -> None:
+        """At the start of a run: take weights that the user has set since the last. Raises ValueError, see masters.
+
+        Args:
+            under_way: GradientSum's, of the stream that goes on.
+            num_updates: made in it so far.
+        """
         if not torch.is_grad_enabled():
             raise ValueError("run trains, but gradients are off (torch.no_grad or inference_mode): use evaluate there")
         self.weights.take_changes()
         self.weights.drop_gradients()  # of the user's own backwards, or of a run that failed
-        self.gradients.begin()
-        self.meter.begin()
+        self.gradients.begin(under_way)
+        self.meter.begin(num_updates)
         self._checked_graph = False
 
-    def end(self) -> None:
-        """At the end of a run: all is applied; replicas' buffers become those of the first, as under torch's DDP."""
+    def end(self, *, drained: bool = True) -> None:
+        """At the end of a run. Once drained, replicas' buffers become those of the first, as under torch's DDP."""
         self.gradients.end()
-        if self.dp_group is not None:
+        if self.dp_group is not None and drained:
             self._copy_from_first(tuple(self.module.buffers()))
         self.weights.check_untouched()
         self.weights.note()
