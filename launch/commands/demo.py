@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.launch.commands.launch import fresh_folder, run_layout
+from fourfold.launch.commands.plan import prediction_of
 from fourfold.launch.commands.profile import profile_machine
 from fourfold.launch.main_job import Machine, main_job, this_machine
 from fourfold.launch.runs import append_runs, read_result, run_row, typical_step_s
+from fourfold.launch.verdict import read_phases, verdict
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import write_layout_file
@@ -142,6 +144,8 @@ def _measure(console: Console, out: Path, plan: Plan, machine: Cluster) -> list[
             run_layout(priced.layout, plan.model, out=folder, steps=MEASURED_STEPS, held_out_batches=0, quiet=True)
         result = read_result(folder)
         append_runs(out / "runs.csv", [run_row(priced.layout, plan.model, machine, result)])
+        for line in verdict(prediction_of(plan, priced), result, read_phases(folder))[1:]:
+            console.print(f"{priced.layout}: {line}", highlight=False)
         rows.append(
             {
                 "priced": priced,

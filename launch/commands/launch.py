@@ -11,8 +11,16 @@ import typer
 from typer.core import TyperCommand
 
 from fourfold.launch.processes import start_ranks
+from fourfold.launch.runs import read_result
 from fourfold.launch.train_options import RESUME_VALUE, as_arguments, checked
-from fourfold.layouts.inputs.layout import Layout, check_runnable, read_layout_file, write_layout_file
+from fourfold.launch.verdict import checked_prediction, read_phases, verdict
+from fourfold.layouts.inputs.layout import (
+    Layout,
+    check_runnable,
+    read_layout_file,
+    read_prediction,
+    write_layout_file,
+)
 from fourfold.layouts.inputs.model import ModelConfig
 
 WRITTEN = {"metrics.csv", "log.jsonl", "result.json", "checkpoints", "tokens", "tensorboard", "wandb", ".lock"}
@@ -59,11 +67,15 @@ def launch(
     On several hosts run `torchrun ... -m fourfold.launch.train --layout LAYOUT` on each instead.
     """
     plan, model = read_layout_file(layout)
+    said = checked_prediction(read_prediction(layout), str(layout))
     run_layout(
         plan, model, steps=steps, out=out, learning_rate=learning_rate, seed=seed,
         checkpoint_every=checkpoint_every, resume=resume, resume_anyway=resume_anyway,
         timeout_minutes=timeout_minutes, quiet=quiet, engine=engine,
     )  # fmt: skip
+    if not quiet:
+        for line in verdict(said, read_result(out), read_phases(out)):
+            typer.echo(line)
 
 
 def run_layout(layout: Layout, model: ModelConfig, *, out: Path, **options: Any) -> None:

@@ -121,7 +121,7 @@ def prediction_of(result: Plan, priced: PricedLayout) -> dict[str, Any]:
     return {
         "cluster": result.cluster.name, "devices_per_node": result.cluster.devices_per_node,
         "software": priced.software.name, "step_s": priced.step_s, "peak_gib": priced.peak_bytes / GIB,
-        "fit_probability": priced.fit_probability,
+        "fit_probability": priced.fit_probability, "terms_s": dict(priced.time_parts_s),
     }  # fmt: skip
 
 
