@@ -345,6 +345,13 @@ PACKED: tuple[Limit, ...] = (
         "lengths, which tp={layout.tp} does not always divide; choose cp=1 or sequence_parallel=false, or rows of one "
         "document",
     ),
+    Limit(
+        fields=("checkpointing", "schedule"),
+        allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.checkpointing != STREAM),
+        reason="packed rows in an asynchronous stage that streams",
+        message="packed rows with checkpointing='stream' and schedule={layout.schedule_word!r}: there attention takes "
+        "no documents; choose checkpointing='none' or 'full', or rows of one document",
+    ),
 )
 """What a layout cannot be whose rows hold several documents."""
 

@@ -30,6 +30,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "z0": {"dp": 2},
     "z3": {"dp": 2, "zero_stage": 3},
     "pp": {"pp": 2},
+    "tp": {"tp": 2},
     "async": {"pp": 2, "schedule": "lockstep"},
 }
 
@@ -37,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def trained(fields: dict[str, Any], checkpoints: Checkpoints, resume: Resume, **sizes: Any) -> list[float]:
     """The losses of a training to step 4, from scratch or resumed."""
     layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **fields)
-    mesh = init_mesh(dp=layout.dp, pp=layout.pp, device_type="cpu")
+    mesh = init_mesh(dp=layout.dp, pp=layout.pp, tp=layout.tp, device_type="cpu")
     kept = TrainingRun(gauge=MemoryGauge(torch.device("cpu")), checkpoints=checkpoints, resume=resume)
     with kept.gauge:
         model = tiny_model(num_hidden_layers=2, **sizes)
@@ -64,17 +65,24 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "a flipped bit": ("__1_0.distcp", flip, "__1_0.distcp holds other bytes than were written"),
-    "a truncated shard": ("__0_0.distcp", truncate, "__0_0.distcp has "),
-    "a zeroed shard": ("__1_0.distcp", zero, "__1_0.distcp holds other bytes than were written"),
-    "a missing shard": ("__1_0.distcp", Path.unlink, "__1_0.distcp is missing"),
-    "a flipped bit in torch's table": (".metadata", flip, ".metadata holds other bytes than were written"),
-    "no table": (".metadata", Path.unlink, ".metadata is missing"),
-    "a flipped bit in the manifest": (MANIFEST, flip, "manifest.json is damaged"),
-    "a truncated manifest": (MANIFEST, truncate, "manifest.json is damaged"),
-    "no manifest": (MANIFEST, Path.unlink, "manifest.json is missing"),
-}
+def swap(path: Path) -> None:
+    """The file of the same name of the other checkpoint."""
+    shutil.copyfile(path.parent.parent / "step_00000002" / path.name, path)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "flip": flip, "truncate": truncate, "zero": zero, "delete": Path.unlink, "swap": swap,
+}  # fmt: skip
+FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", MANIFEST)
+
+
+def told_of(kind: str, name: str) -> str:
+    """What a damage is told as."""
+    if kind == "delete":
+        return f"{name} is missing"
+    if name == MANIFEST:
+        return "manifest.json is of step 2; " if kind == "swap" else "manifest.json is damaged; "
+    return f"{name} has " if kind == "truncate" else f"{name} holds other bytes than were written; "
 
 
 def on_rank_0(action: Callable[[], object]) -> None:
@@ -88,31 +96,42 @@ def damaged_one_by_one(fields: dict[str, Any], folder: str) -> dict[str, Any]:
     root, told = Path(folder), {}
     whole = Checkpoints(folder=root / "whole")
     told["losses"] = trained(fields, whole, Resume())
-    for number, (kind, (name, damage, _)) in enumerate(DAMAGES.items()):
-        copy = Checkpoints(folder=root / f"copy{number}")
-        on_rank_0(partial(shutil.copytree, whole.folder, copy.folder))
-        on_rank_0(partial(damage, copy.folder / "step_00000004" / name))
-        with pytest.raises(CheckpointError) as error:
-            trained(fields, copy, Resume(choice="yes"))
-        told[kind] = str(error.value)
+    copy = Checkpoints(folder=root / "copy")
+    for kind, damage in KINDS.items():
+        for name in FILES:
+            on_rank_0(partial(shutil.copytree, whole.folder, copy.folder))
+            on_rank_0(partial(damage, copy.folder / "step_00000004" / name))
+            with pytest.raises(CheckpointError) as error:
+                copy.load(UNUSED, [], Resume(choice="yes"))
+            told[f"{kind} {name}"] = str(error.value)
+            on_rank_0(partial(shutil.rmtree, copy.folder))
+    on_rank_0(partial(shutil.copytree, whole.folder, copy.folder))
     on_rank_0(lambda: flip(whole.folder / "step_00000004" / "__0_0.distcp"))
     told["auto"] = trained(fields, whole, Resume(choice="auto"))
-    on_rank_0(lambda: shutil.rmtree(root / "copy0" / "step_00000002"))
+    on_rank_0(lambda: flip(copy.folder / "step_00000004" / "__1_0.distcp"))
+    told["by number"] = trained(fields, copy, Resume(choice="2"))
+    on_rank_0(lambda: flip(copy.folder / "step_00000004" / "__1_0.distcp"))
+    on_rank_0(lambda: shutil.rmtree(copy.folder / "step_00000002"))
     with pytest.raises(CheckpointError) as error:
-        trained(fields, Checkpoints(folder=root / "copy0"), Resume(choice="auto"))
+        trained(fields, copy, Resume(choice="auto"))
     told["none"] = str(error.value)
-    told["by number"] = trained(fields, Checkpoints(folder=root / "copy1"), Resume(choice="2"))
     return told
+
+
+UNUSED: Any = None
+"""A model that nothing is loaded into: a damaged checkpoint is told before the model is looked at."""
 
 
 @pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
 def test_damage_is_named_and_an_older_whole_checkpoint_taken(ranks, tmp_path, fields):
     first, second = ranks(2)(damaged_one_by_one, fields, str(tmp_path))
     assert first == second
-    for kind, (_, _, words) in DAMAGES.items():
-        assert f"step_00000004: {words}" in first[kind]
-        assert first[kind].endswith("; step_00000002 is whole: go on from it with --resume 2")
-        assert "\n" not in first[kind]
+    for kind in KINDS:
+        for name in FILES:
+            told = first[f"{kind} {name}"]
+            assert f"step_00000004: {told_of(kind, name)}" in told
+            assert told.endswith("; step_00000002 is whole: go on from it with --resume 2")
+            assert "\n" not in told
     assert first["none"].endswith("; no other checkpoint is whole: start anew with another --out")
     assert first["auto"] == first["by number"] == first["losses"][2:]  # to the bit: the same layout
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["step_00000002", "step_00000004"]

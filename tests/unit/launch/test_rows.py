@@ -131,6 +131,11 @@ def test_a_text_without_a_row_is_refused_before_it_is_asked_for(text_, said):
         ({"packing": True}, {"cp": 2, "pp": 2}, "packing=true: packed rows with cp=2 and pp=2"),
         ({"packing": True}, {"cp": 2, "tp": 2, "sequence_parallel": True}, "choose cp=1 or sequence_parallel=false"),
         ({"packing": True}, {"pp": 2, "schedule": "lockstep"}, "and a sliding window"),
+        (
+            {"packing": True},
+            {"pp": 2, "schedule": "lockstep", "checkpointing": "stream"},
+            "checkpointing='stream' and schedule='lockstep'",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused_in_one_line(keys, fields, said):
