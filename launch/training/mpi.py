@@ -16,13 +16,18 @@ def started_by_mpi(environment: Mapping[str, str]) -> bool:
     return "RANK" not in environment and any(name in environment for name in _SIZE_VARIABLES)
 
 
+def started_size(environment: Mapping[str, str]) -> int:
+    """How many processes MPI's launcher says that it has started."""
+    return next(int(environment[name]) for name in _SIZE_VARIABLES if name in environment)
+
+
 def adopt_mpi_ranks() -> None:
     """Set the variables that torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK, ...) from MPI's world.
 
     Every rank calls.
 
     Raises:
-        ValueError: mpi4py is not installed.
+        ValueError: mpi4py is not installed, or is of another MPI than the launcher, so that each process is alone.
     Cost: one broadcast of an address and one split by host.
     """
     try:
@@ -31,7 +36,12 @@ def adopt_mpi_ranks() -> None:
         raise ValueError(
             "MPI started this process, but mpi4py is missing: pip install 'fourfold[mpi]', or use torchrun"
         ) from None
-    world = MPI.COMM_WORLD
+    world, started = MPI.COMM_WORLD, started_size(os.environ)
+    if world.size != started:
+        raise ValueError(
+            f"MPI's launcher started {started} processes, and mpi4py sees {world.size}: they are of two kinds of MPI; "
+            "use mpi4py's own mpiexec (of fourfold[mpi]), srun --mpi=none, or torchrun"
+        )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     meeting = world.bcast(_meeting_point(world.size == local.size) if world.rank == 0 else None)
     if world.size == local.size:

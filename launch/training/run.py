@@ -27,7 +27,7 @@ from fourfold.launch.training.settings import TrainSettings, comparable_settings
 from fourfold.launch.training.slurm import adopt_slurm_ranks, started_by_slurm
 from fourfold.launch.training.teller import Teller
 from fourfold.launch.training.trackers import check_trackers
-from fourfold.launch.training.watch import Activity, HangWatch, watch_launcher
+from fourfold.launch.training.watch import Activity, HangWatch, bounded_meeting, watch_launcher
 from fourfold.layouts.inputs.layout import Layout
 
 MOST_MINUTES = 7 * 24 * 60
@@ -85,7 +85,8 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     # The ranks meet, and from now on a hang is told and bounded.
     timeout_s = options.timeout_minutes * 60
     activity.now("meeting the other ranks")
-    mesh = meet(layout, timeout_s=timeout_s)
+    with bounded_meeting(timeout_s=2 * timeout_s + 90):  # after torch's own limit, which says more
+        mesh = meet(layout, timeout_s=timeout_s)
     watch = HangWatch(activity, timeout_s=timeout_s)
     if out is not None:
         check_shared(out)

@@ -29,22 +29,36 @@ def adopt_slurm_ranks(environment: Mapping[str, str]) -> None:
         raise ValueError("srun started tasks on several hosts without SLURM_STEP_NODELIST: use torchrun on each host")
     if num_hosts == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "")))
+    node = int(environment.get("SLURM_NODEID", "0"))
+    local_size = tasks[node] if len(tasks) == num_hosts and sum(tasks) == size else -(-size // num_hosts)
     job = int(environment.get("SLURM_JOB_ID", "0")) + int(environment.get("SLURM_STEP_ID", "0"))
     os.environ |= {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": environment.get("SLURM_LOCALID", environment["SLURM_PROCID"]),
-        "LOCAL_WORLD_SIZE": str(-(-size // num_hosts)),
+        "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": first_host(hosts) if num_hosts > 1 else "127.0.0.1",
         "MASTER_PORT": environment.get("MASTER_PORT", str(_FIRST_PORT + job % _NUM_PORTS)),
     }
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's compressed list: "node[07-09,12],other" is "node07"."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodelist)
-    assert match is not None
-    return match[1] + (match[2] or "")
+    """The first host of Slurm's compressed list: "node[07-09,12],other" is "node07", "rack[1-2]n[3,5]" is "rack1n3"."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodelist)
+    assert first is not None
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+
+
+def tasks_per_node(compressed: str) -> list[int]:
+    """Slurm's compressed list, a number a node: "4(x2),3" is [4, 4, 3]; empty where it is none."""
+    tasks: list[int] = []
+    for part in compressed.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return []
+        tasks += [int(match[1])] * int(match[2] or "1")
+    return tasks
 
 
 def _num_tasks(environment: Mapping[str, str]) -> int:

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fourfold.launch.processes import LAUNCHER
-from fourfold.launch.refusal import EXIT_TOLD
+from fourfold.launch.refusal import EXIT_REFUSED, EXIT_TOLD
 
 _LOOK_S = 0.5
 _BEAT_S = 2.0
@@ -63,6 +63,30 @@ def watch_launcher(environment: MutableMapping[str, str], started_by: int | None
         os._exit(EXIT_TOLD)
 
     threading.Thread(target=look, name="launcher watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def bounded_meeting(*, timeout_s: float) -> Iterator[None]:
+    """End this process where the ranks do not meet in time; in a `with` around their meeting.
+
+    torch's own limit does not hold where another program took the port and says nothing.
+    """
+    met = threading.Event()
+
+    def look() -> None:
+        if not met.wait(timeout_s):
+            where, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            _tell(
+                f"rank {os.environ.get('RANK', '0')} has met no others at {where}, port {port}, for {timeout_s:.0f} s: "
+                "see that every rank was started, or give another MASTER_PORT"
+            )
+            os._exit(EXIT_REFUSED)
+
+    threading.Thread(target=look, name="meeting watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 class HangWatch:

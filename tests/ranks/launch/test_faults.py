@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ import psutil
 import pytest
 from support.tiny_config import CONFIG
 from support.training_process import TRAIN, Forked, forked_ranks, until_rows
+from torch.distributed import TCPStore
 
+from fourfold.launch.training.watch import bounded_meeting
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
@@ -307,6 +310,39 @@ def test_srun_starts_ranks_that_meet(layout_file, tmp_path):
     ]
     assert [task.wait(180.0) for task in tasks] == [0, 0]
     assert len(json.loads((tmp_path / "out" / "result.json").read_text())["losses"]) == 2
+
+
+def test_a_port_that_is_taken_is_told_by_the_rank_that_needs_it(layout_file, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        words = ["--layout", layout_file(dp=2), "--out", tmp_path / "out", "--steps", 1]
+        task = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}
+        run = by_hand(tmp_path / "log", *words, **task, MASTER_PORT=port)
+        assert run.poll() == 2
+        (line,) = run.text().strip().splitlines()
+        assert line.startswith(f"error: the ranks cannot meet at 127.0.0.1, port {port}: ")
+        assert "give another MASTER_PORT" in line
+
+
+def meets_in_vain() -> None:
+    with bounded_meeting(timeout_s=1.0):
+        TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), 2, False)
+
+
+def test_a_rank_that_meets_another_program_ends(tmp_path):
+    """What holds the port neither answers nor hangs up, and torch's own limit does not count."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        port = str(silent.getsockname()[1])
+        run = Forked(tmp_path / "log", "this", [], before=meets_in_vain, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        assert run.wait(STARTING_S) == 2
+    assert run.errors() == [
+        f"error: rank 0 has met no others at 127.0.0.1, port {port}, for 1 s: see that every rank was started, or give "
+        "another MASTER_PORT"
+    ]
 
 
 def test_one_command_line_starts_and_goes_on(layout_file, tmp_path):
