@@ -5,13 +5,19 @@ reduces gradients) at every micro-batch, and learns from gradients that are some
 a test compares them with the schedules themselves, parallel.pipeline.schedule.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fourfold.layouts.cost.candidates import DOUBLE_BUFFERED, FLUSHED, LOCKSTEP, Candidates, Column
 from fourfold.layouts.inputs.layout import Layout
-from fourfold.parallel.pipeline.mitigation import Mitigation, scale_adam_hyperparameters, scale_hyperparameters
+from fourfold.parallel.pipeline.mitigation import (
+    LONGEST_TURNED_SIDE,
+    Mitigation,
+    scale_adam_hyperparameters,
+    scale_hyperparameters,
+)
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
 
 SPIKE_PASSES = 6.0
@@ -19,6 +25,12 @@ SPIKE_PASSES = 6.0
 PREDICTION_PASSES = {"velocity": 10.0, "weight": 5.0, "none": 0.0}
 """For predicted weights: Adam's second moment to a divisor in three operators, then a step from weights and moments;
 or the weights now kept for the next time, and a step from those and the ones kept before."""
+FEEDBACK_PASSES = 13.0
+"""Error feedback: the weights before kept (2), the step from them (3), its difference to an old one (3), that into the
+weights (3), and the step kept (2)."""
+ROTATION_PRODUCTS = {"update": 6.0, "prediction": 2.0, "refresh": 8.0}
+"""Products of square matrices for basis rotation: two covariances, the gradient turned and the step turned back by both
+sides; a predicted step turned back; and every so often the moment into the new bases and these themselves."""
 EXCHANGE_PASSES = 4.0
 """Filling the module with the weights of a forward or a backward, and with the present ones after it."""
 COPY_PASSES = 2.0
@@ -62,7 +74,7 @@ def weight_copies(layouts: Candidates, stage: Column) -> Column:
         for double_buffered in (False, True):
             held = mitigation.weight_copies(int(delay), double_buffered=double_buffered)
             copies[(late == delay) & (buffered == double_buffered)] = held
-    spike = float(bool(mitigation.spike) and not mitigation.predicts)
+    spike = float(mitigation.compensates and not mitigation.predicts)
     return copies + spike * (late > 0)
 
 
@@ -78,7 +90,11 @@ def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandw
     follows = mitigation.correction > 0
     # At every update: spike compensation, the running mean of updates, the prediction, and copies kept of the weights.
     predict = PREDICTION_PASSES["velocity"] if mitigation.spectrain else PREDICTION_PASSES[mitigation.predict]
-    passes = SPIKE_PASSES * bool(mitigation.spike) + DRIFT_PASSES["update"] * follows
+    passes = (
+        SPIKE_PASSES * mitigation.compensates
+        + FEEDBACK_PASSES * (mitigation.feedback > 0)
+        + DRIFT_PASSES["update"] * follows
+    )
     passes += predict
     passes = passes + COPY_PASSES * ((own_forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
     # At every micro-batch: weights of its own for the forward, and for the backward where that reads others.
@@ -91,6 +107,24 @@ def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandw
     passes = passes + each_update * (EXCHANGE_PASSES * own_forward + backward)
     mitigated = (late > 0) | (mitigation.spectrain & (lag_updates > 0))
     return np.where(mitigated, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
+
+
+def rotation_seconds(
+    layouts: Candidates, params: Column, stage: Column, width: int, matmul_s: Callable[[int, int, int], Column]
+) -> Column:
+    """Of one update: basis rotation, with the stage's weights as squares of the model's width; [stages, candidates].
+
+    Args:
+        matmul_s: seconds of a product m x k by k x n. At the speed of a layout's own products, which where these are
+            in bf16 is faster than rotation's fp32: a lower bound then.
+    """
+    mitigation = Mitigation.named(layouts.mitigation)
+    if not mitigation.rotate_every or width > LONGEST_TURNED_SIDE:
+        return np.zeros(np.broadcast_shapes(np.shape(params), np.shape(delays(layouts, stage))))
+    products = ROTATION_PRODUCTS["update"] + ROTATION_PRODUCTS["refresh"] / mitigation.rotate_every
+    products += ROTATION_PRODUCTS["prediction"] * (mitigation.predict == "velocity" or mitigation.spectrain)
+    seconds = params / width**2 * products * matmul_s(width, width, width)
+    return np.where(delays(layouts, stage) > 0, seconds, 0.0)
 
 
 def schedule_of(layout: Layout) -> PipelineSchedule:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.asynchronous import mitigation_seconds, updates_per_step
+from fourfold.layouts.cost.asynchronous import mitigation_seconds, rotation_seconds, updates_per_step
 from fourfold.layouts.cost.candidates import FLUSHED, FULL, NONE, STREAM, Column
 from fourfold.layouts.cost.communication import (
     expert_seconds,
@@ -256,7 +256,11 @@ def _update_of(pricing: Pricing, compute: Column) -> _Update:
         reduction = np.where(late, updates * visible, reduction)
         shared, experts = pricing.held_params
         bandwidth = pricing.memory_bandwidth_bytes_per_s
-        mitigate = mitigation_seconds(layouts, shared + experts, pricing.stages.index, bandwidth)
+        held, index = shared + experts, pricing.stages.index
+        mitigate = mitigation_seconds(layouts, held, index, bandwidth)
+        mitigate = mitigate + rotation_seconds(
+            layouts, held, index, pricing.model.hidden_size, pricing.kernels.matmul_s
+        )
         unclipped = _optimizer_seconds(pricing, clipped=False)  # no rank sees all gradients
         optimizer = np.where(late, updates * (unclipped + mitigate), optimizer)
     return _Update(reduction, optimizer)

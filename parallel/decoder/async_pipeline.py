@@ -59,6 +59,7 @@ class DecoderPipelineOptions(CutOptions, total=False):
     schedule: str | PipelineSchedule
     mitigation: str | Mitigation
     scheduler: SchedulerFactory | None
+    master_dtype: torch.dtype | None
     clip: ClipNorm | float | None
     skip_nonfinite: bool
     on_gradients: Callable[[dict[str, Tensor]], None] | None
@@ -136,8 +137,8 @@ def pipeline_decoder(
     Args:
         mesh: from init_mesh, with cp and tp of 1. Replicas average gradients at every update.
         seq_len: as for decoder_stages.
-        options: optimizer, schedule, mitigation, scheduler, clip, skip_nonfinite, on_gradients and observe as
-            PipelineSettings has them; what CutOptions has.
+        options: optimizer, schedule, mitigation, scheduler, master_dtype, clip, skip_nonfinite, on_gradients and
+            observe as PipelineSettings has them; what CutOptions has.
     Raises:
         ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
             in bf16-mixed; as decoder_stages.

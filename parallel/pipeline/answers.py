@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.parallel.pipeline.mitigation import Mitigation
+from fourfold.parallel.pipeline.mitigation import LONGEST_TURNED_SIDE, Mitigation
 from fourfold.parallel.pipeline.moments import Slot
 
 Weights = list[Tensor]
@@ -235,7 +235,7 @@ class BasisRotation(Answer):
 
     kinds = ("rows", "columns", "row_basis", "column_basis")
     starts_blank = True
-    longest_side = 4096
+    longest_side = LONGEST_TURNED_SIDE
 
     def blank(self, slots: Sequence[Slot]) -> dict[str, Weights]:
         """Squares for the sides that are turned, nothing for the others."""

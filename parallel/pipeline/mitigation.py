@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Literal, NamedTuple
 
+LONGEST_TURNED_SIDE = 4096
+"""Of a matrix: longer ones have no eigenbasis of their own in basis rotation."""
+
 
 def spike_compensation(delay: float, momentum: float) -> tuple[float, float]:
     """The pair (a, b) of SC_D: a = m^D, b = (1 - m^D) / (1 - m).

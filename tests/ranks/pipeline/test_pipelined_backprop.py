@@ -13,7 +13,8 @@ from support.rank_pool import RankFailure
 from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator, init_mesh
-from fourfold.parallel.decoder import cut_decoder_into_stages, pipeline_decoder
+from fourfold.parallel.decoder import cut_decoder_into_stages, decoder_stages, pipeline_decoder
+from fourfold.parallel.decoder.async_pipeline import next_token_loss, num_targets
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline import PipelineSchedule, Program
 from fourfold.parallel.pipeline.schedule import NAMES
@@ -255,6 +256,50 @@ def decoder_digests(checkpointing: str) -> tuple[str, str]:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_a_hugging_face_decoder_in_stages(ranks, checkpointing):
     for stage, (mine, emulated) in enumerate(ranks(2)(decoder_digests, checkpointing)):
+        assert mine == emulated, f"stage {stage}"
+
+
+INSIDE: dict[str, dict[str, Any]] = {
+    "masters": {"precision": "bf16", "master_dtype": torch.float32},
+    "stream": {"checkpointing": "stream", "stream": StreamSettings(chunk_size=3, logits_chunk=2)},
+    "compile": {"checkpointing": "full", "compile": "aot_eager"},
+    "mixed": {"precision": "bf16-mixed", "compile": "aot_eager", "mitigation": "stash+lwpv+sc"},
+}
+
+
+def inside_a_stage(case: str) -> tuple[str, str]:
+    """Of this rank's stage of a decoder, and in the emulator."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model() -> Any:
+        torch.manual_seed(4)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=False,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
+
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(0, 32, (2, 8), generator=generator) for _ in range(5)]
+    data = [(row[:, :-1], row[:, 1:]) for row in rows]
+    cut = dict(INSIDE[case])
+    runtime = pipeline_decoder(model(), init_mesh(pp=2, device_type="cpu"), seq_len=7, optimizer=ADAMW, **cut)
+    own = {key: cut.pop(key) for key in ("mitigation", "master_dtype") if key in cut}
+    stages = decoder_stages(model(), 2, seq_len=7, **cut)
+    last: Any = stages[-1]
+    last.gives_hidden = case == "stream"
+    emulator = PipelinedBackpropEmulator(
+        [stage for stage in stages if stage is not None], optimizer=ADAMW, loss_weight=num_targets,
+        loss_fn=last.streamed_loss if last.gives_hidden else next_token_loss, **own,
+    )  # fmt: skip
+    mine = digest([*runtime.run(data), *runtime.evaluate(data)], runtime.state_dict())
+    losses = [*emulator.run(data), *emulator.evaluate(data)]
+    return mine, digest(losses, emulator.state_dict()[dist.get_rank()])
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_what_is_inside_a_decoders_stage_is_the_emulators(ranks, case):
+    for stage, (mine, emulated) in enumerate(ranks(2)(inside_a_stage, case)):
         assert mine == emulated, f"stage {stage}"
 
 

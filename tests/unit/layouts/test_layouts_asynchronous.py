@@ -90,6 +90,8 @@ def test_each_update_costs_and_each_copy_of_the_weights_counts():
         ({"mitigation": "lwpw+stash"}, 5 + 4 + 4 + 2, 0),
         ({"mitigation": "pipemare-dc"}, 10 + (5 + 4) + 2, 0),
         ({"mitigation": "spectrain"}, 10 + 4 + 2, 10 + 4 + (10 + 4) + 2),
+        ({"mitigation": "ef"}, 13, 0),
+        ({"mitigation": "nesterov+stash"}, 6 + 2 + 4 + 4 + 2, 0),
         ({"schedule": "2bw", "mitigation": "none"}, 2 + 32 * (4 + 4) + 2, 2 + 32 * (4 + 4) + 2),
         ({"schedule": "2bw", "mitigation": "lwpw"}, 5 + 32 * (4 + 4) + 2, 5 + 32 * (4 + 4) + 2),
     ],
@@ -100,6 +102,24 @@ def test_passes_over_the_weights_are_those_of_the_stage(fields, first, last):
     index = stages_of(LLAMA, candidates).index
     passes = asynchronous.mitigation_seconds(candidates, np.ones(index.shape), index, 4.0)
     assert passes[[0, 2], 0].tolist() == [first, last]
+
+
+@pytest.mark.parametrize(("mitigation", "products"), [("rotate", 6.8), ("rotate+lwpv+sc", 8.8), ("lwpv+sc", 0)])
+def test_basis_rotation_costs_products_of_matrices(mitigation, products):
+    candidates = Candidates.of([late(mitigation=mitigation)])
+    index = stages_of(LLAMA, candidates).index
+    asked = []
+
+    def one_second(*shape: int) -> float:
+        asked.append(shape)
+        return 1.0
+
+    found = asynchronous.rotation_seconds(candidates, np.full(index.shape, 5 * 64.0**2), index, 64, one_second)
+    assert found[[0, -2, -1], 0] == pytest.approx([5 * products, 5 * products, 0])  # the last stage is never late
+    assert asked == ([(64, 64, 64)] if products else [])
+    plain, turned = (price(LLAMA, A100, [late(mitigation=name)])[0] for name in ("lwpv+sc", "rotate+lwpv+sc"))
+    assert turned.optimizer_s > plain.optimizer_s
+    assert turned.memory_parts_bytes["weights"] > plain.memory_parts_bytes["weights"]
 
 
 def test_what_changes_for_learning_follows_the_schedule():
