@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fourfold.launch.commands.launch import fresh_folder, run_layout
+from fourfold.launch.commands.launch import fresh_folder, run_layout, start_training
 from fourfold.launch.commands.plan import prediction_of
 from fourfold.launch.commands.profile import profile_machine
 from fourfold.launch.main_job import Machine, main_job, this_machine
@@ -89,7 +90,7 @@ def demo(
     best = min(compared, key=lambda row: row["measured_step_s"])["priced"]
     write_layout_file(out / "layout.toml", best.layout, decoder)
     _headline(console, "4. train", f"on the fastest of them, {best.layout}")
-    result = _train(out, best, decoder, machine, {"steps": steps, "learning_rate": job.learning_rate})
+    result = _train(console, out, best, decoder, machine, {"steps": steps, "learning_rate": job.learning_rate})
     console.print(
         f"loss {result['losses'][0]:.3f} at the first step, {result['losses'][-1]:.3f} at the last; "
         f"held-out loss {result['heldout_loss']:.3f} nats a byte "
@@ -161,18 +162,25 @@ def _measure(console: Console, out: Path, plan: Plan, machine: Cluster) -> list[
 
 
 def _train(
-    out: Path, best: PricedLayout, model: ModelConfig, machine: Cluster, options: Mapping[str, Any]
+    console: Console,
+    out: Path,
+    best: PricedLayout,
+    model: ModelConfig,
+    machine: Cluster,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Train as a file says that is left for the user, who can read it, change it and run it again."""
     steps = int(options["steps"])
-    folder = fresh_folder(out / "training")
-    run_layout(
-        best.layout,
-        model,
-        out=folder,
-        **options,
-        checkpoint_every=max(1, steps // 2),
-        peak_flops_per_s=machine.device.peak_flops_per_s * best.layout.world_size,
-    )
+    folder, file = fresh_folder(out / "training"), out / "train.toml"
+    keys = {
+        "layout": str(out / "layout.toml"), "out": str(folder), **options,
+        "checkpoint_every": max(1, steps // 2), "resume": "auto",
+        "peak_flops_per_s": machine.device.peak_flops_per_s * best.layout.world_size,
+    }  # fmt: skip
+    file.write_text(tomli_w.dumps(keys))
+    console.print(file.read_text().rstrip(), style="dim", markup=False, highlight=False)
+    console.print(f"As {file} says. Longer: layout-advisor train {file} --steps {2 * steps}", highlight=False)
+    start_training(best.layout, model, ["--config", str(file)])
     result = read_result(folder)
     append_runs(out / "runs.csv", [run_row(best.layout, model, machine, result, notes=f"training, {steps} steps")])
     return result

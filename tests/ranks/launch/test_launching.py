@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,11 @@ from typer.testing import CliRunner
 
 from fourfold.launch.cli import app
 from fourfold.launch.commands import demo, launch, profile
+from fourfold.launch.commands.launch import start_training
 from fourfold.launch.processes import RankFailure, start_ranks
 from fourfold.launch.runs import COLUMNS
+from fourfold.launch.train_layout import chosen_layout
+from fourfold.launch.train_options import read_options
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import Layout, read_layout_file, write_layout_file
 from fourfold.layouts.inputs.model import load_model
@@ -106,7 +110,7 @@ def test_a_run_goes_on_and_keeps_its_history(tmp_path, monkeypatch):
         assert said in line
 
 
-def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
+def test_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     """Its ranks come from the fork server; that the launcher starts them, others test."""
     config, out = tmp_path / "tiny.json", tmp_path / "out"
     config.write_text(json.dumps(CONFIG))
@@ -135,3 +139,13 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
         steps = [float(row["step_s"]) for row in csv.DictReader(file)]
     assert len(steps) > 4
     assert steps == sorted(steps)
+    # The training is a file that was shown, and that goes on with it.
+    file = out / "train.toml"
+    told = capsys.readouterr().out
+    for name, value in tomllib.loads(file.read_text()).items():
+        assert any(line.startswith(f"{name} = ") for line in told.splitlines()), f"{name} = {value}"
+    options = read_options(["--config", str(file), "--steps", "6", "--quiet"])
+    plan, model = chosen_layout(options)
+    start_training(plan, model, ["--config", str(file), "--steps", "6", "--quiet"])
+    with (out / "training" / "metrics.csv").open(newline="") as metrics:
+        assert [row["step"] for row in csv.DictReader(metrics)] == ["0", "1", "2", "3", "4", "5"]
