@@ -110,7 +110,7 @@ def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandw
 
 
 def rotation_seconds(
-    layouts: Candidates, params: Column, stage: Column, width: int, matmul_s: Callable[[int, int, int], Column]
+    layouts: Candidates, params: Column, stage: Column, width: int, matmul_s: Callable[[Any, Any, Any], Column]
 ) -> Column:
     """Of one update: basis rotation, with the stage's weights as squares of the model's width; [stages, candidates].
 

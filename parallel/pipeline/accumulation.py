@@ -53,7 +53,7 @@ class GradientSum:
         self._pending, self._unit = under_way or (0.0, 0.0)
         if self._group is None or not self._weights.live:
             return
-        prints = [fingerprint(local_part(p)) for p in self._weights.live]
+        prints = [(*fingerprint(local_part(p)), int(p.requires_grad)) for p in self._weights.live]
         rows = self._gathered(torch.tensor(prints, dtype=torch.int64, device=self._weights.live[0].device))
         unlike = [(rank, found) for rank, found in enumerate(rows) if not torch.equal(found, rows[0])]
         if unlike:
@@ -62,7 +62,8 @@ class GradientSum:
             name = self._weights.names[int((found != rows[0]).any(1).nonzero()[0])]
             raise ValueError(
                 f"stage {self._stage}: weight {name} of rank {ranks[rank]} is not that of rank {ranks[0]}, its "
-                "replica: they would train on as two models; set weights, and load states, on every replica"
+                "replica, or one is frozen: they would train on as two models; set weights, freeze and load states on "
+                "every replica"
             )
 
     def relative(self, weight: float) -> float:

@@ -308,15 +308,18 @@ def test_a_gradient_that_one_replica_lacks_counts_as_zero(ranks):
         assert all(map(torch.equal, results[stage][0], results[2 + stage][0]))
 
 
-def replicas_set_unlike() -> str:
-    """Weights set on one replica only, as by a file that one rank has loaded."""
+def replicas_set_unlike(how: str) -> str:
+    """Weights set, or frozen, on one replica only, as by a file that one rank has loaded."""
     pipeline, peers, replica, stage = replicas()
     modules = pipeline_models.stages(2)
     made = PipelinedBackprop(modules, group=pipeline, dp_group=peers, optimizer=SGD, loss_fn=F.cross_entropy)
     made.run(pipeline_models.batches(3))
     if replica == 1:
-        with torch.no_grad():
-            list(modules[stage].parameters())[-1].mul_(0.5)
+        last = list(modules[stage].parameters())[-1]
+        if how == "frozen":
+            last.requires_grad_(False)
+        else:
+            last.data.mul_(0.5)
     try:
         made.run(pipeline_models.batches(3))
     except ValueError as error:
@@ -324,10 +327,11 @@ def replicas_set_unlike() -> str:
     return ""
 
 
-def test_replicas_whose_weights_were_set_unlike_are_refused(ranks):
+@pytest.mark.parametrize("how", ["set", "frozen"])
+def test_replicas_whose_weights_were_set_unlike_are_refused(ranks, how):
     pool = ranks(4)
     try:
-        messages = pool(replicas_set_unlike)
+        messages = pool(replicas_set_unlike, how)
     finally:
         pool.close()
     for rank, message in enumerate(messages):
