@@ -71,6 +71,7 @@ class TrainOptions:
     peak_flops_per_s: float = _key(0.0, "of all devices together, for MFU; 0: not shown")
     tensorboard: bool = _key(False, "also write out/tensorboard")
     wandb: str | None = _key(None, "project of Weights & Biases to tell, too")
+    observe: bool = _key(False, "tell delay, prediction error and idle time of each stage that never drains")
     trace: str | None = _key(None, "file for a Chrome trace of three steps of the first rank")
     quiet: bool = _key(False, "show no progress")
 

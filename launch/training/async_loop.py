@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fourfold.launch.training.blame import first_not_finite_of_stage
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.chunks import chunks_of
 from fourfold.launch.training.loop import COUNTED_STEPS, StepRecord, TrainingRun, TrainResult, refuse_no_more_steps
@@ -79,6 +80,11 @@ class AsynchronousModel:
             raise ValueError(
                 f"evaluate_every={settings.evaluate_every} with schedule={layout.schedule!r}, which never stops: use 0"
             )
+        if settings.max_norm != TrainSettings(steps=1).max_norm:
+            raise ValueError(
+                f"max_norm={settings.max_norm} with schedule={layout.schedule!r}: a training clips nothing in a "
+                "pipeline that never drains; leave max_norm out, or use schedule='1f1b'"
+            )
         self.layout, self.mesh, self.settings, self._whole = layout, mesh, settings, model
         self.pipeline = pipeline_decoder(
             model,
@@ -95,13 +101,21 @@ class AsynchronousModel:
             seed=settings.seed,
             embedding_counts_as=layout.embedding_counts_as,
             head_counts_as=layout.head_counts_as,
+            observe=settings.observe,
         )
         self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
+        self.last_input: Any = None
+        """What the last stage was last called with, to look for what was no number in it; None elsewhere."""
+        if self.pipeline.is_last:
+            self.stage.register_forward_pre_hook(self._note_input)
         self.device = next(self.stage.parameters()).device
         self.precision = precision_of(layout, settings) or ("bf16-mixed" if self.device.type == "cuda" else "fp32")
         replica_rows = layout.global_batch // layout.dp
         start = mesh.get_local_rank("dp") * replica_rows
         self.rows = slice(start, start + replica_rows)
+
+    def _note_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.last_input = inputs[0]
 
     def micro_batches(self, ids: Callable[[], Tensor | Batch]) -> Iterator[tuple[Any, Any]]:
         """This replica's micro-batches of a global batch, as far as this stage reads them.
@@ -219,8 +233,10 @@ class _StepClock:
         mean = self._model.average_over_replicas((torch.stack(self._losses).double() * counts).mean()).item()
         settings = self._model.settings
         if not math.isfinite(mean):
+            where = first_not_finite_of_stage(self._model.stage, self._model.last_input)
             raise FloatingPointError(
-                f"loss {mean} at step {self._step}: lower the learning rate {settings.learning_rate:.2g}"
+                f"loss {mean} at step {self._step}{', ' if where else ''}{where}: "
+                f"lower the learning rate {settings.learning_rate:.2g}"
             )
         slowest_s = self._model.largest_over_replicas(torch.tensor(took_s, dtype=torch.float64)).item()
         rate = learning_rate_at(self._step, settings)
@@ -263,6 +279,8 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor] |
         clock = _StepClock(model, batches, first, run.on_step)
         model.pipeline.run(_training_stream(model, batches, range(first, last), run, counted), on_loss=clock)
         result.records += _shared(model, clock.records, range(first, last))
+        if settings.observe:
+            run.on_reports(last, model.pipeline.reports)
         if settings.checkpoint_every:
             run.activity.now(f"writing the checkpoint of step {last}")
             model.save(run.kept_checkpoints(), step=last)

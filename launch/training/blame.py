@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fourfold.launch.training.agreement import gathered
 from fourfold.parallel import ParallelModel
+from fourfold.parallel.decoder.stage import DecoderStage
 
 
 def first_not_finite(
@@ -51,6 +52,31 @@ def first_not_finite(
         if names:
             return f"first in the gradient of {names[0]}"
     return ""
+
+
+def first_not_finite_of_stage(stage: DecoderStage, value: Any) -> str:
+    """The same for one stage of a pipeline that never drains, without the others: empty where nothing is found.
+
+    Args:
+        value: what the stage was last called with.
+    Cost: one forward pass of the stage.
+    """
+    for name, weight in stage.named_parameters():
+        if not _finite(weight):
+            return f"the weights of {name} hold no numbers already"
+    parts = list(value.values()) if isinstance(value, dict) else [value]
+    if not all(_finite(part) for part in parts if isinstance(part, Tensor)):
+        return "first in a stage before the last"
+    found: list[str] = []
+    modules = [(name, module) for name, module in stage.named_modules() if name and not list(module.children())]
+    hooks = [module.register_forward_hook(_looking(name, found)) for name, module in modules]
+    try:
+        with torch.no_grad():
+            stage(value)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return f"first in the output of {found[0]}" if found else ""
 
 
 def _looking(name: str, found: list[str]) -> Any:

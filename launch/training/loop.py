@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
 from fourfold.parallel.decoder.deepspeed_model import DeepSpeedModel
+from fourfold.parallel.pipeline.report import StageReport
 
 COUNTED_STEPS = 2
 """Steps whose memory is counted: the optimizer's states are made in the first and held through the second."""
@@ -80,6 +81,8 @@ class TrainingRun:
         on_start: called as a step begins.
         on_step: called after every step, on every rank that knows its loss.
         on_evaluation: called with the number of steps taken and the held-out loss, on every rank.
+        on_reports: called with the number of steps taken and what the stages of a pipeline that never drains have seen
+            of themselves since the last time, on every rank.
     """
 
     gauge: MemoryGauge
@@ -89,6 +92,7 @@ class TrainingRun:
     on_start: Callable[[int], None] = lambda step: None
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_evaluation: Callable[[int, float], None] = lambda step, loss: None
+    on_reports: Callable[[int, Sequence[StageReport]], None] = lambda step, reports: None
 
     def kept_checkpoints(self) -> Checkpoints:
         """Where checkpoints are kept; ValueError where none are."""

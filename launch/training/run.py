@@ -108,7 +108,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     teller = Teller(options, layout, model, settings, gauge)
     run = TrainingRun(
         gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_start=teller.start,
-        on_step=teller.step, on_evaluation=teller.evaluation,
+        on_step=teller.step, on_evaluation=teller.evaluation, on_reports=teller.reports,
     )  # fmt: skip
     with teller, gauge:
         if isinstance(parallel_model, AsynchronousModel):

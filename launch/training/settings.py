@@ -28,6 +28,7 @@ class TrainSettings:
         evaluate_every: steps between held-out losses while training; 0 takes none before the end.
         checkpoint_every: steps between checkpoints; 0 writes none, and a positive number also writes one at the end.
         held_out_batches: global batches of held-out text for the loss at the end; 0 leaves it out.
+        observe: whether the stages of a pipeline that never drains report on themselves.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class TrainSettings:
     evaluate_every: int = 0
     checkpoint_every: int = 0
     held_out_batches: int = 4
+    observe: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

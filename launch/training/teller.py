@@ -1,5 +1,6 @@
 """Tells of a running training, on the rank that knows how it goes: the display, metrics.csv, log.jsonl, result.json."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,20 @@ from fourfold.launch.training.settings import TrainSettings
 from fourfold.launch.training.trackers import Trace, Tracker, made_trackers
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.parallel.pipeline.report import StageReport, write_reports
 
 _FREQUENCIES_OF = 1 << 26
 """Bytes that byte frequencies are counted over; they change no more."""
+
+
+class _Scalars:
+    """What write_reports writes to, kept by name."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        self.values[tag] = scalar_value
 
 
 class Teller:
@@ -95,6 +107,19 @@ class Teller:
             tracker.add(step, {"heldout_loss": loss})
         if self._display is not None:
             self._display.note(f"after {step} steps: held-out loss {loss:.4f}")
+
+    def reports(self, step: int, reports: Sequence[StageReport]) -> None:
+        """What the stages of a pipeline that never drains have seen of themselves up to `step`."""
+        told = _Scalars()
+        write_reports(told, reports, step)
+        if self._log is not None:
+            for report in reports:
+                self._log.add("stage", step=step, **asdict(report))
+        for tracker in self._trackers:
+            tracker.add(step, told.values)
+        if self._display is not None:
+            for report in reports:
+                self._display.note(f"after {step} steps: {report}")
 
     def end(self, result: TrainResult, corpus: Corpus) -> None:
         """The training has ended; a run that had no step left to take leaves its results as they are."""

@@ -40,6 +40,8 @@ def check_trackers(options: TrainOptions, layout: Layout) -> None:
     """Raises ValueError, before anything is started, where a library is missing or there is no folder to write to."""
     if options.trace is not None and layout.asynchronous:
         raise ValueError(f"trace with schedule={layout.schedule!r}, whose steps overlap: leave it out")
+    if options.observe and not layout.asynchronous:
+        raise ValueError(f"observe with schedule={layout.schedule!r}, which drains at every step: leave it out")
     if options.trace is not None and options.steps <= UNTRACED_STEPS:
         raise ValueError(f"trace with steps={options.steps}: it starts after {UNTRACED_STEPS} steps; take more")
     for asked, library in ((options.tensorboard, "tensorboard"), (options.wandb is not None, "wandb")):

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from fourfold.launch.training.async_loop import (
     scaled_optimizer,
     train_asynchronously,
 )
+from fourfold.launch.training.blame import first_not_finite_of_stage
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import TrainingRun
@@ -32,6 +35,7 @@ from fourfold.layouts.inputs.model import load_model
 from fourfold.parallel import PipelinedBackpropEmulator, init_mesh
 from fourfold.parallel.decoder import decoder_stages
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
+from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.sequence.tensors import shard_labels
 from fourfold.parallel.testing.compare import state_differences
 
@@ -139,6 +143,49 @@ def test_replicas_train_as_one_pipeline_of_their_micro_batches(ranks, tmp_path):
     assert results[2][1] == pytest.approx(held_out, rel=1e-5)
     assert results[0][2] == results[2][2]  # replicas hold the same weights, to the bit
     assert results[1][2] == results[3][2]
+
+
+def observed(folder: str) -> tuple[list[tuple[int, list[int]]], list[str]]:
+    """At which steps which stages reported, and what else is told of a layout that never drains."""
+    plan, told = layout(), []
+    mesh = init_mesh(pp=2, device_type="cpu")
+    model = AsynchronousModel(meta_model(), plan, mesh, replace(SETTINGS, observe=True))
+    gauge = MemoryGauge(torch.device("cpu"))
+
+    def note(step: int, reports: Sequence[StageReport]) -> None:
+        told.append((step, [report.stage for report in reports if report.total_s > 0]))
+
+    run = TrainingRun(gauge=gauge, checkpoints=Checkpoints(folder=Path(folder)), on_reports=note)
+    train_asynchronously(model, (TEXT[0], TEXT[1]), run)
+    with pytest.raises(ValueError, match="clips nothing in a pipeline that never drains") as error:
+        AsynchronousModel(meta_model(), plan, mesh, replace(SETTINGS, max_norm=0.5))
+    return told, [str(error.value)]
+
+
+def test_stages_report_on_themselves_at_each_checkpoint(ranks, tmp_path):
+    first, second = ranks(2)(observed, str(tmp_path))
+    assert first == second
+    assert first[0] == [(2, [0, 1]), (4, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("weight", "value", "said"),
+    [
+        (None, 0.0, ""),
+        ("lm_head.weight", float("nan"), "the weights of lm_head.weight hold no numbers already"),
+        ("model.layers.2.mlp.gate_proj.weight", 3e38, "first in the output of model.layers.2.mlp.gate_proj"),
+    ],
+)
+def test_what_made_a_nan_in_the_last_stage_is_named(weight, value, said):
+    stage = decoder_stages(meta_model(), 2, seq_len=SEQ_LEN)[1]
+    assert stage is not None
+    for name, parameter in stage.named_parameters():
+        if name == weight:
+            parameter.data.fill_(value)
+    hidden = torch.ones(2, SEQ_LEN, CONFIG["hidden_size"])
+    assert first_not_finite_of_stage(stage, hidden) == said
+    if weight is None:
+        assert first_not_finite_of_stage(stage, hidden * float("inf")) == "first in a stage before the last"
 
 
 def refused() -> list[str]:

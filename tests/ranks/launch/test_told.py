@@ -93,6 +93,7 @@ def test_what_cannot_be_told_is_refused_before_it_starts(tmp_path):
         (["--tensorboard"], "tensorboard needs a folder"),
         (["--trace", tmp_path / "t.json", "--steps", 2], "it starts after 2 steps"),
         (["--trace", tmp_path], "is a folder"),
+        (["--observe"], "observe with schedule='1f1b', which drains at every step: leave it out"),
     ):
         run = Forked(Path(tmp_path / "log"), TRAIN, ["--layout", layout, *words])
         assert run.wait(60.0) == 2
