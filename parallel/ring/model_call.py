@@ -20,10 +20,15 @@ from torch.utils.hooks import RemovableHandle
 from fourfold.parallel.communication import Place, agree, digest, gather_numbers, place_in
 from fourfold.parallel.ring.options import AgreedLength, RingSettings
 from fourfold.parallel.ring.router_loss import ring_router_loss
+from fourfold.parallel.ring.unchanged import Snapshot, checksum
 from fourfold.parallel.ring.whole_length import give_whole_length
 from fourfold.parallel.sequence.sharding import shard_ranges
-from fourfold.parallel.sequence.tensors import document_ends
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, document_ends
 
+CACHED = (
+    "a cache of keys (use_cache, past_key_values, generate) around a ring: each rank would cache its own shard's; call "
+    "stop_ring_attention(model) before generating, and use_ring_attention again after it"
+)
 MADE_BY = "make the arguments with shard_batch"
 
 
@@ -33,10 +38,13 @@ class ModelCalls:
 
     Args:
         rotary: its rotary embeddings that depend on the sequence's length.
+        tried: the model as it was tried.
     """
 
     settings: RingSettings
     rotary: list[nn.Module] = field(default_factory=list)
+    tried: Snapshot | None = None
+    _compared: bool = False  # whether the ranks' weights were
     _hooks: list[RemovableHandle] = field(default_factory=list)
     _largest_position: int | None = None
     _called: nn.Module | None = None
@@ -65,22 +73,22 @@ class ModelCalls:
         if isinstance(kwargs.get("ring_seq_len"), AgreedLength):
             return args, kwargs
         place = place_in(self.settings.group)
-        kwargs = {"use_cache": False, **kwargs}
-        if kwargs["use_cache"] or kwargs.get("past_key_values") is not None:
-            raise ValueError(
-                "a cache of keys (use_cache, past_key_values, generate) around a ring: each rank would cache its own "
-                "shard's; call stop_ring_attention(model) before generating, and use_ring_attention again after it"
-            )
-        kwargs |= _by_name(model, args)
+        kwargs = {"use_cache": False, **kwargs, **_by_name(model, args)}
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if not isinstance(tokens, Tensor):
-            return (), kwargs  # the model says what it misses
+        # What this rank alone refuses is said by a message to all, for the others would wait in theirs.
+        problem = CACHED if kwargs["use_cache"] or kwargs.get("past_key_values") is not None else _missing(kwargs)
         if place.size == 1:
-            _tell_documents(kwargs, tokens)
+            if problem is CACHED:
+                raise ValueError(problem)
+            if isinstance(tokens, Tensor):  # else the model says what it misses
+                _tell_documents(kwargs, tokens)
             return (), kwargs
+        if not isinstance(tokens, Tensor):
+            problem, tokens = problem or f"a call without input_ids or inputs_embeds: {MADE_BY}", torch.zeros(0, 0)
+        if problem is None and self.tried is not None:
+            problem = self.tried.change(model) or _outside(model, kwargs)
         positions = kwargs.get("position_ids")
-        # One message says what differs between ranks; else messages of other sizes would end the process.
-        problem = _missing(kwargs)
+        # Messages of other sizes than a rank expects would end the process.
         largest = -1 if positions is None or not positions.numel() else int(positions.max())
         everyone = gather_numbers(place, [tokens.shape[1], largest], tokens.device)
         lengths = [there[0] for there in everyone]
@@ -93,6 +101,7 @@ class ModelCalls:
         ends, offset = document_ends(kwargs.get("ring_cu_seqlens")), 0
         if problem is None and positions is not None and positions.dim() == 2:
             problem, offset = self._misplaced(positions, seq_len, ends, place)
+        weights, self._compared = 0 if self._compared else checksum(model), True
         alike = {
             "rows": tokens.shape[0],
             "ring_seq_len": seq_len,
@@ -100,6 +109,8 @@ class ModelCalls:
             "the position of the sequence's first token, as their position_ids have it,": offset,
             "num_items_in_batch": int(kwargs.get("num_items_in_batch") or 0),
             "the names of their arguments": digest(sorted(name for name in kwargs if kwargs[name] is not None)),
+            "the weights of their models": weights,
+            "their modes (training, gradients, autocast, dtype)": digest(_modes(model, tokens.device)),
         }
         agree(place, alike, tokens.device, problem)
         wanted = kwargs.get("output_router_logits")
@@ -198,10 +209,40 @@ def _missing(kwargs: Mapping[str, Any]) -> str | None:
             "an attention mask that is not [B, S] around a ring, which makes its own: causal, windows, documents as "
             f"shard_batch tells them; {MADE_BY}"
         )
+    if mask is not None and not mask.all():
+        return "an attention_mask with padding: pack the documents into one row and give ring_cu_seqlens"
     kept = kwargs.get("logits_to_keep", 0)
     if isinstance(kept, Tensor) or kept:
         return "logits_to_keep around a ring: the last tokens of a shard are not those of the sequence; leave it out"
     return None
+
+
+def _outside(model: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
+    """Why token ids or labels would be an error on this rank alone; None where they lie in the vocabulary."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    given = {name: kwargs.get(name) for name in ("input_ids", "shift_labels")}
+    found = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.numel() and not x.is_floating_point()}
+    if not isinstance(size, int) or not found:
+        return None
+    ignored = kwargs.get("ignore_index", IGNORED_LABEL)
+    if "shift_labels" in found:
+        found["shift_labels"] = found["shift_labels"].masked_fill(found["shift_labels"] == ignored, 0)
+    ends = torch.stack([end.long() for x in found.values() for end in x.aminmax()]).tolist()
+    for name, low, high in zip(found, ends[::2], ends[1::2], strict=True):
+        if low < 0 or high >= size:
+            return f"{name} from {low} to {high}, of a vocabulary of {size}: labels to be left out are {ignored}"
+    return None
+
+
+def _modes(model: nn.Module, device: torch.device) -> tuple[object, ...]:
+    """What decides which messages a rank sends, and of what size, beside its arguments."""
+    casts = torch.is_autocast_enabled(device.type)
+    return (
+        model.training,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(device.type) if casts else None,
+        str(next((parameter.dtype for parameter in model.parameters()), None)),
+    )
 
 
 def _tell_documents(kwargs: dict[str, Any], tokens: Tensor) -> None:

@@ -25,6 +25,7 @@ from fourfold.parallel.ring.heads import check_heads
 from fourfold.parallel.ring.model_call import ModelCalls
 from fourfold.parallel.ring.options import RingOptions, RingSettings
 from fourfold.parallel.ring.trial import attention_modules
+from fourfold.parallel.ring.unchanged import Snapshot
 from fourfold.parallel.ring.whole_length import depends_on_length
 from fourfold.parallel.sequence.tensors import Documents, document_ends
 
@@ -72,8 +73,9 @@ def use_ring_attention(
     Raises:
         ValueError: the model has no attention modules, cannot take attention functions, mixes tokens elsewhere too (a
             convolution, a state space), has positions that are not rotary, or its heads do not fit.
-    Cost: see ring.trial. Then at each call of the model two messages of at most 48 bytes a rank, and on CUDA the host
-        waits to read position ids and the label count.
+    Cost: see ring.trial. Then at each call of the model two messages of at most 64 bytes a rank, and on CUDA the host
+        waits to read position ids, labels and their count. The first call reads every weight, to see that all ranks
+        have the same.
     """
     stop_ring_attention(model)
     model = _inner(model)
@@ -102,6 +104,7 @@ def use_ring_attention(
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     for module in modules:
         module.ring_settings = settings  # type: ignore[assignment]
+    calls.tried = Snapshot(model, modules, NAME)
     calls.watch([each for each in model.modules() if isinstance(each, PreTrainedModel) and _holds(each, modules)])
     model.__dict__[ATTRIBUTE] = before
 

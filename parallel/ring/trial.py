@@ -69,7 +69,11 @@ def _try(model: nn.Module, callers: list[nn.Module]) -> None:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{name}: a trial of {NUM_TOKENS} tokens failed ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{name} fails on {NUM_TOKENS} tokens of one process, before any ring ({type(error).__name__}: {error}): "
+            "if it fails without use_ring_attention too, mend that first (an adapter on a router whose output is no "
+            "tensor is one that does)"
+        ) from error
     if whole.shape[:2] != (1, NUM_TOKENS):
         raise ValueError(f"{name} gives {tuple(whole.shape)} for {NUM_TOKENS} tokens: a ring needs an output a token")
     # 1. No way from one token to another.

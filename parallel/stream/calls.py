@@ -15,6 +15,8 @@ REFUSED_ARGUMENTS = {
     "output_hidden_states": "keeping them is what streaming avoids",
     "past_key_values": "a cache is for generation: call the model without labels",
 }
+# Beyond any vocabulary.
+NO_TOKEN = 1 << 30
 # Of packed documents, as flash-attention's kernels and state-space layers want them: position_ids say the same.
 PACKING_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 # What a vision-language model hands its language model for some of its layers; it is done between layers.
@@ -120,7 +122,9 @@ class LabelledCall(BaseCall):
             assert self.labels is not None
             shifted = torch.full_like(self.labels, self.ignore_index)
             shifted[:, :-1] = self.labels[:, 1:]
-        return shifted.masked_fill(shifted == self.ignore_index, -1)
+        # Another negative label is a mistake, as in cross_entropy: beyond any vocabulary, it fails as those do.
+        ignored = shifted == self.ignore_index
+        return shifted.masked_fill(shifted < 0, NO_TOKEN).masked_fill(ignored, -1)
 
     def weight(self, targets: Tensor) -> Tensor:
         """What the sum of the tokens' losses is multiplied by, a fp64 scalar on the targets' device."""

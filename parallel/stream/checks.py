@@ -4,7 +4,7 @@ What is not understood is refused, never streamed wrongly. A model whose end is 
 hook of the user's) keeps its end: its layers stream, and its own code does the rest.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, cast
@@ -130,6 +130,29 @@ def check_layers(model: PreTrainedModel) -> None:
                 raise ValueError(
                     f"{name}: a {type(module).__name__} in a layer normalizes over tokens: streaming cannot cut it"
                 )
+
+
+def check_unchanged(
+    model: PreTrainedModel, layers: Sequence[nn.Module], attentions: Sequence[object], norm: nn.Module,
+    head_was_plain: bool,
+) -> None:  # fmt: skip
+    """Raises ValueError for modules put in place of those that were understood: their work would be left out.
+
+    Args:
+        layers, attentions, norm: as stream_backprop found them. head_was_plain: whether the head was a plain linear.
+    """
+    check_layers(model)
+    base = model.base_model
+    now = plain_layers(base)
+    if now != layers or [layer.self_attn for layer in now] != attentions:
+        raise ValueError("the model's layers are others than stream_backprop found: call stream_backprop again")
+    head: Any = model.get_output_embeddings()
+    replaced = head_was_plain and not is_plain_linear(projection_of(model))
+    if final_norm(base) is not norm or (replaced and not type(head).__module__.startswith("peft.")):
+        raise ValueError(
+            f"the final norm or the head ({type(head).__name__}) is not the plain module that stream_backprop "
+            "found: call stream_backprop after peft and whatever else replaces modules, and leave both whole"
+        )
 
 
 def projection_of(model: PreTrainedModel) -> nn.Module | None:

@@ -116,7 +116,10 @@ class HeadChunk:
     def targets(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(the target's place among these rows of the vocabulary or any, whether it is among them), [n, 1]."""
         place = self._targets - rows.start
-        return place.clamp(0, rows.stop - rows.start - 1), (place >= 0) & (self._targets < rows.stop)
+        # A label beyond the vocabulary stays beyond the last slice, where gathering it is an error.
+        last = rows.stop == self._head.projection.out_features
+        inside = place.clamp_min(0) if last else place.clamp(0, rows.stop - rows.start - 1)
+        return inside, (place >= 0) & (self._targets < rows.stop)
 
     def logits_grad(self, rows: slice, tokens: "TokenGradients") -> Tensor:
         """[n, rows] in fp32: what the projection's output gets, by these rows of the vocabulary."""

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.communication import Place
+from fourfold.parallel.stream.calls import BaseCall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,3 +136,17 @@ def routing_of(model: Any, mask: Tensor | None, *, whole: bool) -> Routing:
         mask=mask,
         whole=whole,
     )
+
+
+def why_no_router_logits(
+    model: nn.Module, router: type[nn.Module] | None, call: BaseCall, *, around_a_ring: bool
+) -> str | None:
+    """Why whole router logits cannot be had of a call that has no labels; None where they can."""
+    mend = "call without output_router_logits (TRL: router_aux_loss_coef=0.0), or with labels"
+    if router is None:
+        return f"output_router_logits: {type(model).__name__} has no routers; leave it out"
+    if call.return_dict is False:
+        return f"output_router_logits with return_dict=False: {mend}"
+    if around_a_ring:
+        return f"output_router_logits around a ring, where no rank has those of all tokens: {mend}"
+    return None

@@ -21,10 +21,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.ring.options import RingSettings
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.stream.calls import BaseCall, LabelledCall
 from fourfold.parallel.stream.checks import (
-    check_layers,
+    check_unchanged,
     check_weights,
     final_norm,
     inner_hook,
@@ -43,7 +44,7 @@ from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.logits import LazyLogits
 from fourfold.parallel.stream.patching import Patches, attention_function, refuse_copy
 from fourfold.parallel.stream.ring_layer import RingRun, around_ring
-from fourfold.parallel.stream.router import asks_for_routing, routing_of
+from fourfold.parallel.stream.router import asks_for_routing, routing_of, why_no_router_logits
 from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
 from fourfold.parallel.stream.statistics import TokenStatistics
 from fourfold.parallel.stream.verify import (
@@ -164,7 +165,7 @@ class Streaming:
         labelled = arguments.get("labels") is not None or arguments.get("shift_labels") is not None
         if self._paused or not labelled or projection_of(self.model) is None:
             return plain(*args, **kwargs)
-        self._check_unchanged()
+        check_unchanged(self.model, self.layers, self._attentions, self.norm, self._head_was_plain)
         why = own_end(self.model, self.norm, self.patches)
         if why is None:
             return self._with_labels(LabelledCall.of(arguments))
@@ -180,11 +181,11 @@ class Streaming:
         embeddings = kwargs.get("inputs_embeds")
         if not any(p.requires_grad for p in self.base.parameters()) and not getattr(embeddings, "requires_grad", False):
             return plain(*args, **kwargs)
-        self._check_unchanged()
+        check_unchanged(self.model, self.layers, self._attentions, self.norm, self._head_was_plain)
         call = BaseCall.of(dict(zip(self._names[self.base], args, strict=False)) | kwargs)
         why = call.refusal(self.model)
         if why is None and asks_for_routing(self.model, call.output_router_logits):
-            why = self._why_no_router_logits(call)
+            why = why_no_router_logits(self.model, self._router, call, around_a_ring=self._ring() is not None)
         if why is not None:
             self._warn(f"this call does not stream, and takes plain backpropagation's memory: {why}")
             return plain(*args, **kwargs)
@@ -195,17 +196,6 @@ class Streaming:
         if run.routing is not None:
             out["router_logits"] = run.routing.logits()
         return out
-
-    def _why_no_router_logits(self, call: BaseCall) -> str | None:
-        """Why whole router logits cannot be had of a call that has no labels; None where they can."""
-        mend = "call without output_router_logits (TRL: router_aux_loss_coef=0.0), or with labels"
-        if self._router is None:
-            return f"output_router_logits: {type(self.model).__name__} has no routers; leave it out"
-        if call.return_dict is False:
-            return f"output_router_logits with return_dict=False: {mend}"
-        if self._ring() is not None:
-            return f"output_router_logits around a ring, where no rank has those of all tokens: {mend}"
-        return None
 
     def _with_labels(self, call: LabelledCall) -> Any:
         """The model's forward with labels: transformers' arguments, and its loss."""
@@ -299,7 +289,14 @@ class Streaming:
                 "does must be done to each token by itself"
             )
         device, masks = call.tokens.device, row_masks(call.attention_mask, call.text_positions(), call.shape)
-        self._verify_first(packed=any(len(mask.documents) > 1 for mask in masks))
+        packed = any(len(mask.documents) > 1 for mask in masks)
+        caches = call.use_cache is not False and getattr(self.model.config, "use_cache", False)
+        if packed and caches and not self._verifying:
+            self._warn(
+                "position_ids that restart part documents here, and not in a plain call that makes a cache: give "
+                "use_cache=False, with which transformers parts them too"
+            )
+        self._verify_first(packed=packed)
         can_cut = head_cut(self._streams[0]) is not None
         run = new_run(self.settings, self.model.config, masks, call.shape, device, self.model.dtype, can_cut)
         embedding = cast(nn.Embedding, self.model.get_input_embeddings())
@@ -324,31 +321,41 @@ class Streaming:
         except ValueError as error:
             if not packed:
                 raise
-            raise ValueError(
-                f"with packed documents: {error}; the model's own attention may not part them by position_ids"
-            ) from error
+            raise ValueError(f"with packed documents, against each document alone: {error}") from error
         finally:
             self._verifying, self.current.num_streamed = False, before
 
     def _tiny_loss(self, ids: Tensor, packed: bool) -> Tensor:
         """The loss to verify: the model's, or, where its end is not transformers' own, of its last hidden states.
 
+        Of packed documents the truth is each one alone: not every model's own attention parts them by position_ids.
+        """
+        if not packed:
+            return self._loss_of_row(ids, None)
+        ids = ids.reshape(1, -1)
+        lengths = [ids.shape[1] // 2 - 1, ids.shape[1] - ids.shape[1] // 2 + 1]
+        if self._paused:
+            return torch.stack([self._loss_of_row(part, None) for part in torch.split(ids, lengths, dim=1)]).sum()
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device).unsqueeze(0)
+        return self._loss_of_row(ids, positions)
+
+    def _loss_of_row(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """The sum over the labels of all documents, or of hidden states where the end is not transformers' own.
+
         The classes' own forwards are called: nothing that is wrapped around the model or hooked to it may notice.
         """
-        positions = None
-        if packed:
-            ids = ids.reshape(1, -1)
-            half, rest = ids.shape[1] // 2 - 1, ids.shape[1] - ids.shape[1] // 2 + 1
-            positions = torch.cat([torch.arange(half), torch.arange(rest)]).to(ids.device).unsqueeze(0)
         plain: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         if hasattr(self.model.config, "output_router_logits"):
             plain["output_router_logits"] = False
         checkpointing = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
         if not checkpointing and own_end(self.model, self.norm, self.patches) is None:
-            labelled = LabelledCall(input_ids=ids, labels=ids, position_ids=positions, output_router_logits=False)
+            labels = ids if positions is None else ids.masked_fill(positions == 0, IGNORED_LABEL)
+            labelled = LabelledCall(
+                input_ids=ids, labels=labels, position_ids=positions, output_router_logits=False
+            )  # fmt: skip
             model: Any = type(self.model)
-            out = model.forward(self.model, labels=ids, **plain) if self._paused else self._with_labels(labelled)
-            return cast(Tensor, out.loss)
+            out = model.forward(self.model, labels=labels, **plain) if self._paused else self._with_labels(labelled)
+            return cast(Tensor, out.loss * labels[:, 1:].ne(IGNORED_LABEL).sum())
         base: Any = partial(type(self.base).forward, self.base)
         call = BaseCall(input_ids=ids, position_ids=positions, output_router_logits=False)
         out = base(**plain) if self._paused else self._hidden(base, self._new_run(call), call)
@@ -377,20 +384,6 @@ class Streaming:
             self._verified.discard(packed)
             raise ValueError(f"verify='first': {why}; give verify=True before that, or verify=False")
         self._verified.add(packed)
-
-    def _check_unchanged(self) -> None:
-        """Refuse modules put in place of those that were understood: their work would be left out."""
-        check_layers(self.model)
-        layers = plain_layers(self.base)
-        if layers != self.layers or [layer.self_attn for layer in layers] != self._attentions:
-            raise ValueError("the model's layers are others than stream_backprop found: call stream_backprop again")
-        head: Any = self.model.get_output_embeddings()
-        replaced = self._head_was_plain and not is_plain_linear(projection_of(self.model))
-        if final_norm(self.base) is not self.norm or (replaced and not type(head).__module__.startswith("peft.")):
-            raise ValueError(
-                f"the final norm or the head ({type(head).__name__}) is not the plain module that stream_backprop "
-                "found: call stream_backprop after peft and whatever else replaces modules, and leave both whole"
-            )
 
     def _warn(self, message: str) -> None:
         """Say it once a model."""

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import AttentionInterface, LlamaForCausalLM, LlamaModel
 
 from fourfold.parallel.stream import stream_backprop
+from fourfold.parallel.stream import streaming as streaming_module
+from fourfold.parallel.stream.attention import row_masks
 from fourfold.parallel.testing.compare import assert_gradients, gradients
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
@@ -258,12 +260,42 @@ def test_checkpoints_around_layers_are_refused(kind, order):
         step()
 
 
-def test_packed_documents_are_compared_by_themselves():
-    """gpt-oss's own attention sees across documents: positions alone do not part them there."""
+def test_packed_documents_are_compared_by_themselves(monkeypatch):
+    """With each document alone: gpt-oss's own attention sees across them, and streaming parts them all the same."""
     ids, positions = batch(1, 21), torch.cat([torch.arange(9), torch.arange(12)]).unsqueeze(0)
+    packed = {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
+    model = tiny("gpt_oss")
+    parts = [model(input_ids=part, labels=part).loss * (part.shape[1] - 1) for part in ids.split((9, 12), dim=1)]
+    expected = gradients(model, torch.stack(parts).sum() / 19)
+    stream_backprop(model, **CHUNKS)
+    assert_gradients(gradients(model, model(**packed, use_cache=False).loss), expected, TOLERANCE)
+    # Who does not part them is stopped.
+    monkeypatch.setattr(streaming_module, "row_masks", lambda mask, _, shape: row_masks(mask, None, shape))
     model = stream_backprop(tiny("gpt_oss"), **CHUNKS)
     model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(ValueError, match="with packed documents"):
+        model.__dict__["fourfold_stream"].verify(packed=True)
+
+
+def test_documents_that_a_plain_call_would_not_part_are_said(recwarn):
+    """A call that makes a cache has transformers attend across documents; ours parts them, and says so once."""
+    ids, positions = batch(1, 21), torch.cat([torch.arange(9), torch.arange(12)]).unsqueeze(0)
+    model = stream_backprop(tiny("llama"), **CHUNKS)
+    model(input_ids=ids, labels=ids, position_ids=positions, use_cache=False)
+    assert not [each for each in recwarn if "part documents" in str(each.message)]
     for _ in range(2):
-        with pytest.raises(ValueError, match="with packed documents"):
-            model(input_ids=ids, labels=ids, position_ids=positions)
-    model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, position_ids=positions)
+    assert len([each for each in recwarn if "part documents" in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize("wrong", [-5, 97, 1000])
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_labels_outside_of_the_vocabulary_are_errors(wrong, has_gradient):
+    """As in cross_entropy, whichever way the head goes."""
+    ids, model = batch(2, 21), stream_backprop(tiny("llama"), **CHUNKS)
+    if has_gradient:
+        model(input_ids=ids, labels=ids).loss.backward()
+    labels = ids.clone()
+    labels[0, 4] = wrong
+    with pytest.raises((IndexError, RuntimeError, ValueError), match="bounds"):
+        model(input_ids=ids, labels=labels).loss.backward()
