@@ -304,14 +304,6 @@ RUNTIME: tuple[Limit, ...] = (
         "whole until then; choose zero_stage=1 or 3, or pp=1",
     ),
     Limit(
-        fields=("tp", "compile"),
-        # torch 2.13: backward hands a plain tensor to DTensor's redistribution, and ends in an AttributeError.
-        allows=lambda model, layout: (layout.compile == 0) | (layout.tp == 1),
-        reason="compile with tp",
-        message="compile=true with tp={layout.tp}: a compiled layer whose matrices are cut fails in backward; "
-        "choose tp=1, or compile=false",
-    ),
-    Limit(
         fields=("tp",),
         allows=lambda model, layout: (not model.adapters) | (layout.tp == 1),
         reason="adapters with tp",

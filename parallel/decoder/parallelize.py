@@ -87,7 +87,7 @@ def parallelize(
         sequence_parallel: with tp, cut hidden states along the sequence between the layers' matrices. Sequences must
             be multiples of cp x tp, with cp > 1 of twice that.
         compile: run each layer through torch.compile: True for inductor, or the name of another backend of torch. None
-            does so on CUDA with Triton, not on a CPU. Needs tp=1, and checkpointing "none" or "full".
+            does so on CUDA with Triton, not on a CPU. Needs checkpointing "none" or "full".
         vp: runs of layers that a pipeline rank holds (interleaved 1F1B, which idles a vp-th of what 1F1B does and sends
             vp times as often). Needs pp of at least 2, and zero_stage 0 or 1.
         seed: of the weights of a model on the meta device; the weights of any other are kept.

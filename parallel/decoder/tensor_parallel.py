@@ -13,7 +13,11 @@ matrices, and what the last ones give is summed and scattered again: as many byt
     sequence    x -- norm -- all-gather -- [ ... ] -- reduce-scatter ---- + x       a tp-th of x's tokens on each
 """
 
+from typing import Any, cast
+
+import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
@@ -73,6 +77,8 @@ def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh, *, sequence_parallel: boo
     if stage.is_first:
         embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
         parallelize_module(stage.model, tp_mesh, {"embed_tokens": embedding})
+        # After DTensor's own hook, which begins the sum and does not wait for it.
+        cast(nn.Module, stage.model.embed_tokens).register_forward_hook(_wait)
     if stage.is_last:
         head = ColwiseParallel(input_layouts=between)
         parallelize_module(stage, tp_mesh, {"model.norm": _AsDTensor(between), "lm_head": head})
@@ -81,6 +87,26 @@ def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh, *, sequence_parallel: boo
 def _between(sequence_parallel: bool) -> Placement:
     """How hidden states [B, S_local, hidden] lie on the tp ranks between the layers' matrices."""
     return Shard(1) if sequence_parallel else Replicate()
+
+
+class _Waited(torch.autograd.Function):
+    """A collective's result, waited for.
+
+    A tensor that is still on its way is of a class of its own. A compiled layer that is given one gives back a gradient
+    that DTensor's backward does not know (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def _wait(_: nn.Module, given: Any, output: Tensor) -> Tensor:
+    return cast(Tensor, _Waited.apply(output))  # type: ignore[no-untyped-call]
 
 
 class _AsDTensor(ParallelStyle):

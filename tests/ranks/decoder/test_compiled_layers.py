@@ -34,6 +34,7 @@ def check_compiled(mesh_shape: dict, options: dict, model: dict) -> tuple[dict, 
         ({"pp": 2}, {"micro_batch": 1}, {}, None),
         ({"cp": 2}, {}, {}, None),  # the ring is left out, which cuts a layer in pieces
         ({"cp": 2}, {"checkpointing": "full"}, {"family": "mistral", "sliding_window": 5}, None),
+        ({"tp": 2}, {"sequence_parallel": True, "micro_batch": 1}, {}, 2),
     ],
     ids=str,
 )
@@ -42,6 +43,22 @@ def test_two_ranks(ranks, mesh_shape, options, model, graphs):
     assert_ranks([errors for errors, _ in answers], 1e-5, f"{mesh_shape} {options} {model}")
     for _, found in answers:
         assert found == graphs or (graphs is None and 1 <= found <= 8)
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "options", "model"),
+    [
+        ({"tp": 2}, {}, {"family": "qwen3"}),  # norms over heads
+        ({"dp": 2, "tp": 2}, {"zero_stage": 3, "checkpointing": "full"}, {}),
+        ({"cp": 2, "tp": 2}, {}, {}),
+    ],
+    ids=str,
+)
+def test_cut_layers(ranks, mesh_shape, options, model):
+    """In fp64; what is left is transformers' own: its norms and rotary tables are fp32."""
+    model = {"double": True, "num_hidden_layers": 2} | model
+    answers = ranks(4 if len(mesh_shape) == 2 else 2)(check_compiled, mesh_shape, options, model)
+    assert_ranks([errors for errors, _ in answers], 1e-6, f"{mesh_shape} {options}")
 
 
 def test_without_a_compiler_nothing_is_compiled(mesh):
@@ -59,7 +76,7 @@ def test_without_a_compiler_nothing_is_compiled(mesh):
         ("cuda", {"checkpointing": FULL, "dp": 8}, "inductor"),
         ("cuda", {"checkpointing": SELECTIVE}, None),
         ("cuda", {"checkpointing": STREAM}, None),
-        ("cuda", {"tp": 2}, None),
+        ("cuda", {"tp": 2}, "inductor"),
     ],
     ids=str,
 )

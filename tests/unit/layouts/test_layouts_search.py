@@ -108,7 +108,7 @@ def test_fixed_fields_are_held():
         ({"fix": {"ep": 2}}, "ep=2: fourfold's runtime has no such layouts: add --space full"),
         ({"fix": {"zero_stage": 2, "pp": 2}}, "zero_stage=2 needs pp=1"),
         ({"fix": {"sequence_parallel": True, "tp": 1}}, "sequence parallelism needs tp of at least 2"),
-        ({"fix": {"compile": True, "tp": 2}}, "compile with tp"),
+        ({"fix": {"compile": True, "checkpointing": "selective"}}, "compile with selective checkpointing or StreamBP"),
         ({"fix": {"checkpointing": "stream", "tp": 2}}, "checkpointing=stream with tp"),
         ({"fix": {"cp": 2}, "seq_len": 2050}, "2 cp does not divide the sequence of 2050"),
         ({"fix": {"ep": 2}, "space": "full"}, "ep does not divide the experts"),
