@@ -15,9 +15,23 @@ CONFIG = SimpleNamespace(attention_dropout=0.0, window_size=None, softmax_type="
 CAUSAL = SimpleNamespace(name="causal")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama, tied", "qwen2", "qwen3"])
-def test_weights_there_and_back_bit_for_bit(family):
-    model = tiny(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama, tied", {}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+    ],
+)
+def test_weights_there_and_back_bit_for_bit(family, changes):
+    model = tiny(family, **changes)
     state = model.state_dict()
     back = from_megatron(to_megatron(state, model.config), model.config)
     assert_same(back.items(), state.items(), family)
@@ -39,6 +53,47 @@ def test_weights_without_a_place_are_named():
     whole = to_megatron(model.state_dict(), model.config)
     with pytest.raises(ValueError, match=r"\['decoder.extra'\] have no place in a Llama-like decoder"):
         from_megatron(whole | {"decoder.extra": torch.zeros(1)}, model.config)
+
+
+def test_experts_are_one_by_one():
+    model = tiny("mixtral")
+    state = model.state_dict()
+    found = to_megatron(state, model.config)
+    for expert in range(model.config.num_local_experts):
+        one = found[f"decoder.layers.1.mlp.experts.local_experts.{expert}.linear_fc1.weight"]
+        assert torch.equal(one, state["model.layers.1.mlp.experts.gate_up_proj"][expert])
+    assert torch.equal(found["decoder.layers.1.mlp.router.weight"], state["model.layers.1.mlp.gate.weight"])
+
+
+def test_what_is_no_whole_model_is_refused():
+    model = tiny("llama")
+    state = model.state_dict()
+    whole = to_megatron(state, model.config)
+    down = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(ValueError, match=f"{down} is missing: give the state dict of the whole model"):
+        to_megatron({name: value for name, value in state.items() if name != down}, model.config)
+    with pytest.raises(ValueError, match=rf"{down} is \(32, 24\) and not \(32, 48\): give the whole weights"):
+        to_megatron(state | {down: state[down][:, :24]}, model.config)
+    qkv = "decoder.layers.0.self_attention.linear_qkv.weight"
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight is missing"):
+        from_megatron({name: value for name, value in whole.items() if name != qkv}, model.config)
+    bias = {f"decoder.layers.{layer}.mlp.linear_fc2.bias": torch.zeros(32) for layer in range(2)}
+    with pytest.raises(ValueError, match=r"\['model.layers.0.mlp.down_proj.bias', .*are not in a model of this config"):
+        from_megatron(whole | bias, model.config)
+
+
+@pytest.mark.parametrize("family", ["gemma", "granite", "cohere", "phi3"])
+def test_a_family_that_a_gptmodel_does_not_compute_is_refused(family):
+    """Their weights have the names of Llama's, most of them; norms, scales or rotations are others."""
+    config = SimpleNamespace(model_type=family)
+    with pytest.raises(ValueError, match=f"model_type='{family}': a GPTModel with these weights would compute"):
+        to_megatron({}, config)
+
+
+def test_biases_that_a_gptmodel_has_not_alone_are_refused():
+    model = tiny("llama", attention_bias=True)
+    with pytest.raises(ValueError, match=r"attention_bias=true without mlp_bias: .*add_bias_linear"):
+        to_megatron(model.state_dict(), model.config)
 
 
 @pytest.mark.parametrize("grid", [Grid(dp=2, pp=3, cp=2, tp=4), Grid(dp=3, cp=4), Grid(pp=2, tp=2)], ids=str)
