@@ -74,14 +74,15 @@ def explain(
             console.print(f"\nSchedule (F forward, B backward): {schedule}")
             console.print(str(schedule.program(10)), soft_wrap=True, highlight=False)
     elif 1 < priced.layout.pp <= 16:
-        console.print("\nSchedule (1F1B; digits forward, letters backward, dots idle)")
-        for line in draw_schedule(priced.layout.pp, priced.layout.num_micro_batches):
+        kind = "interleaved 1F1B" if priced.layout.vp > 1 else "1F1B"
+        console.print(f"\nSchedule ({kind}; digits forward, letters backward, dots idle)")
+        for line in draw_schedule(priced.layout.pp, priced.layout.num_micro_batches, vp=priced.layout.vp):
             console.print("  " + line, highlight=False)
     table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("change", "step", "GiB", "why"):
         table.add_column(name)
     runner = runner or _of_space(machine, space, priced.layout.precision)
-    for near in neighbours(priced, model, machine, software=runner):
+    for near in neighbours(priced, model, machine, software=runner, space=space):
         step = f"{near.priced.step_s / priced.step_s - 1:+.1%}" if near.priced else "-"
         memory = f"{near.priced.peak_bytes / GIB:.3g}" if near.priced else "-"
         table.add_row(near.change, step, memory, near.reason)

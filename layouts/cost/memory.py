@@ -216,11 +216,16 @@ def _casts(pricing: Pricing) -> Column:
 
 
 def _pipeline_buffers(pricing: Pricing) -> Column:
-    """Receive buffers of a stage, where the runtime makes one for every micro-batch of the step."""
-    layouts = pricing.layouts
+    """Receive buffers of a rank, where the runtime makes one for every micro-batch of the step and each of its stages.
+
+    The model's first stage receives no hidden states, its last no gradients. Interleaved stages also hold on to all
+    that they have sent, as much again, until the step ends.
+    """
+    layouts, stages = pricing.layouts, pricing.stages
     if not pricing.software.pipeline_buffers:
         return np.zeros(len(layouts))
-    buffered = layouts.num_micro_batches
+    received = 2 * layouts.vp - stages.has_embedding - stages.has_head
+    buffered = layouts.num_micro_batches * received * np.where(layouts.vp > 1, 2, 1)
     if layouts.any_asynchronous:
         buffered = np.where(layouts.schedule == FLUSHED, buffered, 2)
     return np.where(layouts.pp > 1, 1.0 * buffered * saved_bytes(pricing)[1], 0.0)

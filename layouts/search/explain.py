@@ -7,9 +7,10 @@ from typing import Any
 from fourfold.layouts.cost.price import GIB, PricedLayout, price
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants
-from fourfold.layouts.inputs.layout import SCHEDULES, Layout, check
+from fourfold.layouts.inputs.layout import SCHEDULES, Layout
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import Software
+from fourfold.layouts.search.space import check_in_space
 
 TERMS = {
     "compute": "compute", "recompute": "recomputation", "tp_communication": "tensor-parallel communication",
@@ -53,7 +54,7 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "chunks x2", {"stream_chunks": layout.stream_chunks * 2}
         if layout.stream_chunks % 2 == 0:
             yield "chunks /2", {"stream_chunks": layout.stream_chunks // 2}
-    for stage in (0, 1, 3):
+    for stage in (0, 1, 2, 3):
         if stage != layout.zero_stage:
             yield f"ZeRO {stage}", {"zero_stage": stage, "sharded_accumulation": False}
     if layout.zero_stage == 3 and layout.num_micro_batches > 1:
@@ -85,17 +86,19 @@ def neighbours(
     *,
     software: Software | None = None,
     constants: Constants | None = None,
+    space: str = "full",
 ) -> list[Neighbour]:
     """Every layout one change away, fastest first, then those that do not fit, then those that cannot be.
 
     Args:
         software: what runs them; None for this runtime, which compiles layers on CUDA where it can.
+        space: whose limits decide what cannot be.
     """
     found = []
     for change, fields in _moves(best.layout):
         try:
             layout = replace(best.layout, **fields)
-            check(layout, model)
+            check_in_space(layout, model, space)
         except ValueError as error:
             found.append(Neighbour(change=change, layout=None, priced=None, reason=str(error)))
             continue
@@ -126,40 +129,72 @@ def difference(first: PricedLayout, second: PricedLayout) -> str:
     return ", ".join(words) or "about the same"
 
 
-def draw_schedule(num_stages: int, num_micro_batches: int, *, width: int = 72) -> list[str]:
-    """1F1B as text, a line a stage and a character a forward or backward (a backward takes two).
+def draw_schedule(num_stages: int, num_micro_batches: int, *, vp: int = 1, width: int = 72) -> list[str]:
+    """1F1B as text, a line a rank and a character a forward or backward (a backward takes two).
+
+    With `vp` runs of layers in each of the `num_stages` ranks, a micro-batch comes by once for each (interleaved).
 
     Forwards are digits (the last of the micro-batch's number), backwards letters, idle time dots. Only as many
     micro-batches are drawn as fit into `width`.
     """
-    shown = max(1, min(num_micro_batches, (width - 3 * (num_stages - 1)) // 3))
-    done: dict[tuple[int, str, int], int] = {}
-    orders = [_one_f_one_b(stage, num_stages, shown) for stage in range(num_stages)]
+    shown = max(1, min(num_micro_batches, (width - 3 * (num_stages - 1)) // (3 * vp)))
+    if vp > 1:  # whole rounds of as many micro-batches as ranks
+        shown = max(num_stages, shown - shown % num_stages)
+        orders = [_interleaved(rank, num_stages, vp, shown) for rank in range(num_stages)]
+    else:
+        orders = [
+            [(kind, stage, micro) for kind, micro in _one_f_one_b(stage, num_stages, shown)]
+            for stage in range(num_stages)
+        ]
+    done: dict[tuple[str, int, int], int] = {}
     position, clock = [0] * num_stages, [0] * num_stages
     lines = [""] * num_stages
-    while any(position[s] < len(orders[s]) for s in range(num_stages)):
+    while any(position[rank] < len(orders[rank]) for rank in range(num_stages)):
         moved = False
-        for stage in range(num_stages):
-            if position[stage] == len(orders[stage]):
+        for rank in range(num_stages):
+            if position[rank] == len(orders[rank]):
                 continue
-            kind, micro = orders[stage][position[stage]]
-            needed = (stage - 1, "F", micro) if kind == "F" else (stage + 1, "B", micro)
+            kind, stage, micro = orders[rank][position[rank]]
+            needed = (kind, stage - 1 if kind == "F" else stage + 1, micro)
             ready = 0
-            if (kind == "F" and stage > 0) or (kind == "B" and stage < num_stages - 1):
+            if 0 <= needed[1] < num_stages * vp:
                 if needed not in done:
                     continue
                 ready = done[needed]
-            start = max(clock[stage], ready)
+            start = max(clock[rank], ready)
             length = 1 if kind == "F" else 2
             mark = str(micro % 10) if kind == "F" else chr(ord("a") + micro % 26) * 2
-            lines[stage] += "." * (start - len(lines[stage])) + mark
-            clock[stage] = start + length
-            done[stage, kind, micro] = clock[stage]
-            position[stage] += 1
+            lines[rank] += "." * (start - len(lines[rank])) + mark
+            clock[rank] = start + length
+            done[kind, stage, micro] = clock[rank]
+            position[rank] += 1
             moved = True
-        assert moved, "1F1B waits on itself"
+        assert moved, "the schedule waits on itself"
     end = max(map(len, lines))
     return [line + "." * (end - len(line)) for line in lines]
+
+
+def _interleaved(rank: int, num_ranks: int, vp: int, num_micro_batches: int) -> list[tuple[str, int, int]]:
+    """(kind, stage, micro-batch) of a rank whose c-th stage is rank + c * num_ranks.
+
+    Micro-batches go in rounds of num_ranks through the stages of a rank, forwards from its first and backwards from
+    its last. Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
+    """
+    total = num_micro_batches * vp
+
+    def at(turn: int, *, last_first: bool) -> tuple[int, int]:
+        whole, inside = divmod(turn, num_ranks * vp)
+        chunk, micro = divmod(inside, num_ranks)
+        chunk = vp - 1 - chunk if last_first else chunk
+        return rank + chunk * num_ranks, whole * num_ranks + micro
+
+    warm = min((num_ranks - rank - 1) * 2 + (vp - 1) * num_ranks, total)
+    order: list[tuple[str, int, int]] = [("F", *at(turn, last_first=False)) for turn in range(warm)]
+    for turn in range(total):
+        if warm + turn < total:
+            order.append(("F", *at(warm + turn, last_first=False)))
+        order.append(("B", *at(turn, last_first=True)))
+    return order
 
 
 def _one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:

@@ -204,6 +204,33 @@ def test_the_schedule_drawn():
     assert draw_schedule(1, 3) == ["0aa1bb2cc"]
 
 
+def test_interleaved_stages_drawn():
+    # Both ranks take micro-batches 0 and 1 through their first layers, then through their second ones.
+    assert draw_schedule(2, 4, vp=2) == [
+        "01012.aa3bb2aa3bb.cc.ddccdd",
+        ".010aa1bb2aa3bb2cc3ddccdd..",
+    ]
+    for line in draw_schedule(4, 8, vp=2, width=200):
+        for micro in range(8):
+            assert line.count(str(micro)) == 2
+            assert line.count(chr(ord("a") + micro)) == 4
+    assert len(draw_schedule(4, 64, vp=2)[0]) <= 72
+
+
+def test_a_stage_has_a_buffer_for_each_micro_batch_that_it_receives():
+    def peaks(**fields: object) -> np.ndarray:
+        layouts = Candidates.of([Layout(micro_batch=1, checkpointing="full", global_batch=16, seq_len=512, **fields)])
+        without = replace(RUNTIME_CPU, pipeline_buffers=False)
+        with_buffers, none = (memory_of(pricing_of(layouts, software)) for software in (RUNTIME_CPU, without))
+        return (with_buffers.by_stage - none.by_stage)[:, 0] / (16 * 512 * LLAMA.hidden_size * 4)
+
+    # The first stage receives gradients, the last hidden states, those between both.
+    assert peaks(pp=4).tolist() == [1, 2, 1]
+    assert peaks(pp=1).tolist() == [0, 0, 0]
+    # Two interleaved stages a rank: three or four receive, and what they sent stays until the step ends.
+    assert peaks(pp=4, vp=2).tolist() == [6, 8, 6]
+
+
 def test_parts_add_up():
     layout = Layout(dp=2, pp=2, tp=2, zero_stage=1, global_batch=32, seq_len=2048)
     priced = price(LLAMA, A100, [layout], software=MEGATRON)[0]

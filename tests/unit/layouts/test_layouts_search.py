@@ -12,6 +12,7 @@ from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import check
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON
+from fourfold.layouts.search.explain import neighbours
 from fourfold.layouts.search.rank import advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.layouts.search.space import enumerate_space
@@ -85,6 +86,19 @@ def test_a_heavy_head_gets_fewer_layers():
         LLAMA, A100, SearchRequest(num_devices=8, fix={**fix, "embedding_counts_as": 3, "head_counts_as": 1}, **batch)
     ).layouts
     assert {(p.layout.embedding_counts_as, p.layout.head_counts_as) for p in asked} == {(3, 1)}
+
+
+def test_interleaved_layouts_are_ranked_and_their_neighbours_obey_the_same_limits():
+    request = SearchRequest(num_devices=8, global_batch=64, seq_len=2048, fix={"vp": 2})
+    plan = rank_layouts(LLAMA, A100, request)
+    assert {priced.layout.vp for priced in plan.layouts} == {2}
+    assert all(priced.layout.runnable for priced in plan.layouts)
+    interleaved = next(priced for priced in plan.layouts if priced.layout.zero_stage == 1)
+    near = {entry.change: entry for entry in neighbours(interleaved, LLAMA, A100, space="runtime")}
+    assert near["ZeRO 3"].priced is None
+    assert "zero_stage=3 with vp=2" in near["ZeRO 3"].reason
+    assert near["interleaving /2"].priced is not None
+    assert neighbours(interleaved, LLAMA, A100)  # other software's: no such limit
 
 
 def test_fixed_fields_are_held():
