@@ -40,6 +40,7 @@ def test_a_world_that_gathered_threads_is_replaced(ranks):
 
 
 def test_a_failing_rank_is_named_and_the_pool_recovers(ranks):
+    ranks(2)(add_ranks, 0)  # started
     start = time.monotonic()
     with pytest.raises(RankFailure, match=r"(?s)rank 1 of 2.*ArithmeticError: deliberate"):
         ranks(2)(fail_on_last_rank)

@@ -25,6 +25,7 @@ from support.fork_server import fork_server
 # Of one rank. gloo keeps a group's threads for as long as the process lives, each wakes up many times a second, and
 # every mesh that a body makes has several groups: after some hundred bodies the threads alone fill the machine.
 MOST_THREADS = 64
+STARTING_S = 240.0
 
 
 class RankFailure(AssertionError):
@@ -41,6 +42,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
+    pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:
             path, body, args = pipe.recv()
@@ -64,6 +66,8 @@ class RankPool:
     def __call__(self, body: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """Run `body(*args)` on every rank and return the results in rank order.
 
+        Args:
+            timeout_s: for the body alone, not for starting the ranks, which takes as long as the machine is busy.
         Raises:
             RankFailure: with the traceback of the first rank that raised, died, or was late.
         """
@@ -108,6 +112,16 @@ class RankPool:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+        try:
+            for rank, pipe in enumerate(self._pipes):
+                if not pipe.poll(STARTING_S):
+                    raise RankFailure(f"rank {rank} of {self.world_size} has not started within {STARTING_S} s")
+                pipe.recv()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, EOFError):
+                raise RankFailure(f"rank {rank} of {self.world_size} died as it started") from None
+            raise
 
     def close(self) -> None:
         """Kill the ranks; the next call starts new ones."""

@@ -1,6 +1,5 @@
 """A stage that is killed in mid-stream ends the others soon, its replicas' pipelines too, and all messages name it."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -13,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import pipeline_models
-from support.rank_pool import RankFailure
+from support.fork_server import fork_server
+from support.rank_pool import STARTING_S, RankFailure
 from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop
@@ -32,6 +32,7 @@ def train_until_killed(rank: int, victim: int, num_replicas: int, folder: str, p
         world_size=NUM_RANKS,
         timeout=timedelta(minutes=10),
     )
+    pipe.send("started")
     num_stages = NUM_RANKS // num_replicas
     pipelines = [dist.new_group(list(range(start, start + num_stages))) for start in range(0, NUM_RANKS, num_stages)]
     peers = [dist.new_group(list(range(stage, NUM_RANKS, num_stages))) for stage in range(num_stages)]
@@ -73,6 +74,7 @@ def wait_for_a_silent_stage() -> None:
 
 
 def test_a_silent_stage_is_given_up_in_time(ranks):
+    ranks(2)(dist.get_rank)  # started
     start = time.monotonic()
     with pytest.raises(RankFailure, match=r"(?s)rank 0 of 2.*PipelineError: stage 1 \(rank 1\) sent nothing in time"):
         ranks(2)(wait_for_a_silent_stage)
@@ -88,8 +90,7 @@ def test_a_silent_stage_is_given_up_in_time(ranks):
     ],
 )
 def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
+    context = fork_server()
     processes, pipes = [], []
     for rank in range(NUM_RANKS):
         ours, theirs = context.Pipe(duplex=False)
@@ -101,6 +102,7 @@ def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, vic
         processes.append(process)
         pipes.append(ours)
     try:
+        assert all(pipe.poll(STARTING_S) and pipe.recv() == "started" for pipe in pipes)
         start = time.monotonic()
         for rank, pipe in enumerate(pipes):
             if rank == victim:
