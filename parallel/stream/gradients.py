@@ -41,16 +41,19 @@ class ParameterSums:
     """Gradients of parameters summed over chunks, in fp32 (fp64 for fp64) from the second summand on.
 
     What has one summand, as where all tokens are one chunk, stays in its own dtype: it is rounded once, and no wider
-    copy of it is made.
+    copy of it is made. So does what has a few: a product is added inside the kernel that makes it, whose sums are fp32,
+    and each addition rounds once more, which few of them do not show.
 
     Args:
         parameters: what autograd differentiates in a chunk.
         leaves: inside a backward, the model's parameters they stand for: those that gradient_in_place allows are
             summed in their .grad.
+        few: whether there are at most FEW_PIECES summands.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> None:
+    def __init__(self, parameters: Sequence[Tensor], leaves: Sequence[Tensor] = (), *, few: bool = False) -> None:
         self._differentiated = parameters
+        self._few = few
         self._sums: list[Tensor | None] = [None] * max(len(parameters), len(leaves))
         self._index = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._in_place: set[int] = set()
@@ -83,22 +86,22 @@ class ParameterSums:
     def add(self, index: int, part: Tensor, rows: slice | None = None) -> None:
         """Add `part` to the parameter's sum, or to the sum of these rows of it."""
         if rows is None:
-            self._sums[index] = _added(self._sums[index], part)
+            self._sums[index] = self._added(self._sums[index], part)
         elif index in self._in_place:
             self._whole(index)[rows].add_(part)
         else:
             sums, key = self._rows.setdefault(index, {}), (rows.start, rows.stop)
-            sums[key] = _added(sums.get(key), part)
+            sums[key] = self._added(sums.get(key), part)
 
     def add_product(self, index: int, a: Tensor, b: Tensor, rows: slice | None = None) -> None:
         """Add a @ b, in place where the dtypes allow, to the parameter's sum or to that of these rows of it."""
         if rows is None:
-            self._sums[index] = _added_product(self._sums[index], a, b)
+            self._sums[index] = self._added_product(self._sums[index], a, b)
         elif index in self._in_place:
-            _added_product(self._whole(index)[rows], a, b)
+            self._added_product(self._whole(index)[rows], a, b)
         else:
             sums, key = self._rows.setdefault(index, {}), (rows.start, rows.stop)
-            sums[key] = _added_product(sums.get(key), a, b)
+            sums[key] = self._added_product(sums.get(key), a, b)
 
     def total(self, index: int, like: Tensor) -> Tensor:
         """The sum so far, to be added to; zeros of like's shape at first."""
@@ -124,23 +127,23 @@ class ParameterSums:
             return None
         return total.new_zeros(()).expand_as(total) if index in self._in_place else total.to(parameter.dtype)
 
+    def _added(self, total: Tensor | None, part: Tensor) -> Tensor:
+        """total + part: `part` itself where it is the first, else in place in the dtype that is summed in."""
+        if total is None:
+            return part
+        return (total if self._few else widen(total)).add_(part)
+
+    def _added_product(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """total + a @ b, likewise."""
+        if total is None:
+            return a @ b
+        total = total if self._few else widen(total)
+        return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+
     def _whole(self, index: int) -> Tensor:
         total = self._sums[index]
         assert total is not None
         return total
-
-
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    """total + part: `part` itself where it is the first, else in place in the dtype that is summed in."""
-    return part if total is None else widen(total).add_(part)
-
-
-def _added_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, likewise."""
-    if total is None:
-        return a @ b
-    total = widen(total)
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 class SummedLinears:

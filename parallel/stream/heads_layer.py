@@ -96,7 +96,7 @@ class _HeadsLayer(torch.autograd.Function):
         with here.recomputing() as leaves:
             inputs = None if kept else _inputs(here, x, replay=True)
             heads_out, lse = kept if inputs is None else _attend(here, inputs, replay=True)
-            passing, sums = here.run.passing, ParameterSums(leaves, here.parameters)
+            passing, sums = here.run.passing, here.sums(x, leaves)
             grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):

@@ -42,6 +42,7 @@ from fourfold.parallel.stream.patching import (
 from fourfold.parallel.stream.random_numbers import RandomStates, random_numbers
 from fourfold.parallel.stream.router import Routing
 from fourfold.parallel.stream.switches import Switches
+from fourfold.parallel.stream.work_space import FEW_PIECES, num_pieces
 
 # (x [B, piece, d], what its attention gave, its first token) to the layer's output and router statistics for it.
 Finish = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
@@ -135,6 +136,13 @@ class LayerRun:
     def chunks(self, x: Tensor) -> list[tuple[int, int]]:
         """(first token, token after the last) of each chunk of x [B, T, d]."""
         return list(chunks_of(0, x.shape[1], self.run.chunk))
+
+    def sums(self, x: Tensor, leaves: Sequence[Tensor]) -> ParameterSums:
+        """What the parameters' gradients are summed in, in the backward for x [B, T, d]."""
+        pieces = num_pieces(x.shape[1], self.run.chunk, self.run.mlp_chunk)
+        # Under autocast products are narrower than the weights, whose dtype asks for wide sums.
+        few = pieces <= FEW_PIECES and self.run.autocast is None
+        return ParameterSums(leaves, self.parameters, few=few)
 
     def keys(self, x: Tensor) -> LayerKeys:
         """Room for the layer's keys and values."""
@@ -276,7 +284,7 @@ class _Layer(torch.autograd.Function):
                 for start, stop in here.chunks(x):
                     here.attend(x[:, start:stop], WriteKeys(keys, start), replay=True)
             passing = here.run.passing
-            sums = ParameterSums(leaves, here.parameters)
+            sums = here.sums(x, leaves)
             grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):

@@ -25,7 +25,6 @@ from fourfold.parallel.ring.hops import Ring
 from fourfold.parallel.ring.options import RingOptions, RingSettings
 from fourfold.parallel.sequence.tensors import Documents, document_ends
 from fourfold.parallel.stream.attention import Project, ScoreOptions
-from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, finish_backward
 
 
@@ -104,7 +103,7 @@ class _RingLayer(torch.autograd.Function):
                 q, k, v, ring, sinks = _project(here, x, replay=True)
                 attended_to = ring.saved(q, k, v, *kept) if kept else ring.forward(q, k, v, sinks)
                 del q, k, v
-            passing, sums = here.run.passing, ParameterSums(leaves, here.parameters)
+            passing, sums = here.run.passing, here.sums(x, leaves)
             grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):

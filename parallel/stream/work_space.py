@@ -30,6 +30,8 @@ CHUNK_SIZES = {
 }
 # Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
 KEYS_A_CALL = 1024
+# Pieces of a layer whose gradients are summed in the weights' own dtype; more are summed in fp32.
+FEW_PIECES = 4
 # By heads, tensors of the size of q, k and v that norms and rotary embedding make of a chunk, in the model's own code.
 PROJECTION_COPIES = 8
 
@@ -47,6 +49,16 @@ class PieceSizes:
     groups: int
     chunk: int
     mlp_chunk: int
+
+
+def _pieces(seq_len: int, sizes: PieceSizes) -> int:
+    """Into how many pieces a layer's tokens are cut at most."""
+    return num_pieces(seq_len, sizes.chunk, sizes.mlp_chunk)
+
+
+def num_pieces(seq_len: int, chunk: int, mlp_chunk: int) -> int:
+    """Summands of a weight's gradient: pieces of all that follows attention begin anew with each chunk of queries."""
+    return -(-seq_len // min(chunk, mlp_chunk))
 
 
 def kept_layers(keep_attention: bool | int, layers: int) -> int:
@@ -85,8 +97,8 @@ class Work:
         return 2 * self.shape.head_dim * self.itemsize / self.batch
 
     def _sums(self, pieces: int) -> int:
-        """Bytes a parameter of which a gradient is being summed: one piece's is not widened."""
-        return 0 if self.itemsize >= 4 else 4 if pieces > 1 else self.itemsize
+        """Bytes a parameter of which a gradient is being summed: those of few pieces are not widened."""
+        return 0 if self.itemsize >= 4 else 4 if pieces > FEW_PIECES else self.itemsize
 
     def head(self, tokens: int, logits_chunk: Auto, device_type: str) -> tuple[float, float]:
         """At the end of the model, for so many tokens in all rows."""
@@ -109,7 +121,9 @@ class Work:
         chunk = self.batch * min(self.sizes.chunk, seq_len)
         attention = chunk * itemsize * (2 * hidden + 4 * queries + 5 * keys)
         attention += 2 * self.batch * keys * itemsize * KEYS_A_CALL
-        return a_token, shape.layer_parameters * self._sums(2) + attention + self._piece(chunk)
+        return a_token, shape.layer_parameters * self._sums(_pieces(seq_len, self.sizes)) + attention + self._piece(
+            chunk
+        )
 
     def by_heads(self, seq_len: int) -> tuple[float, float]:
         """In a layer's backward by groups of heads: after attention, or in the attention of a group."""
@@ -128,7 +142,7 @@ class Work:
             chunk * (PROJECTION_COPIES * projected + hidden) * itemsize,
         )
         a_token, work = max(after, during, key=lambda moment: tokens * moment[0] + moment[1])
-        return a_token, work + shape.layer_parameters * self._sums(-(-seq_len // sizes.mlp_chunk))
+        return a_token, work + shape.layer_parameters * self._sums(_pieces(seq_len, sizes))
 
     def _piece(self, most: int) -> float:
         """What follows attention, for a piece of at most so many tokens in all rows."""

@@ -8,6 +8,7 @@ from support.dropout import slope_along_gradient
 from torch import nn
 
 from fourfold.parallel.attention.backends import BACKENDS
+from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.heads_layer import HeadsRun
 from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
 from fourfold.parallel.testing.compare import assert_gradients, gradient_errors, gradients
@@ -231,3 +232,38 @@ def test_a_group_is_one_call_of_a_gpus_kernel(keep_attention):
     check(tiny("llama", num_hidden_layers=1), inputs, backend=documents, keep_attention=True)
     lengths = [("forward", 9, True), ("forward", 12, True)] * 2 + [("backward", 9, True), ("backward", 12, True)] * 2
     assert documents.calls == lengths
+
+
+@pytest.mark.parametrize("settings", [HEADS, {**HEADS, "head_groups": 0}])
+@pytest.mark.parametrize("pieces", [1, 4, 8])
+@pytest.mark.parametrize("family", ["qwen3", "llama, tied"])
+def test_bf16_is_no_worse_than_plain_against_fp64(family, pieces, settings):
+    """Whether gradients are summed in bf16, as those of few pieces are, or in fp32."""
+    model, ids = tiny(family).bfloat16(), batch(2, 40)
+    exact_model = copy.deepcopy(model).double()
+    exact = gradients(exact_model, exact_model(input_ids=ids, labels=ids).loss)
+    plain = gradient_errors(gradients(model, model(input_ids=ids, labels=ids).loss), exact)
+    size = 40 // pieces
+    stream_backprop(model, **{**settings, "chunk_size": size, "mlp_chunk": size})
+    found = gradients(model, model(input_ids=ids, labels=ids).loss)
+    assert max(gradient_errors(found, exact).values()) <= 1.5 * max(plain.values())
+
+
+@pytest.mark.parametrize(("length", "wide"), [(16, False), (17, True)])
+@pytest.mark.parametrize("groups", [0, 2])
+def test_few_pieces_are_summed_in_the_weights_own_dtype(length, wide, groups, monkeypatch):
+    """Four pieces of four tokens have no fp32 sum; a fifth has."""
+    seen: set[torch.dtype] = set()
+    plain = ParameterSums.values
+
+    def values(sums, like):
+        if type(sums) is ParameterSums:  # the layers', not the head's
+            seen.update(total.dtype for total in sums._sums if total is not None)
+            seen.update(total.dtype for rows in sums._rows.values() for total in rows.values())
+        return plain(sums, like)
+
+    monkeypatch.setattr(ParameterSums, "values", values)
+    model, ids = tiny("llama").bfloat16(), batch(1, length)
+    stream_backprop(model, chunk_size=4, mlp_chunk=4, logits_chunk=5, head_groups=groups, verify=False)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert (torch.float32 in seen) == wide
