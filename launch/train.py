@@ -34,6 +34,10 @@ def main() -> None:
         if not lost_neighbour(error):
             raise
         tell_lost_neighbour(error, activity.words)
+    except OSError as error:  # a file or folder that the system does not give; the rank that wanted it says so
+        if error.filename is None:
+            raise
+        refuse(ValueError(f"{error.filename}: {error.strerror}, in {activity.words}"), patience_s=2.0)
 
 
 def _end() -> None:

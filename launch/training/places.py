@@ -75,22 +75,31 @@ def check_data(train: tuple[Path, ...], held_out: tuple[Path, ...]) -> None:
         )
 
 
+WRITTEN = re.compile(
+    r"(tokens|checkpoints|tensorboard|wandb|metrics\.csv|log\.jsonl|result\.json|\.lock|\.seen_by.*)(\.partial)?"
+)
+"""What a run writes in its folder."""
+
+
 def outside(files: list[Path], out: str | None, word: str, key: str) -> list[Path]:
-    """`files` without those of the run's own folder, which is filled while it runs.
+    """`files` without what a run writes in its folder while it reads them.
 
     Args:
         word, key: what meant the files, for the error.
     Raises:
-        ValueError: all of them lie there.
+        ValueError: all of them are such.
     """
     if out is None:
         return files
     folder = Path(out).resolve()
-    kept = [path for path in files if folder not in path.resolve().parents]
+    kept = []
+    for path in files:
+        place = path.resolve()
+        inside = place.relative_to(folder).parts[0] if folder in place.parents else ""
+        if not WRITTEN.fullmatch(inside):
+            kept.append(path)
     if files and not kept:
-        raise ValueError(
-            f"{key}={word!r} lies in out={out!r}, which this run writes: move the files, or give another out"
-        )
+        raise ValueError(f"{key}={word!r} is what a run writes in out={out!r}: move the files, or give another out")
     return kept
 
 

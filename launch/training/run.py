@@ -105,6 +105,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
             folder=out / "checkpoints", settings=compared, keep=options.keep_checkpoints,
             background=Background(timeout_s=2 * timeout_s) if options.async_checkpoints else None,
         )  # fmt: skip
+    activity.now("opening what the run leaves")
     teller = Teller(options, layout, model, settings, gauge)
     run = TrainingRun(
         gauge=gauge, checkpoints=checkpoints, resume=resume, activity=activity, on_start=teller.start,

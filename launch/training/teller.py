@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed as dist
 
 from fourfold.launch.train_options import TrainOptions
@@ -132,7 +133,11 @@ class Teller:
             print(f"nothing left to do: the run in {options.out} has taken its {self._settings.steps} steps")
         frequencies = None
         if corpus.unit == "byte" and self._settings.held_out_batches:
-            frequencies = byte_frequency_loss(corpus.train[:_FREQUENCIES_OF], corpus.held_out[:_FREQUENCIES_OF])
+            train, held_out = (
+                torch.cat([text.tokens[:_FREQUENCIES_OF] for text in texts])
+                for texts in (corpus.train_texts, corpus.held_out_texts)
+            )
+            frequencies = byte_frequency_loss(train, held_out)
         if not options.quiet and result.held_out_loss is not None:
             where = f" of {options.export}" if options.export is not None else ""
             known = f"; byte frequencies alone {frequencies:.3f}" if frequencies is not None else ""

@@ -82,7 +82,11 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        self._run: Any = _wandb().init(project=project, dir=str(folder), config=dict(settings))
+        try:
+            self._run: Any = _wandb().init(project=project, dir=str(folder), config=dict(settings))
+        except Exception as error:  # of its own kinds; this rank alone finds them
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"wandb={project!r}: {reason}: log in (wandb login), or leave the key out") from None
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

@@ -1,7 +1,9 @@
 """What a training tells besides its loss: phases, TensorBoard, a trace, and the module that made a NaN."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +13,12 @@ from support.tiny_config import CONFIG
 from support.training_process import TRAIN, Forked
 from torch.distributed.tensor import DTensor
 
+from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.blame import first_not_finite
 from fourfold.launch.training.loop import TrainingRun, train
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import TrainSettings
+from fourfold.launch.training.trackers import made_trackers
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 from fourfold.parallel import init_mesh, parallelize
@@ -99,3 +103,25 @@ def test_what_cannot_be_told_is_refused_before_it_starts(tmp_path):
         assert run.wait(60.0) == 2
         (line,) = run.text().strip().splitlines()
         assert said in line
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "metrics.csv", ".lock"])
+def test_a_file_that_is_none_is_one_line(tmp_path, name):
+    layout, out = tmp_path / "layout.toml", tmp_path / "out"
+    write_layout_file(layout, Layout(global_batch=2, seq_len=16), load_model(CONFIG))
+    (out / name).mkdir(parents=True)
+    run = Forked(tmp_path / "log", TRAIN, ["--layout", layout, "--out", out, "--steps", 2, "--quiet"])
+    assert run.wait(60.0) == 2, run.text()
+    (line,) = run.errors()
+    assert name in line
+    assert "directory" in line
+    assert "Traceback" not in run.text()
+
+
+def test_a_tracker_that_does_not_start_is_one_line(monkeypatch, tmp_path):
+    def init(**_: object) -> None:
+        raise RuntimeError("api_key not configured\nsee there")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ValueError, match=r"^wandb='mine': api_key not configured: log in \(wandb login\), or leave"):
+        made_trackers(TrainOptions(wandb="mine", out=str(tmp_path)), {})

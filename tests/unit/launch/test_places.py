@@ -16,8 +16,15 @@ from fourfold.layouts.inputs.model import load_model
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("data/a.txt", "data/b.txt", "data/validation.txt", "model/model.safetensors", "model/tokenizer.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        "data/a.txt",
+        "data/b.txt",
+        "data/validation.txt",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "data/tokens/x.npy",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text\n")
     return tmp_path
 
@@ -79,19 +86,21 @@ def found(**keys: object) -> Sources:
         ),
         ({"data": ("data/a.txt", "data/*.txt")}, "data has data/a.txt more than once"),
         ({"data": ("data/a.txt", "./data/../data/a.txt")}, "more than once"),
-        ({"data": ("data/a.txt",), "out": "data"}, "data='data/a.txt' lies in out='data', which this run writes"),
+        ({"data": ("data/tokens",), "out": "data"}, "data='data/tokens' is what a run writes in out='data'"),
     ],
 )
 def test_files_that_count_twice_or_are_written_while_they_are_read(desk, keys, said):
     refused(lambda: found(**keys), said=said)
 
 
-def test_what_a_run_writes_is_no_part_of_its_data(desk):
-    (desk / "data" / "run").mkdir()
-    before = found(data=("data",), out="data/run").train
-    (desk / "data" / "run" / "metrics.csv").touch()
-    assert found(data=("data",), out="data/run").train == before
-    assert [path.name for path in before] == ["a.txt", "b.txt", "validation.txt"]
+@pytest.mark.parametrize("out", ["data/run", "data"])
+def test_what_a_run_writes_is_no_part_of_its_data(desk, out):
+    before = found(data=("data",), out=out).train
+    for name in ("metrics.csv", "tokens/train.npy", "checkpoints/step_00000002/manifest.json"):
+        (desk / out / name).parent.mkdir(parents=True, exist_ok=True)
+        (desk / out / name).touch()
+    assert found(data=("data",), out=out).train == before
+    assert [path.name for path in before if path.suffix == ".txt"] == ["a.txt", "b.txt", "validation.txt"]
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "consolidated.00.pth"])
