@@ -3,12 +3,12 @@
 What is checked is what a rank holds and that a step runs; the numbers of a step mean nothing here.
 """
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.fork_server import fork_server
 from support.one_loss import tiny_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -47,7 +47,7 @@ def on_one_rank(shape: dict[str, int], rank: int, options: dict) -> tuple[dict[s
     ids=str,
 )
 def test_4096_ranks(shape, rank, options):
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as fresh:
+    with ProcessPoolExecutor(1, mp_context=fork_server()) as fresh:
         held, layers, ran = fresh.submit(on_one_rank, shape, rank, options).result(timeout=120)
     tp, pp = shape["tp"], shape.get("pp", 1)
     shards = shape["dp"] * shape.get("cp", 1) if options else 1
