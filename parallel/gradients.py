@@ -76,8 +76,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, max_
         mesh: (dp, pp, cp, tp); every rank of it must call.
     Returns:
         The norm before clipping, a float64 scalar, the same on every rank.
+    Raises:
+        ValueError: a `max_norm` that is negative or no number.
     Cost: one all-reduce of 8 bytes for each axis longer than 1.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"max_norm={max_norm}: give a number of at least 0, or math.inf to know the norm alone")
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     replicas = mesh.size() // mesh["pp"].size()
     total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)

@@ -53,6 +53,8 @@ def trouble_with(
     Cost: a pass over the tokens where they are; on a GPU that waits for them.
     """
     for name, tensor in (("input_ids", input_ids), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            return f"{name} are a {type(tensor).__name__}: give a torch tensor, [batch, sequence]"
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             return f"{name} are {tensor.dtype}: give whole numbers, torch.int64"
     if input_ids.dim() != 2 or labels.shape != input_ids.shape:

@@ -107,6 +107,8 @@ def seen_tokens(attention_mask: Tensor | None, document_ids: Tensor | None) -> T
 
 def trouble_with_documents(document_ids: Tensor, input_ids: Tensor) -> str:
     """What is wrong with one rank's document_ids in themselves, with the mend; empty where nothing is."""
+    if not isinstance(document_ids, Tensor):
+        return f"document_ids are a {type(document_ids).__name__}: give a torch tensor, [batch, sequence]"
     if document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool:
         return f"document_ids are {document_ids.dtype}: give whole numbers, torch.int64"
     if document_ids.shape != input_ids.shape:

@@ -146,7 +146,7 @@ class ParallelModel:
             A batch on the host is checked there; one on a GPU has to be waited for. document_ids cost a mask of
             micro_batch x S^2 bytes where attention is neither a ring's nor streamed.
         """
-        rows = self._prepare(input_ids, labels, document_ids)
+        rows = self._prepare(input_ids, labels, document_ids, trains=True)
         with self._loss_context():
             if self._pipeline is not None:
                 losses = self._pipeline.step(rows, self._micro_batch or 1)
@@ -159,19 +159,20 @@ class ParallelModel:
             average_gradients(parameters, self._replica_group)
         return self._mean_loss(losses)
 
-    @torch.no_grad()
     def evaluate(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """The same mean loss as `forward_backward`, without gradients. Arguments, errors and cost likewise.
 
         Nothing else changes: gradients that wait for their step stay, and the next step is what it would have been.
         """
-        rows = self._prepare(input_ids, labels, document_ids)
-        with self._left_as_it_was(), self._loss_context():
-            if self._pipeline is not None:
-                losses = self._pipeline.evaluate(rows, self._micro_batch or 1)
-            else:
-                losses = [self._loss(self._run(part), part.targets) for part in self._cut(rows)]
-        return self._mean_loss(losses)
+        # Under inference_mode DTensor's losses fail, and gathered weights would be of a kind that cannot be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = self._prepare(input_ids, labels, document_ids)
+            with self._left_as_it_was(), self._loss_context():
+                if self._pipeline is not None:
+                    losses = self._pipeline.evaluate(rows, self._micro_batch or 1)
+                else:
+                    losses = [self._loss(self._run(part), part.targets) for part in self._cut(rows)]
+            return self._mean_loss(losses)
 
     @contextmanager
     def _left_as_it_was(self) -> Iterator[None]:
@@ -193,7 +194,10 @@ class ParallelModel:
                         module.reshard()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clip by the 2-norm over all parameters of the whole model; returns the norm before, a float64 scalar."""
+        """Clip by the 2-norm over all parameters of the whole model; returns the norm before, a float64 scalar.
+
+        Raises ValueError where `max_norm` is negative or no number: it would turn gradients round.
+        """
         return clip_gradients(self.parameters(), self.mesh, max_norm=max_norm)
 
     def batch_rows(self, global_batch: int) -> slice:
@@ -244,7 +248,9 @@ class ParallelModel:
     def eval(self) -> "ParallelModel":
         return self.train(False)
 
-    def _prepare(self, input_ids: Tensor, labels: Tensor | None, document_ids: Tensor | None) -> LocalRows:
+    def _prepare(
+        self, input_ids: Tensor, labels: Tensor | None, document_ids: Tensor | None, *, trains: bool = False
+    ) -> LocalRows:
         """This rank's shard of inputs and shifted targets, both [B, S_local]; sets positions and the loss's scale.
 
         Packed rows stay whole here: around a ring each micro-batch is cut by its own documents (see _cut).
@@ -254,6 +260,8 @@ class ParallelModel:
         trouble = trouble_with(
             input_ids, labels, document_ids, vocab_size=self.stage.vocab_size, micro_batch=self._micro_batch
         )
+        if trains and not torch.is_grad_enabled():
+            trouble = "forward_backward without gradients (torch.no_grad or inference_mode): use evaluate, or leave it"
         trouble = trouble or self._trouble_with_length(input_ids) or self._trouble_with_documents(document_ids)
         if document_ids is not None and not trouble:
             labels = without_first_tokens(labels, document_ids)

@@ -31,6 +31,8 @@ def refusal(action) -> str:
 def spoilt(ids, labels, change: str):
     """The same rows with one thing wrong."""
     ids, labels = ids.clone(), labels.clone()
+    if change == "list":
+        return ids.tolist(), labels
     if change == "floats":
         return ids.float(), labels
     if change == "shape":
@@ -68,6 +70,7 @@ NO_BATCH = {
     "negative id": "token id -2 in a vocabulary of 64",
     "label": "label -1 in a vocabulary of 64: give -100 where there is no target",
     "large label": "label 64 in a vocabulary of 64",
+    "list": "input_ids are a list: give a torch tensor",
     "floats": "input_ids are torch.float32: give whole numbers",
     "shape": "both are [batch, sequence]",
 }
@@ -188,3 +191,35 @@ def test_the_model_s_own_clipping_is_by_one_norm(ranks, mesh_shape, options):
     assert after == pytest.approx(0.5, rel=1e-4)
     for found in ranks(2)(norms, mesh_shape, options):
         assert found == pytest.approx((before, after), rel=1e-5)
+
+
+def without_gradients(mesh_shape: dict, options: dict) -> tuple[list[str], list[float]]:
+    """What training says inside of no_grad on one rank, and inference_mode; losses of evaluation there, and after."""
+    model = parallelize(tiny_model(), init_mesh(**mesh_shape, device_type="cpu"), **options)
+    rows = model.batch_rows(GLOBAL_BATCH)
+    ids, labels = (x[rows] for x in batches(True)[0])
+    with torch.set_grad_enabled(torch.distributed.get_rank() == 0):
+        said = [refusal(lambda: model.forward_backward(ids, labels))]
+    with torch.inference_mode():
+        said.append(refusal(lambda: model.forward_backward(ids, labels)))
+        losses = [model.evaluate(ids, labels).item()]
+    return said, [*losses, model.forward_backward(ids, labels).item()]
+
+
+@pytest.mark.parametrize(("mesh_shape", "options"), TWO, ids=str)
+def test_no_gradients_are_for_evaluation(ranks, mesh_shape, options):
+    truth = ranks(1)(fed, {}, {}, [])[0][1]
+    for said, losses in ranks(2)(without_gradients, mesh_shape, options):
+        assert all("forward_backward without gradients" in words and "use evaluate" in words for words in said)
+        assert losses == pytest.approx([truth] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, float("nan")])
+def test_a_norm_that_is_none_is_refused(mesh, max_norm):
+    model = parallelize(tiny_model(), mesh)
+    ids, labels = batches(True)[0]
+    model.forward_backward(ids, labels)
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=f"max_norm={max_norm}: give a number of at least 0"):
+        model.clip_grad_norm_(max_norm)
+    assert all(torch.equal(a, b.grad) for a, b in zip(before, model.parameters(), strict=True))
