@@ -101,16 +101,15 @@ def settings(scale: float) -> dict[str, Setting]:
 
 ORDER = (  # (setting, optimizer, methods), most important first
     ("lockstep", "AdamW", "no delay,PB,PB+LWPv+SC,PACI:4,PACI:8"),
-    ("2bw", "Muon", "no delay,2bw,2bw+EF"),
+    ("2bw", "Muon", "no delay,2bw,2bw+EF,2bw+LWPv+SC,2bw+SC"),
     ("lockstep", "AdamW", "PB+rotation+LWPv+SC,equal time"),
-    ("2bw", "AdamW", "no delay,2bw,2bw+EF,equal time"),
+    ("2bw", "AdamW", "no delay,2bw,2bw+EF,2bw+LWPv+SC,equal time"),
     ("2bw", "Muon", "equal time"),
     ("lockstep", "SGDM", "no delay,PB,PB+LWPv+SC,PACI:4,equal time"),
-    ("2bw", "SGDM", "no delay,2bw,2bw+EF,equal time"),
+    ("2bw", "SGDM", "no delay,2bw,2bw+EF,2bw+LWPv+SC,equal time"),
     ("lockstep", "Muon", "no delay,PB,PB+LWPv+SC,PACI:4,equal time"),
     ("lockstep", "AdamW", "PB+LWPv+SC+stash,PB+rotation,PB+EF,PB+LWPw+SC,PB+Nesterov,PB+stash,PB+LWPv"),
-    ("2bw", "Muon", "2bw+LWPv+SC"),
-    ("2bw", "AdamW", "2bw+LWPv+SC,2bw+SC"),
+    ("2bw", "AdamW", "2bw+SC"),
     ("lockstep", "Muon", "PB+LWPw+SC,PB+EF"),
     ("lockstep", "SGDM", "PB+LWPw+SC,PB+EF"),
 )
