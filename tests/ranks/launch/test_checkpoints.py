@@ -19,10 +19,17 @@ from fourfold.parallel import init_mesh, parallelize
 TEXT = torch.randint(64, (2, 4000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
 
 
-def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 2) -> list[float]:
+def run(
+    axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 2, adapters: bool = False
+) -> list[float]:
     layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **axes)
     mesh = init_mesh(**axes, device_type="cpu")
-    model = parallelize(tiny_model(num_hidden_layers=num_layers), mesh, micro_batch=1, **options)
+    whole = tiny_model(num_hidden_layers=num_layers)
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        whole = get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    model = parallelize(whole, mesh, micro_batch=1, **options)
     kept = TrainingRun(
         gauge=MemoryGauge(torch.device("cpu")),
         checkpoints=Checkpoints(folder=Path(folder)),
@@ -33,14 +40,14 @@ def run(axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 
     return [record.loss for record in result.records]
 
 
-def resume_from_step_two(axes: dict, options: dict, folder: str, num_layers: int) -> list[float]:
+def resume_from_step_two(axes: dict, options: dict, folder: str, *model: object) -> list[float]:
     if dist.get_rank() == 0:
         shutil.rmtree(Path(folder) / "step_00000004")
         # Stops in the middle of a save and of a removal leave these.
         (Path(folder) / "partial_00000003").mkdir()
         shutil.copytree(Path(folder) / "step_00000002", Path(folder) / "removed_step_00000001")
     dist.barrier()
-    return run(axes, options, folder, True, num_layers)
+    return run(axes, options, folder, True, *model)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,14 @@ def test_resume_under_another_layout(ranks, tmp_path, written, read):
     # Steps 1 and 3 end at saved states; both kept. Only the first is used, so steps 2 and 3 are taken again.
     again = ranks(2)(resume_from_step_two, *read, folder, num_layers)[0]
     assert sorted(path.name for path in Path(folder).iterdir()) == ["step_00000002", "step_00000004"]
+    assert again == pytest.approx(losses[2:], rel=1e-5)
+
+
+def test_adapters_go_on_under_another_layout(ranks, tmp_path):
+    pytest.importorskip("peft")  # of the test extra, not of the package
+    folder, model = str(tmp_path / "checkpoints"), (4, True)
+    losses = ranks(2)(run, {"dp": 2}, {"zero_stage": 3}, folder, False, *model)[0]
+    again = ranks(2)(resume_from_step_two, {"pp": 2}, {"vp": 2}, folder, *model)[0]
     assert again == pytest.approx(losses[2:], rel=1e-5)
 
 
