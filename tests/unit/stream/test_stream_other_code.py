@@ -299,3 +299,45 @@ def test_labels_outside_of_the_vocabulary_are_errors(wrong, has_gradient):
     labels[0, 4] = wrong
     with pytest.raises((IndexError, RuntimeError, ValueError), match="bounds"):
         model(input_ids=ids, labels=labels).loss.backward()
+
+
+def share_mlp(model: nn.Module) -> None:
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def share_layer(model: nn.Module) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+def share_projection(model: nn.Module) -> None:
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+
+
+def tie_keys_and_values(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.k_proj.weight = model.model.layers[0].self_attn.v_proj.weight
+
+
+@pytest.mark.parametrize("head_groups", [0, 2])
+@pytest.mark.parametrize("share", [share_mlp, share_layer, share_projection, tie_keys_and_values])
+def test_weights_in_several_places_get_the_sum_of_their_gradients(share, head_groups):
+    model = tiny("llama")
+    share(model)
+    plain = gradients(model, loss_of(model, use_cache=False))
+    stream_backprop(model, **CHUNKS, head_groups=head_groups)
+    assert_gradients(gradients(model, loss_of(model, use_cache=False)), plain, TOLERANCE)
+
+
+POSITIONS = {
+    "each twice": torch.arange(21) // 2,
+    "a gap": torch.cat([torch.arange(9), torch.arange(12, 24)]),
+    "falling": torch.arange(21).flip(0),
+    "from seven": torch.arange(7, 28),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_part_documents_where_transformers_parts_them(kind):
+    model, positions = tiny("llama"), POSITIONS[kind].expand(2, -1)
+    plain = gradients(model, loss_of(model, position_ids=positions, use_cache=False))
+    stream_backprop(model, **CHUNKS)
+    assert_gradients(gradients(model, loss_of(model, position_ids=positions, use_cache=False)), plain, TOLERANCE)
