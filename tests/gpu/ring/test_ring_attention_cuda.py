@@ -12,7 +12,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
-BACKENDS = ["cuda_flash", "cudnn", "flash_attn", "math"]
+# None is what the device gets: with documents and windows, two kernels side by side.
+BACKENDS = [None, "cuda_flash", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "flex", "math"]
 TOLERANCE = 1e-2  # bf16: 8 bits of mantissa
 
 
@@ -50,6 +51,24 @@ def test_ring_blocks_equal_fp64(backend, size, options):
     out.backward(grad)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     truth = attention_reference(*leaves, **options)
+    truth.backward(grad.double())
+    assert error(out, truth) < TOLERANCE
+    for mine, leaf in zip(local, leaves, strict=True):
+        assert error(mine.grad, leaf.grad) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", [None, "flash_attn", "flash_attn_3", "flex", "math"])
+def test_capped_scores_equal_fp64(backend):
+    q, k, v, grad = inputs(333, 128)
+    try:
+        select_backend(backend, q, k, 3.0)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    local = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = ring_attention(*local, None, backend=backend, soft_cap=3.0, cu_seqlens=(0, 3, 200, 333))
+    out.backward(grad)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = ring_attention(*leaves, None, backend="math", soft_cap=3.0, cu_seqlens=(0, 3, 200, 333))
     truth.backward(grad.double())
     assert error(out, truth) < TOLERANCE
     for mine, leaf in zip(local, leaves, strict=True):
