@@ -81,7 +81,7 @@ def demo(
     write_csv(out / "plan.csv", plan.layouts)
     console.print(plan_table(plan, plan.layouts[:10]))
     if why_not(plan):
-        console.print(f"Ruled out: {why_not(plan)}.", style="dim")
+        console.print(f"Ruled out: {why_not(plan)}.", style="dim", soft_wrap=True, highlight=False)
 
     _headline(console, "3. launch", f"the best {NUM_MEASURED} and the last that fits, {MEASURED_STEPS} steps each")
     compared = _measure(console, out, plan, machine)

@@ -19,6 +19,7 @@ from fourfold.layouts.output.tables import (
     doubt_text,
     launch_text,
     legend,
+    plan_lines,
     plan_table,
     uncompiled_text,
     why_not,
@@ -28,6 +29,8 @@ from fourfold.layouts.search.rank import Plan, advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
+MOST_DRAWN = 200
+"""Layouts of a table with fitted columns; more are plain lines, which are a hundred times quicker to lay out."""
 _WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES, "precision": PRECISIONS}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -87,7 +90,11 @@ def plan(
             raise typer.Exit(2)
         return
     console = Console()
-    console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
+    if top <= MOST_DRAWN:
+        console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
+    else:
+        for line in plan_lines(result, result.layouts, num_tokens=tokens, width=console.width):
+            typer.echo(line)
     console.print(doubt_text(result), style="dim", soft_wrap=True, highlight=False)
     if result.layouts[0].launch_bound:
         console.print(launch_text(result.layouts[0]), soft_wrap=True, highlight=False)
@@ -96,7 +103,7 @@ def plan(
     for layout in late_layouts(result):
         console.print(convergence_text(layout), soft_wrap=True, highlight=False)
     if why_not(result):
-        console.print(f"Ruled out: {why_not(result)}.", style="dim")
+        console.print(f"Ruled out: {why_not(result)}.", style="dim", soft_wrap=True, highlight=False)
     console.print(legend(result.layouts[:top]), style="dim", soft_wrap=True, highlight=False)
     if html is not None:
         console.print(f"Report: {html}")

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,37 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
     # On a narrow terminal a long name goes on in the next line; nothing else is cut.
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("layout", overflow="fold")
-    columns = ["step", "MFU", "tok/s/dev", *(["comm", "bubble"] if width >= 100 else []), "GiB", "P(fits)"]
-    columns += ["days"] * (num_tokens > 0)
+    _, _, *columns, _ = _headings(num_tokens, width)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
+    for rank, cells in enumerate(_rows(result, layouts, num_tokens, width), start=1):
+        table.add_row(*cells, style="bold" if rank == 1 else None)
+    return table
+
+
+def plan_lines(
+    result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: float = 0.0, width: int = 80
+) -> Iterator[str]:
+    """The rows of `plan_table` as plain lines, for more of them than a drawn table lays out in reasonable time."""
+    rows = [_headings(num_tokens, width), *_rows(result, layouts, num_tokens, width)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = (1, len(widths) - 1)  # the name and the mark
+    for row in rows:
+        cells = [
+            cell.ljust(size) if place in left else cell.rjust(size)
+            for place, (cell, size) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _headings(num_tokens: float, width: int) -> list[str]:
+    columns = ["step", "MFU", "tok/s/dev", *(["comm", "bubble"] if width >= 100 else []), "GiB", "P(fits)"]
+    return ["#", "layout", *columns, *["days"] * (num_tokens > 0), ""]
+
+
+def _rows(result: Plan, layouts: Sequence[PricedLayout], num_tokens: float, width: int) -> Iterator[list[str]]:
+    """A row's cells; the safe pick and the fastest in time come last where they are not among `layouts`."""
     shown = list(layouts)
     for extra in (result.safe, result.synchronous):
         if extra is not None and all(priced.layout != extra.layout for priced in shown):
@@ -106,9 +132,7 @@ def plan_table(result: Plan, layouts: Sequence[PricedLayout], *, num_tokens: flo
         cells += [gib_text(priced.peak_bytes), f"{priced.fit_probability:.2f}"]
         if num_tokens:
             cells.append(f"{num_tokens / priced.tokens_per_s / 86400:.3g}")
-        cells.append(mark(result, priced))
-        table.add_row(*cells, style="bold" if rank == 1 else None)
-    return table
+        yield [*cells, mark(result, priced)]
 
 
 _WORDS = (

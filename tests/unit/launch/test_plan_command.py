@@ -115,6 +115,16 @@ def test_fixed_fields_are_parsed():
     }  # fmt: skip
 
 
+def test_thousands_of_layouts_are_plain_lines_of_the_same_cells():
+    few, many = (call("plan", "llama-3.1-8b", *BATCH, "--top", top).stdout for top in (3, 2000))
+    lines = [line.split() for line in many.splitlines()]
+    assert lines[0][:3] == ["#", "layout", "step"]
+    assert sum(1 for line in lines if line and line[0].isdecimal()) > 200
+    drawn = [line.split() for line in few.splitlines() if line.split()[:1] in (["1"], ["2"], ["3"])]
+    assert len(drawn) == 3
+    assert all(line in lines for line in drawn)
+
+
 def test_explain_shows_terms_stages_schedule_and_neighbours():
     result = call("explain", "llama-3.1-8b", *BATCH, "--layout", "tp2 pp4 z1", "--space", "full")
     assert result.exit_code == 0
