@@ -69,12 +69,13 @@ def lacks_compiled_layers(pricing: Pricing) -> bool:
 def measured_host_s(pricing: Pricing) -> Column | None:
     """Seconds in which a host issues a layer's forward and backward, where a profile timed this model's layers.
 
-    A layer that tp cuts has rows of its own: DTensor's work on the host is a good part of it.
+    A layer that tp cuts has rows of its own: DTensor's work on the host is a good part of it. Compiled, it has none:
+    the compiler has done that work.
     """
     layouts = pricing.layouts
     alone = _host_s(measured_rows(pricing, LAYER.table), layouts)
-    if alone is None:
-        return None
+    if alone is None or pricing.software.compiled:
+        return alone
     rows = measured_rows(pricing, LAYER.split_table)
     for cut in (False, True):
         same = [row for row in rows if bool(row.get("sequence_parallel")) == cut] or rows

@@ -210,7 +210,7 @@ def _tp_of_piece(pricing: Pricing, piece: Piece, rows: list[Mapping[str, Any]]) 
     split = Split(
         piece=piece,
         axis="tp",
-        alone=lambda layouts: piece_times(pricing.of(layouts), piece),
+        alone=lambda layouts: piece_times(pricing.uncompiled.of(layouts), piece),  # beside which they were measured
         communication=lambda layouts: tensor_parallel_seconds(pricing.of(layouts)),
     )
     return extra_seconds_of_splitting(rows, split, pricing.layouts)

@@ -195,7 +195,7 @@ def launch_text(priced: PricedLayout) -> str:
     elif priced.layout.compile is False:
         compiling = ", or compile=true"
     else:
-        compiling = ", or a layout whose layers the runtime compiles (tp=1, checkpointing none or full)"
+        compiling = ", or a layout whose layers the runtime compiles (checkpointing none or full)"
     share = priced.time_parts_s["launch"] / priced.step_s
     return (
         f"{priced.layout} is launch-bound: its devices wait {share:.0%} of a step for their hosts to launch operators. "
