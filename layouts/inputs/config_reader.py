@@ -28,8 +28,16 @@ class ConfigReader:
         return ValueError(f"{self.name}: {reason}")
 
     def whole(self, *keys: str, default: int | None = None, least: int = 1) -> int:
-        """The first of some names of a field that has a value."""
-        for key in keys:
+        """A field under the name that the config has it by, of those it may have; else the family's default."""
+        stated = [key for key in keys if key in self.config]
+        first, *others = [key for key in stated if self.config[key] is not None] or [""]
+        for key in others:
+            if self.config[key] != self.config[first]:
+                raise self.refuse(
+                    f"{first}={shown(self.config[first])} and {key}={shown(self.config[key])} are one field under two "
+                    "names: give one of them"
+                )
+        for key in stated or keys:
             value = self.get(key)
             if value is None:
                 continue
@@ -52,14 +60,37 @@ class ConfigReader:
 
     def check_shared(self) -> None:
         """Refuse what no family can have in the fields that a runtime reads besides those of a count."""
+        tables: list[Config] = [self.config]
         for key in ("rope_parameters", "rope_scaling"):
             value = self.get(key)
             if value is not None and not isinstance(value, Mapping):
                 raise self.refuse(f"{key}={shown(value)}, but it is an object with a rope_type")
-        for key in ("attention_dropout", "rope_theta", "partial_rotary_factor"):
-            value = self.get(key)
-            if value is not None:
-                number(value, f"{self.name}: {key}", zero=True)
+            tables += [value, *(kind for kind in value.values() if isinstance(kind, Mapping))] if value else []
+        for table in tables:
+            for key in ("rope_type", *(["type"] if table is not self.config else [])):
+                if not isinstance(table.get(key) or "", str):
+                    raise self.refuse(f"{key}={shown(table[key])}, but it is a word")
+            for key in ("rope_theta", "rotary_emb_base"):
+                if table.get(key) is not None:
+                    number(table[key], f"{self.name}: {key}")
+            for key in ("attention_dropout", "partial_rotary_factor", "rotary_pct"):
+                if table.get(key) is not None:
+                    number(table[key], f"{self.name}: {key}", zero=True, most=1.0)
+        if not isinstance(self.get("hidden_act") or "", str):
+            raise self.refuse(f"hidden_act={shown(self.get('hidden_act'))}, but it is a word")
+
+    def check_layers(self, num_layers: int, *, linear: bool, chunked: bool) -> None:
+        """Refuse layer types that do not count the layers, or that the family does not have."""
+        types = self.layer_types(num_layers) or []
+        for word, has in (("linear_attention", linear), ("chunked_attention", chunked)):
+            if word in types and not has:
+                raise self.refuse(f"layer_types has {word!r}, which models of this family do not have")
+
+    def check_rotation(self, width: int) -> None:
+        """Refuse heads of an odd width: a rotary embedding turns pairs. One that turns a part of them may be even."""
+        tables = [self.config, self.get("rope_parameters") or {}, self.get("rope_scaling") or {}]
+        if width % 2 and not any("partial_rotary_factor" in table for table in tables):
+            raise self.refuse(f"heads of width {width} have no pairs for a rotary embedding: give an even head_dim")
 
     def layers_in(self, key: str, num_layers: int) -> list[int]:
         """A list of layers' numbers; those past the last layer count for nothing."""

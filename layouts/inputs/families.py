@@ -122,7 +122,7 @@ def _gpt2(read: ConfigReader) -> Fields:
     hidden, heads = read.whole("n_embd", "hidden_size"), read.whole("n_head", "num_attention_heads")
     if hidden % heads:
         raise read.refuse(f"n_embd={hidden} is no multiple of n_head={heads}: change one of them")
-    positions = read.whole("n_positions", "max_position_embeddings", "n_ctx")
+    positions = read.whole("n_positions", "max_position_embeddings")
     return {
         "hidden_size": hidden, "num_layers": read.whole("n_layer", "num_hidden_layers"), "num_heads": heads,
         "num_kv_heads": heads, "head_dim": hidden // heads, "vocab_size": read.whole("vocab_size"),
@@ -204,9 +204,8 @@ def _olmo3(read: ConfigReader) -> Fields:
 def _smollm3(read: ConfigReader) -> Fields:
     fields = _llama(read)
     layers = int(fields["num_layers"])
-    if not read.flag("use_sliding_window"):
-        return fields
-    return {**fields, **read.window(layers, layers - _rotary_layers(read, layers))}
+    windowed = layers - _rotary_layers(read, layers)
+    return {**fields, **(read.window(layers, windowed) if read.flag("use_sliding_window") else {})}
 
 
 def _rotary_layers(read: ConfigReader, num_layers: int) -> int:
@@ -226,8 +225,18 @@ def _after_dense(read: ConfigReader, common: Fields) -> Fields:
     if read.whole("moe_layer_freq", default=1) != 1:
         raise read.refuse(f"moe_layer_freq={read.get('moe_layer_freq')}: transformers builds a mixture in every layer")
     fields = read.experts(layers, layers - dense, width="moe_intermediate_size")
+    _check_groups(read, int(fields["num_experts"]))
     shared = read.whole("n_shared_experts", default=0, least=0) * int(fields["expert_ffn_size"])
     return {**fields, "shared_expert_ffn_size": shared, "shared_expert_gate": False}
+
+
+def _check_groups(read: ConfigReader, num_experts: int) -> None:
+    """Experts are chosen in `topk_group` of `n_group` groups as large as each other, where a config has groups."""
+    groups = read.whole("n_group", default=1)
+    if num_experts % groups:
+        raise read.refuse(f"{num_experts} experts make no n_group={groups} groups: give a divisor")
+    if groups > 1 and read.whole("topk_group", default=1) > groups:
+        raise read.refuse(f"topk_group={read.get('topk_group')} of n_group={groups} groups: give at most as many")
 
 
 def _glm4_moe(read: ConfigReader) -> Fields:
@@ -276,6 +285,11 @@ def _qwen3_next(read: ConfigReader) -> Fields:
     common, bias = read.common(), read.flag("attention_bias")
     layers = common["num_layers"]
     types = read.layer_types(layers)
+    key_heads, value_heads = read.whole("linear_num_key_heads"), read.whole("linear_num_value_heads")
+    if value_heads % key_heads:
+        raise read.refuse(
+            f"linear_num_value_heads={value_heads} is no multiple of linear_num_key_heads={key_heads}: change one"
+        )
     linear = layers - layers // read.whole("full_attention_interval")
     if types is not None:
         linear = sum(word == "linear_attention" for word in types)
@@ -284,7 +298,7 @@ def _qwen3_next(read: ConfigReader) -> Fields:
         "shared_expert_ffn_size": read.whole("shared_expert_intermediate_size"), "qk_norm": True, "qkv_bias": bias,
         "out_bias": bias, "output_gate": True, "num_linear_layers": linear,
         "linear": LinearAttention(
-            key_heads=read.whole("linear_num_key_heads"), value_heads=read.whole("linear_num_value_heads"),
+            key_heads=key_heads, value_heads=value_heads,
             key_dim=read.whole("linear_key_head_dim"), value_dim=read.whole("linear_value_head_dim"),
             kernel=read.whole("linear_conv_kernel_dim"),
         ),
@@ -319,10 +333,20 @@ READERS: dict[str, Callable[[ConfigReader], Fields]] = {
     "deepseek_v3": _deepseek_v3, "qwen3_next": _qwen3_next, "llama4_text": _llama4,
 }  # fmt: skip
 
-SAME_AS = {"kimi_k2": "deepseek_v3", "qwen3_vl_text": "qwen3", "ministral": "mistral"}
+SAME_AS = {
+    "kimi_k2": "deepseek_v3", "ministral": "mistral", "ministral3": "mistral", "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe",
+    "glm4v_moe_text": "glm4_moe",
+}  # fmt: skip
 """Families that are another one under a name of their own."""
 TEXT_OF = {
-    "gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral", "qwen3_vl": "qwen3_vl_text",
-    "llava": "llama", "kimi_vl": "deepseek_v3",
+    "gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral", "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text", "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "glm4v_moe": "glm4v_moe_text", "llava": "llama", "llava_next": "llama", "llava_next_video": "llama",
+    "video_llava": "llama", "vipllava": "llama", "llava_onevision": "qwen2", "paligemma": "gemma",
+    "idefics2": "mistral", "idefics3": "llama", "smolvlm": "llama", "internvl": "qwen2", "janus": "llama",
+    "qwen2_audio": "qwen2", "kimi_vl": "deepseek_v3", "kimi_k25": "deepseek_v3",
 }  # fmt: skip
 """The decoder inside a model of several kinds of input, where its text_config does not name its own family."""
+FLAT = ("qwen2_vl", "qwen2_5_vl")
+"""Models of several kinds of input whose published files have the decoder's fields at the top, not in a text_config."""

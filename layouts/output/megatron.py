@@ -6,6 +6,7 @@ run that starts and computes another model is worse than none.
 
 from typing import Any
 
+from fourfold.layouts.inputs.defaults import NORM_EPSILON, ROTARY_BASE, ROTARY_SHARE
 from fourfold.layouts.inputs.families import SAME_AS
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
@@ -23,6 +24,11 @@ _FOREIGN = {
     "phi": "attention and feed-forward side by side", "gpt_oss": "sinks and clamped experts",
     "deepseek_v3": "counterpart here for latent attention with its own norms and rotary scaling",
     "qwen3_next": "linear attention and output gates", "llama4_text": "chunked attention without rotary embedding",
+    "ministral3": "attention scaled by the position",
+    **dict.fromkeys(
+        ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text", "glm4v_moe_text"),
+        "rotary embedding of time, height and width",
+    ),
 }  # fmt: skip
 """Families with something that Megatron-LM's arguments have no word for."""
 GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -35,9 +41,9 @@ def check_model(model: ModelConfig, target: str = "megatron") -> None:
     Raises:
         ValueError: names what has no counterpart.
     """
-    kind = str(model.config.get("model_type", ""))
-    kind = SAME_AS.get(kind, kind)
-    reasons = [_FOREIGN[kind]] if kind in _FOREIGN else []
+    named, kind = str(model.config.get("model_type", "")), _kind(model)
+    foreign = _FOREIGN.get(named) or _FOREIGN.get(kind)
+    reasons = [foreign] if foreign else []
     if kind == "gpt_neox" and model.config.get("use_parallel_residual", True):
         reasons.append("attention and feed-forward side by side (use_parallel_residual)")
     if model.shared_expert_ffn_size and model.shared_expert_gate:
@@ -64,6 +70,11 @@ def check_model(model: ModelConfig, target: str = "megatron") -> None:
         raise ValueError(f"{target} has no {', no '.join(reasons)}, which {model.name} has")
 
 
+def _kind(model: ModelConfig) -> str:
+    named = str(model.config.get("model_type", ""))
+    return SAME_AS.get(named, named)
+
+
 def _sigmoid_router(model: ModelConfig) -> bool:
     """Whether experts are chosen by sigmoid scores and a bias that balances them (DeepSeek-V3's routing)."""
     return model.config.get("model_type") == "glm4_moe"
@@ -76,9 +87,9 @@ def _router_words(model: ModelConfig) -> tuple[dict[str, Any], list[str]]:
     """
     config = model.config
     if _sigmoid_router(model):
-        words = {"moe-router-score-function": "sigmoid"}
+        words: dict[str, Any] = {"moe-router-score-function": "sigmoid"}
         words["moe-router-topk-scaling-factor"] = config.get("routed_scaling_factor", 1.0)
-        groups = config.get("n_group", 1)
+        groups = config.get("n_group") or 1
         if groups > 1:
             words |= {"moe-router-num-groups": groups, "moe-router-group-topk": config.get("topk_group", 1)}
         return words, ["moe-router-enable-expert-bias"]
@@ -95,9 +106,13 @@ def _rope(model: ModelConfig) -> dict[str, Any]:
     """Rotary parameters, wherever a config keeps them."""
     config = model.config
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", 10000.0)))
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct", 1.0)))
+    for name, old, default in (
+        ("rope_theta", "rotary_emb_base", ROTARY_BASE.get(_kind(model), 10000.0)),
+        ("partial_rotary_factor", "rotary_pct", ROTARY_SHARE.get(_kind(model), 1.0)),
+    ):
+        stated = (rope.get(name), config.get(name), config.get(old))
+        rope[name] = next((value for value in stated if value is not None), default)
     return rope
 
 
@@ -108,7 +123,8 @@ def _is_llama3(model: ModelConfig) -> bool:
 
 def _norm_eps(model: ModelConfig) -> float:
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
-    return float(next((model.config[name] for name in names if model.config.get(name)), 1e-5))
+    default = NORM_EPSILON.get(_kind(model), 1e-6) if model.config else 1e-5
+    return float(next((model.config[name] for name in names if model.config.get(name)), default))
 
 
 def _moe_layers(model: ModelConfig) -> list[int] | None:
