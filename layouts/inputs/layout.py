@@ -203,12 +203,16 @@ def write_layout_file(
 ) -> None:
     """Write layout.toml: [layout], [model] (the Hugging Face config, whole) and, if given, [prediction].
 
-    TOML has no null: keys of the config whose value is null are left out.
+    TOML has no null: keys of the config whose value is null are left out. Where a model without them is another one (a
+    Mistral whose sliding_window is null has none, one that does not state it has 4096), `model_nulls` lists them.
     """
     document: dict[str, Any] = {"layout": layout.as_dict()}
     if prediction:
         document["prediction"] = _without_null(prediction)
     document["model"] = _without_null(model.config)
+    nulls = [str(key) for key, value in model.config.items() if value is None]
+    if nulls and not _is_model(document["model"], model):
+        document["model_nulls"] = nulls
     Path(path).write_text(tomli_w.dumps(document), encoding="utf-8")
 
 
@@ -232,9 +236,12 @@ def read_layout_file(path: str | Path) -> tuple[Layout, ModelConfig]:
     for needed in ("global_batch", "seq_len"):
         if needed not in entries:
             raise ValueError(f"{path}: [layout] has no {needed!r}: add it")
+    nulls = document.get("model_nulls", [])
+    if not isinstance(nulls, list) or not all(isinstance(key, str) and key not in document["model"] for key in nulls):
+        raise ValueError(f"{path}: model_nulls={shown(nulls)}, but it is a list of keys that [model] leaves out")
     try:
         layout = Layout(**entries)
-        model = model_from_config(document["model"])
+        model = model_from_config({**document["model"], **dict.fromkeys(nulls)})
         check(layout, model)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -251,6 +258,15 @@ def read_prediction(path: str | Path) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise ValueError(f"{path}: 'prediction' is not a table: write it as [prediction]")
     return said
+
+
+def _is_model(config: Mapping[str, Any], model: ModelConfig) -> bool:
+    from fourfold.layouts.inputs.huggingface import model_from_config
+
+    try:
+        return model_from_config(config, name=model.name) == model
+    except ValueError:
+        return False
 
 
 def _without_null(value: Any) -> Any:

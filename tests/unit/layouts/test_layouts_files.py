@@ -27,6 +27,40 @@ def test_null_values_of_a_config_are_left_out(tmp_path):
     assert "sliding_window" not in read_layout_file(tmp_path / "layout.toml")[1].config
 
 
+SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+         "intermediate_size": 96, "vocab_size": 128}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mistral", **SMALL, "sliding_window": None, "rope_scaling": None},
+        {"model_type": "mistral", **SMALL, "num_key_value_heads": None},
+        {"model_type": "deepseek_v3", **SMALL, "q_lora_rank": None, "n_routed_experts": 8},
+        {"model_type": "qwen3", **SMALL, "head_dim": None},
+        {"model_type": "gemma", **SMALL, "head_dim": 16, "tie_word_embeddings": None},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_null_that_makes_another_model_is_kept(tmp_path, config):
+    """What is trained is what was priced: left out, each of these would have the family's default."""
+    model = load_model(config)
+    write_layout_file(tmp_path / "layout.toml", Layout(global_batch=1, seq_len=8), model)
+    again = read_layout_file(tmp_path / "layout.toml")[1]
+    assert again == model
+    null = next(key for key, value in config.items() if value is None)
+    assert again.config[null] is None
+
+
+@pytest.mark.parametrize("nulls", ["sliding_window", [1], ["vocab_size"], {"a": 1}], ids=str)
+def test_nulls_that_are_none_are_refused(tmp_path, nulls):
+    path = tmp_path / "layout.toml"
+    document = {"layout": {"global_batch": 1, "seq_len": 8}, "model": {"model_type": "llama", **SMALL}}
+    path.write_text(tomli_w.dumps({"model_nulls": nulls, **document}))
+    with pytest.raises(ValueError, match=r"a list of keys that .model. leaves out"):
+        read_layout_file(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
