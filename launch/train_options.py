@@ -62,6 +62,7 @@ class TrainOptions:
     evaluate_every: int = _key(0, "steps between held-out losses; 0: only at the end")
     held_out_batches: int = _key(4, "global batches of held-out text for a loss; 0: none")
     checkpoint_every: int = _key(0, "steps between checkpoints; 0: none")
+    checkpoints_in_flight: bool = _key(False, "a pipeline that never drains does not at checkpoints, but saves it all")
     async_checkpoints: bool = _key(False, "go on with the steps while a checkpoint is written")
     keep_checkpoints: int = _key(2, "how many of the newest checkpoints stay", least=1)
     resume: str = _key("no", "go on from the newest checkpoint in --out; auto: if there is one; or a checkpoint's step")

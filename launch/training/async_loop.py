@@ -1,8 +1,9 @@
 """The training loop of a pipeline that never drains: the same text, metrics and checkpoints as loop.py's.
 
 A step is still `global_batch` sequences, so learning rates, logs and checkpoints mean the same; a schedule that updates
-at every micro-batch makes many updates in it, each with hyper-parameters scaled to its own batch. Between checkpoints
-the stream never stops, hence nobody waits for a step to end: the last stage, which knows the losses, reports them.
+at every micro-batch makes many updates in it, each with hyper-parameters scaled to its own batch. The stream stops for
+checkpoints and held-out losses only, hence nobody waits for a step to end: the last stage, which knows the losses,
+reports them. Held-out losses leave what is in flight there, and so do checkpoints where the settings say so.
 """
 
 import math
@@ -27,6 +28,7 @@ from fourfold.launch.training.optimizers import check_optimizer
 from fourfold.launch.training.packing import Batch
 from fourfold.launch.training.rows import Order, Rows, as_rows, relative_targets
 from fourfold.launch.training.settings import TrainSettings, decay_groups, learning_rate_at, precision_of
+from fourfold.launch.training.undrained import as_bytes, check_in_flight, from_bytes, name_in_flight
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.decoder import pipeline_decoder
@@ -76,10 +78,7 @@ class AsynchronousModel:
 
     def __init__(self, model: nn.Module, layout: Layout, mesh: DeviceMesh, settings: TrainSettings) -> None:
         check_optimizer(layout, settings)
-        if settings.evaluate_every:
-            raise ValueError(
-                f"evaluate_every={settings.evaluate_every} with schedule={layout.schedule!r}, which never stops: use 0"
-            )
+        check_in_flight(layout, settings)
         if settings.max_norm != TrainSettings(steps=1).max_norm:
             raise ValueError(
                 f"max_norm={settings.max_norm} with schedule={layout.schedule!r}: a training clips nothing in a "
@@ -113,6 +112,7 @@ class AsynchronousModel:
         replica_rows = layout.global_batch // layout.dp
         start = mesh.get_local_rank("dp") * replica_rows
         self.rows = slice(start, start + replica_rows)
+        self._in_flight = name_in_flight(layout, mesh)
 
     def _note_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.last_input = inputs[0]
@@ -181,8 +181,15 @@ class AsynchronousModel:
                 raise replica_lost(self.pipeline.stage.index, group, error) from error
 
     def save(self, checkpoints: Checkpoints, *, step: int) -> None:
-        """Between two runs of the pipeline: nothing is in flight."""
-        stage = self.pipeline.stage
+        """Between two runs of the pipeline, with what the last one has left in flight.
+
+        Cost: beside weights and optimizer states, for each micro-batch in flight on a stage its input and the weights
+        that it read, which micro-batches of one update share.
+        """
+        stage, extra, in_flight = self.pipeline.stage, self.pipeline.stage.remembered(), self.pipeline.in_flight()
+        if in_flight is not None:
+            assert stage.num_updates  # see check_in_flight
+            extra[self._in_flight] = as_bytes({"num_updates": stage.num_updates, "stream": in_flight})
         with stage.optimizer_parameters() as optimizer:
             assert optimizer is not None  # every stage of a decoder has weights
             checkpoints.save(
@@ -190,7 +197,7 @@ class AsynchronousModel:
                 optimizer,
                 step=step,
                 updates_per_step=self.layout.updates_per_step,
-                extra=stage.remembered(),
+                extra=extra,
             )
 
     def save_pretrained(self, folder: Path) -> None:
@@ -200,12 +207,18 @@ class AsynchronousModel:
     def load(self, checkpoints: Checkpoints, resume: Resume) -> int:
         """The checkpoint that `resume` means; returns its step. Raises CheckpointError as Checkpoints.load does."""
         stage, extra = self.pipeline.stage, self.pipeline.stage.remembered(blank=True)
+        extra[self._in_flight] = torch.empty(0, dtype=torch.uint8)
         with stage.optimizer_parameters() as optimizer:
             assert optimizer is not None
             step = checkpoints.load(self, optimizer, resume, updates_per_step=self.layout.updates_per_step, extra=extra)
         if not step:
             return 0
-        updates = step * self.layout.updates_per_step
+        # Drained, every stage has made all updates; otherwise each lacks those of what is in flight on it.
+        updates, saved = step * self.layout.updates_per_step, extra.pop(self._in_flight, None)
+        if saved is not None:
+            state = from_bytes(saved, self.device)
+            updates = state["num_updates"]
+            self.pipeline.go_on(state["stream"])
         stage.go_on(num_updates=updates, num_forwards=step * self.layout.num_micro_batches, remembered=extra)
         assert stage.scheduler is not None
         stage.scheduler.last_epoch = updates - 1
@@ -250,7 +263,8 @@ class _StepClock:
 def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor] | Rows, run: TrainingRun) -> TrainResult:
     """loop.train for an asynchronous pipeline; every rank calls. `run.on_step` is called on the last stage's ranks.
 
-    The pipeline drains before a checkpoint, so that nothing is in flight, and at the end.
+    The pipeline drains at the end, and before a checkpoint unless `checkpoints_in_flight`. For a held-out loss it does
+    not drain: each stage evaluates with the weights that it has, those before the updates of what is in flight.
 
     Returns:
         Losses on every rank; `step_s` as the last stage saw it, from one step's last loss to the next's.
@@ -271,17 +285,25 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor] |
         run.kept_checkpoints().refuse_overwriting()
     # Memory is counted until the optimizer's states are there and the pipeline has filled.
     counted = first + max(COUNTED_STEPS, -(-4 * layout.pp // layout.num_micro_batches))
-    every = settings.checkpoint_every or settings.steps
-    # From checkpoint to checkpoint without a stop in between.
+    # From checkpoint or held-out loss to the next without a stop in between.
     result = TrainResult(device=model.device.type, precision=model.precision)
     while first < settings.steps:
-        last = min(settings.steps, (first // every + 1) * every)
+        periods = [every for every in (settings.checkpoint_every, settings.evaluate_every) if every]
+        last = min([settings.steps, *((first // every + 1) * every for every in periods)])
+        ends = last == settings.steps
+        saves = settings.checkpoint_every > 0 and (ends or last % settings.checkpoint_every == 0)
+        evaluates = settings.evaluate_every > 0 and not ends and last % settings.evaluate_every == 0
         clock = _StepClock(model, batches, first, run.on_step)
-        model.pipeline.run(_training_stream(model, batches, range(first, last), run, counted), on_loss=clock)
+        stream = _training_stream(model, batches, range(first, last), run, counted)
+        drain = ends or (saves and not settings.checkpoints_in_flight)
+        model.pipeline.run(stream, on_loss=clock, drain=drain)
         result.records += _shared(model, clock.records, range(first, last))
         if settings.observe:
             run.on_reports(last, model.pipeline.reports)
-        if settings.checkpoint_every:
+        if evaluates:
+            run.activity.now(f"held-out evaluation after step {last - 1}")
+            run.on_evaluation(last, held_out_loss_asynchronously(model, batches, settings.held_out_batches))
+        if saves:
             run.activity.now(f"writing the checkpoint of step {last}")
             model.save(run.kept_checkpoints(), step=last)
         first = last
@@ -295,7 +317,7 @@ def train_asynchronously(model: AsynchronousModel, text: tuple[Tensor, Tensor] |
 
 
 def held_out_loss_asynchronously(model: AsynchronousModel, text: Tensor | Rows, num_batches: int) -> float:
-    """loop.held_out_loss for a drained asynchronous pipeline; every rank calls."""
+    """loop.held_out_loss for an asynchronous pipeline, with the weights that each stage has; every rank calls."""
     batches = as_rows((text, text), _order(model), held_out=True) if isinstance(text, Tensor) else text
     losses = model.pipeline.evaluate(_held_out_stream(model, batches, num_batches))
     counts = model.relative_targets(batches.held_out_targets(num_batches * model.layout.global_batch))

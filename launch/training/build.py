@@ -97,7 +97,7 @@ def exported_loss(
     What a training reports of the model that it leaves: read back from where it was left.
     """
     config = load_model(folder).config
-    layout, settings = replace(layout, precision="auto"), replace(settings, precision="fp32", evaluate_every=0)
+    layout, settings = replace(layout, precision="auto"), replace(settings, precision="fp32")
     model = _parallel_model(layout, config, mesh, settings)
     load_pretrained(folder, model)
     if isinstance(model, AsynchronousModel):

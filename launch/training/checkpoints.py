@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from fourfold.launch.training.agreement import gathered, on_rank_0
 from fourfold.launch.training.background import Background
 from fourfold.launch.training.manifest import MANIFEST, Checksum, ChecksummingFileSystem, Manifest, damage
+from fourfold.launch.training.undrained import make_room, other_layout
 from fourfold.parallel.decoder.stage import DecoderStage
 
 _LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
@@ -171,12 +172,14 @@ class Checkpoints:
         """Load the checkpoint that `resume` means into model and optimizer; every rank calls.
 
         Args:
-            extra: tensors to fill; those that the checkpoint has not are taken out.
+            extra: tensors to fill; those that the checkpoint has not are taken out, and those for micro-batches in
+                flight (undrained.py) get the size that was written.
         Returns:
             The step it was written after; 0 where "auto" has found none.
         Raises:
-            CheckpointError: there is none, it is damaged, or it is of another model, of a run with other settings, or
-            of one with other updates a step (their hyper-parameters and counts differ).
+            CheckpointError: there is none, it is damaged, or it is of another model, of a run with other settings, of
+            one with other updates a step (their hyper-parameters and counts differ), or with micro-batches in flight
+            of another layout.
         Cost: each file is read twice over all ranks, once to compare its checksum.
         """
         chosen = self._choose(resume)
@@ -192,8 +195,16 @@ class Checkpoints:
         # The model's own tensors say which part of which shard this rank reads.
         weights, states = get_state_dict(model.stage, optimizer, options=_OPTIONS)
         extra = {} if extra is None else extra
-        for name in [name for name in extra if f"extra.{name}" not in names]:
+        saved = {name.removeprefix("extra."): entry for name, entry in names.items() if name.startswith("extra.")}
+        other = other_layout(saved, extra)
+        if other is not None:
+            raise CheckpointError(
+                f"{path} has micro-batches in flight of the layout {other}: go on with that; without "
+                "checkpoints_in_flight its next checkpoint is drained, which any layout can read"
+            )
+        for name in [name for name in extra if name not in saved]:
             del extra[name]
+        make_room(extra, {name: getattr(entry, "size", ()) for name, entry in saved.items()})
         state: dict[str, Any] = {"model": weights, "optimizer": states, "step": 0, "extra": extra}
         state |= {_RATIO: 1} if _RATIO in names else {}
         try:

@@ -15,6 +15,7 @@ from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.optimizers import check_optimizer, make_optimizers, set_rate
 from fourfold.launch.training.rows import Order, Rows, as_rows, relative_targets
 from fourfold.launch.training.settings import TrainSettings, learning_rate_at
+from fourfold.launch.training.undrained import check_in_flight
 from fourfold.launch.training.watch import Activity
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel import ParallelModel
@@ -123,11 +124,13 @@ def train(
     Args:
         text: (train, held_out), one-dimensional, of any integer dtype; or the rows of every step.
     Raises:
-        ValueError: nothing to resume from, a checkpoint of another model, or one that would be overwritten.
+        ValueError: nothing to resume from, a checkpoint of another model, or one that would be overwritten; a setting
+            of pipelines that never drain.
         FloatingPointError: loss or gradient is no longer a finite number; weights and checkpoints are as before.
     """
     # Where to start: at a checkpoint, or at step 0 in a folder that holds none.
     check_optimizer(layout, settings)
+    check_in_flight(layout, settings)
     order = Order(seq_len=layout.seq_len, global_batch=layout.global_batch, seed=settings.seed)
     batches = as_rows(text, order, held_out=settings.held_out_batches > 0)
     # DeepSpeed has the optimizer, and updates when it clips.

@@ -27,6 +27,7 @@ from fourfold.launch.training.settings import TrainSettings, comparable_settings
 from fourfold.launch.training.slurm import adopt_slurm_ranks, started_by_slurm
 from fourfold.launch.training.teller import Teller
 from fourfold.launch.training.trackers import check_trackers
+from fourfold.launch.training.undrained import check_in_flight
 from fourfold.launch.training.watch import Activity, HangWatch, bounded_meeting, watch_launcher
 from fourfold.layouts.inputs.layout import Layout
 
@@ -66,6 +67,7 @@ def run_training(options: TrainOptions, activity: Activity) -> None:
     meta = empty_model(model.config)
     check_engine(layout, settings, resume=options.resume)
     check_optimizer(layout, settings)
+    check_in_flight(layout, settings)
     check_trackers(options, layout)
     if layout.seq_len < 2:
         raise ValueError(f"seq_len={layout.seq_len}: a sequence of one token has nothing to predict; give 2 or more")

@@ -27,6 +27,8 @@ class TrainSettings:
         precision: a word of parallel.decoder.limits.PRECISIONS; None for the device's.
         evaluate_every: steps between held-out losses while training; 0 takes none before the end.
         checkpoint_every: steps between checkpoints; 0 writes none, and a positive number also writes one at the end.
+        checkpoints_in_flight: whether a pipeline that never drains does not drain at checkpoints either, but saves what
+            is in flight. It then trains as without checkpoints, to the bit; only its own layout can go on from one.
         held_out_batches: global batches of held-out text for the loss at the end; 0 leaves it out.
         observe: whether the stages of a pipeline that never drains report on themselves.
     """
@@ -45,6 +47,7 @@ class TrainSettings:
     precision: str | None = None
     evaluate_every: int = 0
     checkpoint_every: int = 0
+    checkpoints_in_flight: bool = False
     held_out_batches: int = 4
     observe: bool = False
 

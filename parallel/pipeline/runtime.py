@@ -146,15 +146,24 @@ class PipelinedBackprop:
         A run may end at any micro-batch, so this is any moment of training.
         """
         self._alone.check("state_dict")
-        state = self.stage.state_dict()
-        return state if self._paused is None else {**state, "in_flight": self._paused.state()}
+        state, in_flight = self.stage.state_dict(), self.in_flight()
+        return state if in_flight is None else {**state, "in_flight": in_flight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for the state of another stage."""
         self._alone.check("load_state_dict")
         self.stage.load_state_dict(state)
         self._norms.known = self.stage.norms
-        in_flight = state.get("in_flight")
+        self.go_on(state.get("in_flight"))
+
+    def in_flight(self) -> dict[str, Any] | None:
+        """What a run of drain=False has left in flight on this stage; None once drained. `state_dict` has it, too."""
+        self._alone.check("in_flight")
+        return None if self._paused is None else self._paused.state()
+
+    def go_on(self, in_flight: dict[str, Any] | None) -> None:
+        """Let the next run go on from what `in_flight` returned, for a stage whose own state came by other ways."""
+        self._alone.check("go_on")
         self._paused = None if in_flight is None else StreamRun.restored(self._place, in_flight)
 
     def _train(self, batches: Iterable[tuple[Any, Any]], on_loss: OnLoss | None, drain: bool) -> list[Tensor]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from fourfold.launch.training.async_loop import (
     train_asynchronously,
 )
 from fourfold.launch.training.blame import first_not_finite_of_stage
-from fourfold.launch.training.checkpoints import Checkpoints, Resume
+from fourfold.launch.training.checkpoints import CheckpointError, Checkpoints, Resume
 from fourfold.launch.training.data import held_out_rows, training_rows
-from fourfold.launch.training.loop import TrainingRun
+from fourfold.launch.training.loop import TrainingRun, train
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import TrainSettings
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
-from fourfold.parallel import PipelinedBackpropEmulator, init_mesh
+from fourfold.parallel import PipelinedBackpropEmulator, init_mesh, parallelize
 from fourfold.parallel.decoder import decoder_stages
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
 from fourfold.parallel.pipeline.report import StageReport
@@ -46,6 +47,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 TEXT = torch.randint(256, (2, 3000), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
 SETTINGS = TrainSettings(steps=4, learning_rate=0.02, warmup_steps=2, held_out_batches=1, checkpoint_every=2)
+ALONE = replace(SETTINGS, checkpoint_every=0)
+IN_FLIGHT = replace(SETTINGS, evaluate_every=1, checkpoints_in_flight=True)
 SEQ_LEN = 12
 
 
@@ -60,17 +63,21 @@ def layout(**fields: Any) -> Layout:
     return Layout(**{"pp": 2, "global_batch": 6, "seq_len": SEQ_LEN, "schedule": "lockstep", **fields})
 
 
-def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float | None, str, list[torch.Tensor]]:
-    """Losses, held-out loss, and this stage's state and weights after training on ranks."""
+def trained(
+    plan: Layout, folder: str, resume: bool, settings: TrainSettings = SETTINGS
+) -> tuple[list[float], float | None, str, list[torch.Tensor], list[tuple[int, float]]]:
+    """Losses, held-out loss, this stage's state and weights, and evaluations on the way, after training on ranks."""
     if resume and dist.get_rank() == 0:
         shutil.rmtree(Path(folder) / "step_00000004")
     dist.barrier()
     mesh = init_mesh(dp=plan.dp, pp=plan.pp, device_type="cpu")
-    model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS)
+    model = AsynchronousModel(meta_model(), plan, mesh, settings)
     gauge = MemoryGauge(torch.device("cpu"))
+    evaluations: list[tuple[int, float]] = []
     run = TrainingRun(
-        gauge=gauge, checkpoints=Checkpoints(folder=Path(folder)), resume=Resume(choice="yes" if resume else "no")
-    )
+        gauge=gauge, checkpoints=Checkpoints(folder=Path(folder)), resume=Resume(choice="yes" if resume else "no"),
+        on_evaluation=lambda step, loss: evaluations.append((step, loss)),
+    )  # fmt: skip
     result = train_asynchronously(model, (TEXT[0], TEXT[1]), run)
     assert result.peak_bytes > sum(4 * p.numel() for p in model.stage.parameters())
     losses = [record.loss for record in result.records]
@@ -78,7 +85,8 @@ def trained(plan: Layout, folder: str, resume: bool) -> tuple[list[float], float
     kept = {name: state[name] for name in ("module", "num_forwards")}  # a scheduler also counts its own calls
     kept |= {name: state["optimizer"][name] for name in ("num_updates", "before", "drift")}
     kept["moments"] = list(state["optimizer"]["optimizer"]["state"].values())
-    return losses, result.held_out_loss, digest([], kept), [p.detach().clone() for p in model.stage.parameters()]
+    weights = [p.detach().clone() for p in model.stage.parameters()]
+    return losses, result.held_out_loss, digest([], kept), weights, evaluations
 
 
 def emulated(plan: Layout) -> tuple[list[float], float, list[list[torch.Tensor]]]:
@@ -133,6 +141,60 @@ def test_training_equals_the_emulator_and_resuming_equals_no_stop(ranks, tmp_pat
         assert state_differences(whole[stage][3], weights[stage], f"stage {stage}") == []
         assert again[stage][0] == losses[2:]
         assert again[stage][1:3] == whole[stage][1:3]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"dp": 2, "mitigation": "lwpw+sc", "schedule": "1f1b-async"},
+        {"schedule": "2bw", "mitigation": "none", "micro_batch": 2, "checkpointing": "full"},
+        {"mitigation": "stash+sc", "precision": "bf16-mixed", "checkpointing": "stream"},
+    ],
+    ids=str,
+)
+def test_checkpoints_and_evaluations_in_flight_leave_training_as_it_is(ranks, tmp_path, fields):
+    plan, folder = layout(**fields), str(tmp_path / "checkpoints")
+    pool = ranks(2 * plan.dp)
+    alone, drained = pool(trained, plan, "", False, ALONE), pool(trained, plan, str(tmp_path / "drained"), False)
+    saved = pool(trained, plan, folder, False, IN_FLIGHT)
+    again = pool(trained, plan, folder, True, IN_FLIGHT)
+    for rank, (losses, held_out, state, *_) in enumerate(alone):
+        assert drained[rank][2] != state  # draining at step 2 changes training
+        assert saved[rank][:3] == (losses, held_out, state)
+        assert again[rank][:3] == (losses[2:], held_out, state)
+        assert [step for step, _ in saved[rank][4]] == [1, 2, 3]
+        assert again[rank][4] == saved[rank][4][2:] == saved[0][4][2:]
+
+
+def gone_on(folder: str) -> list[str]:
+    """What is said where another layout would go on from micro-batches in flight."""
+    messages = []
+    for fields in ({"schedule": "1f1b"}, {"mitigation": "stash"}, {"micro_batch": 2}, {"global_batch": 12}):
+        plan = layout(**fields)
+        mesh = init_mesh(pp=2, device_type="cpu")
+        run = TrainingRun(
+            gauge=MemoryGauge(torch.device("cpu")), checkpoints=Checkpoints(folder=Path(folder)),
+            resume=Resume(choice="2"),
+        )  # fmt: skip
+        texts = TEXT[0], TEXT[1]
+        if plan.asynchronous:
+            model = AsynchronousModel(meta_model(), plan, mesh, SETTINGS)
+            begin = partial(train_asynchronously, model, texts, run)
+        else:
+            begin = partial(train, parallelize(meta_model(), mesh, micro_batch=1), plan, texts, SETTINGS, run)
+        with pytest.raises(CheckpointError) as error:
+            begin()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_only_its_own_layout_goes_on_from_micro_batches_in_flight(ranks, tmp_path):
+    ranks(2)(trained, layout(), str(tmp_path), False, IN_FLIGHT)
+    first, second = ranks(2)(gone_on, str(tmp_path))
+    assert first == second
+    for message in first:
+        assert "has micro-batches in flight of the layout pp2 mb1 lockstep, 6 rows of 12: go on with that" in message
 
 
 def test_replicas_train_as_one_pipeline_of_their_micro_batches(ranks, tmp_path):
