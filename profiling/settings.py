@@ -6,6 +6,11 @@ from pathlib import Path
 
 from . import only_copy  # noqa: F401 (refuses a second copy of this folder)
 
+MOST_SIZE = 1 << 31
+"""Of a sequence in tokens, a micro-batch in sequences: products of two of them fit 64 bits."""
+MOST_SECONDS = 86400
+"""A day."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProfileSettings:
@@ -34,10 +39,16 @@ class ProfileSettings:
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise ValueError(f"seconds={self.seconds}: the time budget must be above 0")
+        if self.seconds > MOST_SECONDS:
+            raise ValueError(f"seconds={self.seconds}: the time budget is at most {MOST_SECONDS}")
         if self.seq_len < 1:
             raise ValueError(f"seq_len={self.seq_len}: a sequence has at least 1 token")
         if not self.micro_batches or min(self.micro_batches) < 1:
             raise ValueError(f"micro_batches={self.micro_batches}: give at least one, each at least 1")
+        if max(self.seq_len, *self.micro_batches) > MOST_SIZE:
+            raise ValueError(
+                f"seq_len={self.seq_len}, micro_batches={self.micro_batches}: give sizes of at most {MOST_SIZE}"
+            )
         if self.device not in (None, "cpu", "cuda"):
             raise ValueError(f"device={self.device!r}: 'cpu' or 'cuda'")
         if self.model is not None and not self.model.is_file():

@@ -59,8 +59,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: not JSON, or not an object.
     """
     try:
-        config = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+    except (OSError, ValueError, RecursionError) as error:  # of text that is none, of JSON, of brackets without end
         raise ValueError(f"{path}: not a readable config.json ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a config.json holds an object, this holds a {type(config).__name__}")

@@ -38,7 +38,7 @@ def calibrate(
 
     Cross-validation starts from the constants before any fit, so that no held-out sweep has a say.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)
     usable: list[Run] = []
     for path in runs:
         _, good, refused = read_runs(path)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import tomli_w
@@ -13,6 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fourfold.launch.commands.launch import fresh_folder, run_layout, start_training
 from fourfold.launch.commands.plan import prediction_of
@@ -24,6 +26,7 @@ from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import write_layout_file
 from fourfold.layouts.inputs.model import ModelConfig, load_model
+from fourfold.layouts.inputs.reading import whole
 from fourfold.layouts.output.report import write_report
 from fourfold.layouts.output.tables import gib_text, plan_table, seconds_text, why_not, write_csv
 from fourfold.layouts.search.rank import Plan, advice, rank_layouts
@@ -56,14 +59,17 @@ def demo(
     ] = None,
 ) -> None:
     """Measure this machine, rank its layouts, train on the best, and compare with the prediction."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     started = time.monotonic()
+    for name, size in (("--seq-len", seq_len), ("--global-batch", global_batch), ("--steps", steps)):
+        if size is not None:
+            whole(size, name)  # before the minute of a profile
     out.mkdir(parents=True, exist_ok=True)
     job = main_job(_known_machine(cluster) if cluster is not None else this_machine(ranks), steps=steps)
     config = model
     if config is None:
         config = out / f"{job.name}.json"
-        config.write_text(json.dumps(dict(job.config), indent=1) + "\n")
+        config.write_text(json.dumps(dict(job.config), indent=1) + "\n", encoding="utf-8")
     else:  # somebody else's model: of the job only the size of a batch on processors is left
         job = main_job(_PROCESSORS, steps=steps)
     seq_len, global_batch = seq_len or job.seq_len, global_batch or job.global_batch
@@ -99,7 +105,7 @@ def demo(
 
     _headline(console, "5. report", "everything in one file")
     summary = _summary(compared, best, result, decoder, machine, wall_s=time.monotonic() - started)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _write_report(out, plan, summary, result)
     console.print(f"{out / 'report.html'}  {out / 'summary.json'}  {out / 'runs.csv'}")
     console.print(f"Done in {summary['wall_s']:.0f} s.")
@@ -126,7 +132,7 @@ def _measured_cluster(
     if cluster is not None:
         machine = load_cluster(cluster)  # refuses a broken file before it replaces anything
         if cluster.resolve() != target.resolve():
-            target.write_text(cluster.read_text())
+            target.write_bytes(cluster.read_bytes())
         return machine
     settings = ProfileSettings(out=target, seconds=seconds, model=config, seq_len=seq_len)
     profile_machine(settings, num_ranks=ranks)
@@ -177,9 +183,11 @@ def _train(
         "checkpoint_every": max(1, steps // 2), "resume": "auto",
         "peak_flops_per_s": machine.device.peak_flops_per_s * best.layout.world_size,
     }  # fmt: skip
-    file.write_text(tomli_w.dumps(keys))
-    console.print(file.read_text().rstrip(), style="dim", markup=False, highlight=False)
-    console.print(f"As {file} says. Longer: layout-advisor train {file} --steps {2 * steps}", highlight=False)
+    file.write_text(tomli_w.dumps(keys), encoding="utf-8")
+    console.print(file.read_text(encoding="utf-8").rstrip(), style="dim", highlight=False)
+    console.print(
+        f"As {file} says. Longer: layout-advisor train {quote(str(file))} --steps {2 * steps}", highlight=False
+    )
     start_training(best.layout, model, ["--config", str(file)])
     result = read_result(folder)
     append_runs(out / "runs.csv", [run_row(best.layout, model, machine, result, notes=f"training, {steps} steps")])
@@ -233,7 +241,7 @@ def _write_report(out: Path, plan: Plan, summary: Mapping[str, Any], result: Map
 
 def _headline(console: Console, title: str, text: str) -> None:
     console.print()
-    console.rule(f"[bold]{title}[/]  {text}", align="left")
+    console.rule(Text(title, style="bold") + f"  {text}", align="left")
 
 
 def _show_machine(console: Console, machine: Cluster) -> None:

@@ -7,6 +7,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fourfold.launch.commands.plan import cluster_in_nodes
 from fourfold.layouts.cost.asynchronous import convergence_text, schedule_of
@@ -53,9 +54,10 @@ def explain(
         if not result.layouts:
             raise ValueError(advice(result))
         priced = result.layouts[0]
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(
-        f"[bold]{priced.layout}[/bold]  step {seconds_text(priced.step_s)} ({seconds_text(priced.step_low_s)} to "
+        Text(str(priced.layout), style="bold")
+        + f"  step {seconds_text(priced.step_s)} ({seconds_text(priced.step_low_s)} to "
         f"{seconds_text(priced.step_high_s)} in 8 cases of 10), MFU {priced.mfu:.1%}"
     )
     if priced.launch_bound:
@@ -119,7 +121,7 @@ def compare(
     for name in a.memory_parts_bytes:
         table.add_row(name, f"{a.memory_parts_bytes[name] / GIB:.3g}", f"{b.memory_parts_bytes[name] / GIB:.3g}")
     table.add_row("P(fits)", f"{a.fit_probability:.2f}", f"{b.fit_probability:.2f}")
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"{b.layout} against {a.layout}: {b.step_s / a.step_s - 1:+.1%} step; {difference(a, b)}.")
 

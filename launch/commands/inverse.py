@@ -130,7 +130,7 @@ def cheapest(
             f"{offer.num_devices} x {offer.cluster.name}", str(offer.priced.layout), f"{offer.days:.3g}",
             f"{low:.3g} to {high:.3g}", f"{offer.price:,.0f}",
         )  # fmt: skip
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _bounds(priced: PricedLayout) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
 from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES, Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
+from fourfold.layouts.inputs.reading import shortened
 from fourfold.layouts.inputs.software import load_software
 from fourfold.layouts.output.report import write_report
 from fourfold.layouts.output.tables import (
@@ -89,7 +90,7 @@ def plan(
         if not result.layouts:
             raise typer.Exit(2)
         return
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if top <= MOST_DRAWN:
         console.print(plan_table(result, result.layouts, num_tokens=tokens, width=console.width))
     else:
@@ -149,8 +150,9 @@ def parse_fix(words: list[str]) -> dict[str, Any]:
     """
     fixed: dict[str, Any] = {}
     kinds = {name: kind for name, kind in Layout.__annotations__.items() if name not in ("global_batch", "seq_len")}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for given in words:
+        key, equals, value = given.partition("=")
+        word = shortened(given)
         key = key.strip().replace("-", "_")
         if not equals or key not in kinds:
             raise ValueError(f"--fix {word}: write it as KEY=VALUE with KEY one of {', '.join(kinds)}")

@@ -1,5 +1,6 @@
 """`layout-advisor profile`: measure this machine and write cluster.toml."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,8 @@ def profile_machine(settings: ProfileSettings, *, num_ranks: int | None = None) 
     num_ranks = available if num_ranks is None else num_ranks
     if num_ranks < 1 or (device_type == "cuda" and num_ranks > available):
         raise ValueError(f"--ranks {num_ranks}: choose at least 1, and on CUDA at most one a device ({available} here)")
+    if num_ranks > 8 * (os.cpu_count() or 1):
+        raise ValueError(f"--ranks {num_ranks}: this machine has {os.cpu_count()} cores; choose at most eight a core")
     if settings.model:
         model_shape(read_config(settings.model))  # told here, not by a rank's traceback
     start_ranks("fourfold.launch.profile_ranks", settings.arguments(), num_ranks=num_ranks, device_type=device_type)

@@ -50,7 +50,7 @@ def validate(
         chosen = [{**asdict(inference), "fits": inference.fits} for inference in told]
         typer.echo(json.dumps({"scores": document, "not_priced": unpriced, "software": chosen}, indent=1))
         return
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if usable:
         console.print(score_table(table))
     for inference in told:
@@ -58,7 +58,7 @@ def validate(
     for note, count in Counter(run.note for run in usable if run.note).items():
         console.print(f"{count} rows {note}", soft_wrap=True, highlight=False)
     for line, reason in refused.items():
-        console.print(f"line {line} not priced: {reason}")
+        console.print(f"line {line} not priced: {reason}", soft_wrap=True, highlight=False)
     if predictions is not None:
         console.print(f"Predictions: {predictions}")
 

@@ -88,7 +88,9 @@ def score(runs: Sequence[Run], prices: Sequence[PricedLayout]) -> Scores:
         done = [(run.step_s, p.step_s) for run, p in members if run.step_s]
         if len(done) < LEAST_RUNS:
             continue
-        correlations.append(spearman([a for a, _ in done], [b for _, b in done]))
+        measured, predicted = zip(*done, strict=True)
+        if len(set(measured)) > 1:  # else there is no order to be right about
+            correlations.append(spearman(measured, predicted) if len(set(predicted)) > 1 else 0.0)
         fitting = [(p.expected_s, run) for run, p in members if p.fits]
         if fitting:
             chosen = min(fitting, key=lambda pair: pair[0])[1]

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES, Layout
+from fourfold.layouts.inputs.reading import shown
 
 _NUMBERS = {
     "dp": "dp", "pp": "pp", "cp": "cp", "tp": "tp", "mb": "micro_batch", "vp": "vp", "ep": "ep", "heads": "cp_heads",
@@ -26,17 +27,20 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
                 *(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES, *PRECISIONS,
                 "compile", "nocompile",
             ]  # fmt: skip
-            raise ValueError(f"layout {words!r}: {word!r} is none of {', '.join(known)}")
+            raise ValueError(f"layout {shown(words)}: {shown(word)} is none of {', '.join(known)}")
         twice = next((name for name in stated if name in fields), None)
         if twice is not None:
-            raise ValueError(f"layout {words!r}: {word!r} states {twice} a second time: leave one of the two out")
+            raise ValueError(
+                f"layout {shown(words)}: {shown(word)} states {twice} a second time: leave one of the two out"
+            )
         fields |= stated
     rest = fields.get("pp", 1) * fields.get("cp", 1) * fields.get("tp", 1)
     if "dp" not in fields and rest and num_devices % rest == 0:
         fields["dp"] = num_devices // rest
     if fields.get("dp", 1) * rest != num_devices:
         raise ValueError(
-            f"layout {words!r}: its axes make {fields.get('dp', 1) * rest} ranks, but there are {num_devices} devices"
+            f"layout {shown(words)}: its axes make {fields.get('dp', 1) * rest} ranks, but there are {num_devices} "
+            "devices"
         )
     return Layout(global_batch=global_batch, seq_len=seq_len, **fields)
 

@@ -82,7 +82,10 @@ def longest(
 
     kinds = (False, True) if host.bytes_per_device else (False,)
 
-    def answer(seq_len: int) -> Longest | None:
+    def answer(size: int) -> Longest | None:
+        return next(filter(None, map(at_length, _lengths(size, request.num_devices))), None)
+
+    def at_length(seq_len: int) -> Longest | None:
         # What offloads is looked for where nothing else fits: it is no faster.
         for offload in kinds if "offload" not in request.fix else (request.fix["offload"],):
             asked = replace(request, seq_len=seq_len, fix={**request.fix, "offload": offload})
@@ -96,7 +99,9 @@ def longest(
         return None
 
     most = model.learned_positions or MOST
-    found = _limit(lambda size: answer(_rounded(size, SHORTEST)), SHORTEST, most)
+    # Some hundred devices, of which no part cuts SHORTEST tokens, may cut a longer sequence.
+    leasts = dict.fromkeys((SHORTEST, math.lcm(SHORTEST, 2 * request.num_devices)))
+    found = next(filter(None, (_limit(answer, least, most) for least in leasts if least <= most)), None)
     if found is None:
         rank_layouts(model, cluster, replace(request, seq_len=SHORTEST), top=1, software=software)  # or why not
         raise ValueError(
@@ -174,7 +179,7 @@ def cheapest(
     days: float,
     software: Software | None = None,
 ) -> list[Offer]:
-    """What training on `num_tokens` costs, for counts of devices that double up to the request's, cheapest first.
+    """What training on `num_tokens` costs, for counts of devices that double and the request's own, cheapest first.
 
     Args:
         prices: (cluster, price of a device an hour).
@@ -185,14 +190,14 @@ def cheapest(
     """
     offers: list[Offer] = []
     for cluster, hourly in prices:
-        count = 1
-        while count <= request.num_devices:
+        # A cluster that was measured on one device has no link to price more of them with.
+        most = request.num_devices if cluster.links else 1
+        for count in sorted({*(1 << power for power in range(most.bit_length())), most}):
             result = _searched(model, cluster, replace(request, num_devices=count), software, top=1)
             if result is not None:
                 priced = result.layouts[0]
                 taken = num_tokens / priced.tokens_per_s / SECONDS_A_DAY
                 offers.append(Offer(cluster, count, priced, taken, taken * 24 * count * hourly))
-            count *= 2
     in_time = [offer for offer in offers if offer.days <= days]
     if not in_time:
         quickest = min(offers, key=lambda offer: offer.days, default=None)
@@ -215,8 +220,17 @@ def _searched(
     return result if result.layouts else None
 
 
-def _rounded(size: int, step: int) -> int:
-    return max(step, size // step * step)
+def _lengths(size: int, num_devices: int) -> list[int]:
+    """Lengths of at most `size` to try, the longest first.
+
+    Multiples of SHORTEST, and such as a ring of all devices can cut into its two pieces a device: of three or seven
+    devices no power of two is one.
+    """
+    pieces = 2 * num_devices
+    steps = (SHORTEST, math.lcm(SHORTEST, pieces), pieces)
+    # One step alone where it is a multiple of the others; the last where no common multiple is as short.
+    lengths = {size // step * step for step in steps[:2]} | ({size // pieces * pieces} if size < steps[1] else set())
+    return sorted(lengths - {0}, reverse=True)
 
 
 def _limit(answer: Callable[[int], Answer | None], least: int, most: int) -> Answer | None:

@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from support.clusters import measured_cluster
 from typer.testing import CliRunner
 
 from fourfold.launch.cli import app
-from fourfold.layouts.inputs.cluster import load_cluster
+from fourfold.layouts.inputs.cluster import load_cluster, read_cluster
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.search.inverse import FINENESS, Host, cheapest, largest, longest, parse_prices, scaled_model
 from fourfold.layouts.search.rank import rank_layouts
@@ -105,6 +106,32 @@ def test_the_cheapest_is_in_time_and_first():
     assert first.days == pytest.approx(1e11 / first.priced.tokens_per_s / 86400)
     with pytest.raises(ValueError, match=r"no offer is done in 0.001 days .the quickest, 64 x H100-80GB, takes"):
         cheapest(LLAMA, prices, request, num_tokens=1e11, days=0.001)
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_the_longest_sequence_of_an_odd_count_of_devices_is_one_that_they_can_cut(count):
+    """A ring cuts two pieces a device, and no power of two is a multiple of 6 or 14."""
+    ring = replace(ONE, num_devices=count, fix={"cp": count})
+    found = longest(LLAMA, H100, ring, host=NO_HOST)
+    assert found.seq_len % (2 * count) == 0
+    assert found.priced.layout.cp == count
+
+
+def test_devices_that_cut_no_short_sequence_are_asked_for_a_longer_one():
+    found = longest(LLAMA, H100, replace(ONE, num_devices=384, fix={"cp": 384}), host=NO_HOST)
+    assert found.seq_len % 768 == 0
+
+
+def test_the_cheapest_counts_the_devices_that_were_offered_and_one_where_no_link_is_known():
+    alone = read_cluster(measured_cluster(1), title="cluster.toml")
+    seven = read_cluster(measured_cluster(7), title="cluster.toml")
+    request = SearchRequest(num_devices=7, global_batch=28, seq_len=56)
+    tiny = load_model("tiny-llama-bytes")
+    offers = cheapest(tiny, [(alone, 1.0), (seven, 2.0)], request, num_tokens=1e6, days=1e3)
+    counts = {
+        name: sorted(o.num_devices for o in offers if o.cluster.name == name) for name in ("1 x test", "7 x test")
+    }
+    assert counts == {"1 x test": [1], "7 x test": [1, 2, 4, 7]}
 
 
 @pytest.mark.parametrize("word", ["H100-80GB", "=2", "H100-80GB=", "H100-80GB=free", "H100-80GB=-1", "A=nan", "A=inf"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -37,6 +38,16 @@ def test_spearman_by_hand():
     assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     # Ties share their mean rank: ranks 0.5, 0.5, 2 against 0, 1, 2 have a covariance of 0.5 and variances 0.5, 2/3.
     assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.5 / (0.5 * 2 / 3) ** 0.5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_whose_runs_took_equally_long_has_no_order_to_be_right_about(tmp_path):
+    path = write(tmp_path / "runs.csv", *[{"step_time_s": "2.5", "micro_batch": str(1 + row % 2)} for row in range(6)])
+    result = CliRunner().invoke(app, [str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout, parse_constant=lambda word: pytest.fail(word))["scores"]["all"]
+    assert scores["num_runs"] == 6
+    assert scores["spearman"] is None
 
 
 def test_rows_are_read_as_the_schema_says(tmp_path):
@@ -107,6 +118,19 @@ def test_a_row_that_goes_on_beyond_its_columns_is_refused_and_written_without_th
         lines = list(csv.reader(file))
     assert {len(line) for line in lines} == {len(lines[0])}
     assert "eight" not in out.read_text()
+
+
+def test_held_out_files_name_their_source_and_are_priced_whole():
+    files = sorted((Path(__file__).resolve().parents[3] / "benchmarks" / "layout_search" / "held_out").glob("*.csv"))
+    assert files
+    for file in files:
+        rows, runs, refused = read_runs(file)
+        assert not refused
+        assert len(runs) == len(rows) > 0
+        for row in rows:
+            assert row["source"].startswith("github:")
+            tokens = float(row["global_batch"]) * float(row["seq_len"]) / float(row["num_gpus"])
+            assert float(row["step_time_s"]) == pytest.approx(tokens / float(row["tokens_per_s_per_gpu"]), rel=1e-3)
 
 
 def test_a_file_that_is_no_csv_of_runs_is_refused(tmp_path):
