@@ -77,8 +77,11 @@ def explain(
             console.print(str(schedule.program(10)), soft_wrap=True, highlight=False)
     elif 1 < priced.layout.pp <= 16:
         kind = "interleaved 1F1B" if priced.layout.vp > 1 else "1F1B"
+        halves = priced.layout.schedule == "zero-bubble"
+        kind = "zero-bubble, weight gradients in capitals" if halves else kind
         console.print(f"\nSchedule ({kind}; digits forward, letters backward, dots idle)")
-        for line in draw_schedule(priced.layout.pp, priced.layout.num_micro_batches, vp=priced.layout.vp):
+        sizes = priced.layout.pp, priced.layout.num_micro_batches
+        for line in draw_schedule(*sizes, vp=priced.layout.vp, zero_bubble=halves):
             console.print("  " + line, highlight=False)
     table = Table(title="Neighbours", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("change", "step", "GiB", "why"):

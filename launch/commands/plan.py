@@ -10,7 +10,7 @@ from rich.console import Console
 from fourfold.layouts.cost.asynchronous import convergence_text
 from fourfold.layouts.cost.price import GIB, PricedLayout
 from fourfold.layouts.inputs.cluster import Cluster, load_cluster
-from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES, Layout, write_layout_file
+from fourfold.layouts.inputs.layout import CHECKPOINTING, EVERY_SCHEDULE, PRECISIONS, Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.reading import shortened
 from fourfold.layouts.inputs.software import load_software
@@ -32,7 +32,7 @@ from fourfold.parallel.pipeline.mitigation import Mitigation
 
 MOST_DRAWN = 200
 """Layouts of a table with fitted columns; more are plain lines, which are a hundred times quicker to lay out."""
-_WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES, "precision": PRECISIONS}
+_WORDS = {"checkpointing": CHECKPOINTING, "schedule": EVERY_SCHEDULE, "precision": PRECISIONS}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 

@@ -139,6 +139,7 @@ def _parallel_model(
         sequence_parallel=layout.sequence_parallel,
         compile=layout.compile,
         vp=layout.vp,
+        schedule=layout.schedule,
         seed=settings.seed,
         embedding_counts_as=layout.embedding_counts_as,
         head_counts_as=layout.head_counts_as,

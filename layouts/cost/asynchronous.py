@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import DOUBLE_BUFFERED, FLUSHED, LOCKSTEP, Candidates, Column
+from fourfold.layouts.cost.candidates import DOUBLE_BUFFERED, LOCKSTEP, Candidates, Column
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.parallel.pipeline.mitigation import (
     LONGEST_TURNED_SIDE,
@@ -44,7 +44,7 @@ def asynchronous_in_flight(layouts: Candidates, stage: Column, drained: Column) 
     """Micro-batches whose activations a stage holds; `drained` where the pipeline drains. [stages, candidates]."""
     stages_after = (layouts.pp - 1 - stage).astype(float)
     held = np.where(layouts.schedule == LOCKSTEP, 2 * stages_after, stages_after) + 1
-    return np.where(layouts.schedule == FLUSHED, drained, held)
+    return np.where(layouts.drains, drained, held)
 
 
 def delays(layouts: Candidates, stage: Column) -> Column:
@@ -52,12 +52,12 @@ def delays(layouts: Candidates, stage: Column) -> Column:
     stages_after = layouts.pp - 1 - stage
     buffered = np.where(layouts.schedule == DOUBLE_BUFFERED, 1, stages_after)
     late = np.where(layouts.schedule == LOCKSTEP, 2 * stages_after, buffered)
-    return np.where(layouts.schedule == FLUSHED, 0, late)
+    return np.where(layouts.drains, 0, late)
 
 
 def updates_per_step(layouts: Candidates) -> Column:
     """Optimizer updates in a global batch."""
-    once = (layouts.schedule == FLUSHED) | (layouts.schedule == DOUBLE_BUFFERED)
+    once = layouts.drains | (layouts.schedule == DOUBLE_BUFFERED)
     return np.where(once, 1, layouts.num_micro_batches)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.layouts.inputs.layout import CHECKPOINTING, MITIGATION, PRECISIONS, SCHEDULES, Layout
+from fourfold.layouts.inputs.layout import CHECKPOINTING, EVERY_SCHEDULE, MITIGATION, PRECISIONS, Layout
+from fourfold.parallel.decoder.limits import drains
 
 Column = NDArray[Any]
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
-FLUSHED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
+FLUSHED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED, ZERO_BUBBLE = range(len(EVERY_SCHEDULE))
 
 _DEFAULTS: dict[str, Any] = {
     "dp": 1, "pp": 1, "cp": 1, "tp": 1, "micro_batch": 1, "checkpointing": NONE, "zero_stage": 0, "vp": 1, "ep": 1,
@@ -23,7 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "embedding_counts_as": 0, "head_counts_as": 0, "schedule": np.int8(FLUSHED), "sharded_accumulation": False,
 }  # fmt: skip
 _SHARED = ("global_batch", "seq_len", "mitigation", "precision", "compile")
-_WORDS = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}
+_WORDS = {"checkpointing": CHECKPOINTING, "schedule": EVERY_SCHEDULE}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +111,18 @@ class Candidates:
 
     @property
     def any_asynchronous(self) -> bool:
-        return bool(self.schedule.any())
+        return not self.drains.all()
+
+    @property
+    def drains(self) -> Column:
+        """Which pipelines drain before every update: their gradients are not late."""
+        return drains(self.schedule)  # type: ignore[no-any-return]
+
+    @property
+    def zero_bubble(self) -> Column:
+        """Which compute weight gradients apart from those of inputs, and later."""
+        zero_bubble: Column = self.schedule == ZERO_BUBBLE
+        return zero_bubble
 
     @property
     def recomputed_share(self) -> Column:

@@ -277,6 +277,21 @@ def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:
     return kept, layer_input
 
 
+def output_gradient_bytes(pricing: Pricing) -> Column:
+    """Bytes that one micro-batch's weight gradients of an average layer need besides what autograd keeps.
+
+    The gradients of the outputs of every matrix and norm: q, k, v and their norms; the output projection; up and gate;
+    down. They wait where weight gradients are computed later than those of inputs.
+    """
+    model, layouts = pricing.model, pricing.layouts
+    split = np.where(layouts.sequence_parallel, layouts.tp, 1)
+    normed = model.q_size + model.kv_size if model.qk_norm else 0
+    cut = model.q_size + 2.0 * model.kv_size + normed + (2.0 if model.gated_mlp else 1.0) * active_ffn(model)
+    wide = (2.0 + model.norms_per_layer) * model.hidden_size
+    waiting: Column = layouts.tokens * (cut / layouts.tp + wide / split) * pricing.software.compute_bytes
+    return waiting
+
+
 def _kept_selectively(pricing: Pricing) -> Column:
     """Bytes of one micro-batch that stay where only matrix products and attention keep their outputs in a layer.
 

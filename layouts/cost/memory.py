@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.cost.asynchronous import weight_copies
-from fourfold.layouts.cost.candidates import FLUSHED, STREAM, Column
-from fourfold.layouts.cost.layer import active_ffn, saved_bytes
+from fourfold.layouts.cost.candidates import STREAM, Column
+from fourfold.layouts.cost.layer import active_ffn, output_gradient_bytes, saved_bytes
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.stages import Stages
 
@@ -158,6 +158,10 @@ def _changing(pricing: Pricing) -> _Changing:
     checkpointed = share > 0
     per_layer = share * np.where(layouts.offload, 0.0, layer_input) + (1 - share) * kept
     activations = stages.in_flight * stages.layers * per_layer
+    if layouts.zero_bubble.any():
+        # Weight gradients that are put off, of as many of a stage's vp runs as the rank's number, and the one at work.
+        put_off = np.where(layouts.zero_bubble, (stages.index + 1) / layouts.vp, 0.0)
+        activations = activations + put_off * stages.layers * output_gradient_bytes(pricing)
     chunks = np.where(layouts.checkpointing == STREAM, layouts.stream_chunks, 1)
     logits = stages.has_head * _loss_bytes(pricing) / chunks
     # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
@@ -192,7 +196,7 @@ def _gradients(pricing: Pricing, changing: Column) -> tuple[Column, Column]:
     whole = several | buckets
     if layouts.any_asynchronous:
         # Not bucketed; and other micro-batches stay in flight beside an update's gradients.
-        late = layouts.schedule != FLUSHED
+        late = ~layouts.drains
         buckets, whole = buckets & ~late, whole | late
     gradients = gradients - np.minimum(gradients, changing) * ~whole
     return gradients, np.where(buckets & several, held * software.grad_bytes, 0.0)
@@ -227,5 +231,5 @@ def _pipeline_buffers(pricing: Pricing) -> Column:
     received = 2 * layouts.vp - stages.has_embedding - stages.has_head
     buffered = layouts.num_micro_batches * received * np.where(layouts.vp > 1, 2, 1)
     if layouts.any_asynchronous:
-        buffered = np.where(layouts.schedule == FLUSHED, buffered, 2)
+        buffered = np.where(layouts.drains, buffered, 2)
     return np.where(layouts.pp > 1, 1.0 * buffered * saved_bytes(pricing)[1], 0.0)

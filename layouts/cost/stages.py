@@ -63,12 +63,14 @@ def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
 
 
 def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = False) -> Stages:
-    """The three kinds of stage of each candidate, under 1F1B, interleaved 1F1B, or the asynchronous pipeline."""
+    """The three kinds of stage of each candidate, under whichever schedule it has."""
     pp, vp = layouts.pp, layouts.vp
     index = np.stack([np.zeros_like(pp), np.where(pp > 2, 1, 0), np.where(pp > 1, pp - 1, 0)])
     one_f_one_b = np.minimum(pp - index, layouts.num_micro_batches).astype(float)
     # Megatron's interleaved warm-up, plus the one in work, in chunks of 1/vp of the stage.
     chunks = (pp - index - 1) * 2 + (vp - 1) * pp + 1
+    # Zero-bubble warms up half as long, and holds on to as much for weight gradients that it puts off: pp everywhere.
+    chunks = np.where(layouts.zero_bubble, vp * pp, chunks)
     in_flight = np.where(vp > 1, np.minimum(chunks / vp, layouts.num_micro_batches), one_f_one_b)
     sizes = layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)
     first, between, last = overshooting(model, pp) if overshoot else sizes

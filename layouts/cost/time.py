@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.cost.asynchronous import mitigation_seconds, rotation_seconds, updates_per_step
-from fourfold.layouts.cost.candidates import FLUSHED, FULL, NONE, STREAM, Column
+from fourfold.layouts.cost.candidates import FULL, NONE, STREAM, Column
 from fourfold.layouts.cost.communication import (
     expert_seconds,
     head_exchange_seconds,
@@ -77,6 +77,10 @@ class StepTime:
 class MicroBatch:
     """Seconds of one micro-batch's forward and backward on the kinds of stage, [3, candidates]."""
 
+    forward: Column
+    """Of `compute`, the forward."""
+    weights: Column
+    """Of `compute`, the gradients of weights."""
     compute: Column
     recompute: Column
     tp_communication: Column
@@ -93,6 +97,20 @@ class MicroBatch:
             self.compute + self.recompute + self.tp_communication + self.cp_communication + self.ep_communication
             + self.pp_communication + self.launch + self.overhead
         )  # fmt: skip
+
+    @property
+    def split_passing(self) -> Column:
+        """What a stage adds to fill and drain where weight gradients are computed apart, and fill what they can.
+
+        With F of a forward, I of an input's gradient and W of weight gradients, F + I + W being the slot: the larger of
+        F, I and F + I - W. Zero-bubble H1 of Qi et al. 2024 (arXiv 2401.10241) has the last, which is the largest where
+        W is no longer than F and I. All but compute is halved between F and I.
+        """
+        besides = (self.total - self.compute) / 2
+        forward = self.forward + besides
+        of_input = self.compute - self.forward - self.weights + besides
+        longer: Column = np.maximum(forward, of_input)
+        return np.maximum(longer, forward + of_input - self.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +130,7 @@ def time_of(pricing: Pricing) -> StepTime:
     # The slowest kind of stage decides; an asynchronous one updates at every micro-batch as well.
     longest = slot
     if layouts.any_asynchronous:
-        late = layouts.schedule != FLUSHED
+        late = ~layouts.drains
         each = (update.reduction + update.optimizer) / layouts.num_micro_batches
         longest = slot + np.where(late, each, 0.0)
     slowest = longest.argmax(axis=0)[None]
@@ -122,7 +140,8 @@ def time_of(pricing: Pricing) -> StepTime:
 
     times = layouts.num_micro_batches
     bottleneck = on_slowest(slot)
-    bubble = _bubble(pricing, one, bottleneck)
+    passing = np.where(layouts.zero_bubble, one.split_passing, slot)
+    bubble = _bubble(pricing, one, passing, on_slowest(passing))
     return StepTime(
         compute=times * on_slowest(one.compute),
         recompute=times * on_slowest(one.recompute),
@@ -154,6 +173,10 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
     compute = stages.layers * (layer.forward + layer.backward)
     compute = compute + stages.has_embedding * (embedding.forward + embedding.backward)
     compute = compute + stages.has_head * (head.forward + head.backward)
+    forward = stages.layers * layer.forward + stages.has_embedding * embedding.forward + stages.has_head * head.forward
+    # A matrix takes as long for its product as for either gradient; attention has no weights.
+    matrices = layer.forward + layer.backward - attention.forward - attention.backward
+    weights = stages.layers * np.maximum(matrices, 0.0) / 3 + stages.has_head * (head.forward + head.backward) / 3
     sends = np.broadcast_to(pipeline_seconds(pricing), compute.shape)
     tp_communication = _tp_of_stage(pricing, layer)
     launch = np.zeros_like(compute)
@@ -163,6 +186,8 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
         device_s = stages.layers * (layer.forward + layer.backward + again) + tp_communication
         launch = np.maximum(host_s - device_s, 0.0)
     return MicroBatch(
+        forward=forward,
+        weights=np.minimum(weights, compute - forward),
         compute=compute,
         recompute=stages.layers * again,
         tp_communication=tp_communication,
@@ -251,7 +276,7 @@ def _update_of(pricing: Pricing, compute: Column) -> _Update:
     optimizer = _optimizer_seconds(pricing)
     if layouts.any_asynchronous:
         # Every update reduces gradients and applies the mitigation, and nothing hides either.
-        late, updates = layouts.schedule != FLUSHED, updates_per_step(layouts)
+        late, updates = ~layouts.drains, updates_per_step(layouts)
         visible = reduction_seconds(pricing, np.zeros_like(compute))
         reduction = np.where(late, updates * visible, reduction)
         shared, experts = pricing.held_params
@@ -266,15 +291,20 @@ def _update_of(pricing: Pricing, compute: Column) -> _Update:
     return _Update(reduction, optimizer)
 
 
-def _bubble(pricing: Pricing, one: MicroBatch, bottleneck: Column) -> Column:
-    """What fill and drain wait for: one micro-batch through all pp stages, less the one that is counted as work."""
-    layouts, stages, slot = pricing.layouts, pricing.stages, one.total
+def _bubble(pricing: Pricing, one: MicroBatch, slot: Column, bottleneck: Column) -> Column:
+    """What fill and drain wait for: one micro-batch through all pp stages, less the one that is counted as work.
+
+    Args:
+        slot: what each kind of stage adds to fill and drain, [3, candidates].
+        bottleneck: that of the slowest.
+    """
+    layouts, stages = pricing.layouts, pricing.stages
     # The largest stage between first and last may hold a layer more than most: the mean of them is passed through.
     fixed = one.pp_communication[1] + one.launch[1] + one.overhead[1]
     between = fixed + (slot[1] - fixed) * stages.mean_between / np.maximum(stages.layers[1], 1)
     through = np.where(layouts.pp == 1, slot[0], slot[0] + slot[2] + np.maximum(layouts.pp - 2, 0) * between)
     bubble = (through - bottleneck) / layouts.vp
-    return np.where(layouts.schedule == FLUSHED, bubble, 0.0) if layouts.any_asynchronous else bubble
+    return np.where(layouts.drains, bubble, 0.0) if layouts.any_asynchronous else bubble
 
 
 def _straggling(pricing: Pricing) -> Column:

@@ -10,7 +10,19 @@ import tomli_w
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.reading import MOST, read_toml, shown
 from fourfold.parallel.decoder.limits import CHECKPOINTING as CHECKPOINTING
-from fourfold.parallel.decoder.limits import FORMS, RUNTIME, SHAPES, Choice, DecoderFacts, broken, decoder_facts, refuse
+from fourfold.parallel.decoder.limits import EVERY_SCHEDULE as EVERY_SCHEDULE
+from fourfold.parallel.decoder.limits import (
+    FORMS,
+    RUNTIME,
+    SHAPES,
+    Choice,
+    DecoderFacts,
+    as_number,
+    broken,
+    decoder_facts,
+    drains,
+    refuse,
+)
 from fourfold.parallel.decoder.limits import PRECISIONS as OTHER_PRECISIONS
 from fourfold.parallel.decoder.limits import SCHEDULES as SCHEDULES
 from fourfold.parallel.grid import AXES, Grid, layer_ranges
@@ -55,8 +67,8 @@ class Layout:
     head_counts_as: int = 0
     """The same of the head and the loss, for the last stage."""
     schedule: str = SCHEDULES[0]
-    """1f1b drains before every update; lockstep and 1f1b-async update at every micro-batch of a stream that never
-    drains, 2bw at every step. What a step is (global_batch sequences) stays."""
+    """1f1b and zero-bubble drain before every update; lockstep and 1f1b-async update at every micro-batch of a stream
+    that never drains, 2bw at every step. What a step is (global_batch sequences) stays."""
     mitigation: str = MITIGATION
     """What an asynchronous schedule does about its delays; Mitigation.named has the words."""
     precision: str = PRECISIONS[0]
@@ -91,8 +103,8 @@ class Layout:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give true or false")
         if self.compile is not None and not isinstance(self.compile, bool):
             raise ValueError(f"compile={shown(self.compile)}: give true or false, or leave it out")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule={shown(self.schedule)}: choose one of {', '.join(SCHEDULES)}")
+        if self.schedule not in EVERY_SCHEDULE:
+            raise ValueError(f"schedule={shown(self.schedule)}: choose one of {', '.join(EVERY_SCHEDULE)}")
         if not isinstance(self.mitigation, str):
             raise ValueError(f"mitigation={shown(self.mitigation)}: a word such as {MITIGATION!r}")
         if self.mitigation != MITIGATION:
@@ -104,7 +116,7 @@ class Layout:
     @property
     def asynchronous(self) -> bool:
         """Whether the pipeline never drains, and gradients come late."""
-        return self.schedule != SCHEDULES[0]
+        return not drains(as_number("schedule", self.schedule))
 
     @property
     def updates_per_step(self) -> int:
@@ -149,6 +161,7 @@ class Layout:
             detail += f"x{self.stream_chunks}" if self.checkpointing == "stream" else ""
             words.append(self.checkpointing + detail)
         words += ["offload"] * self.offload
+        words += [self.schedule] * (self.schedule != SCHEDULES[0] and not self.asynchronous)
         if self.asynchronous:
             words.append(self.schedule + f"/{self.mitigation}" * (self.mitigation != MITIGATION))
         words += [self.precision] * (self.precision != PRECISIONS[0])

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from fourfold.layouts.inputs.layout import CHECKPOINTING, PRECISIONS, SCHEDULES, Layout
+from fourfold.layouts.inputs.layout import CHECKPOINTING, EVERY_SCHEDULE, PRECISIONS, Layout
 from fourfold.layouts.inputs.reading import shown
 
 _NUMBERS = {
@@ -24,7 +24,7 @@ def parse_layout(words: str, *, num_devices: int, global_batch: int, seq_len: in
         stated = _stated(word)
         if not stated:
             known = [
-                *(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *SCHEDULES, *PRECISIONS,
+                *(f"{name}N" for name in _NUMBERS), "lessN+N", *_FLAGS, *CHECKPOINTING, *EVERY_SCHEDULE, *PRECISIONS,
                 "compile", "nocompile",
             ]  # fmt: skip
             raise ValueError(f"layout {shown(words)}: {shown(word)} is none of {', '.join(known)}")
@@ -56,7 +56,7 @@ def _stated(word: str) -> dict[str, Any]:
         return {"compile": word == "compile"}
     if word in PRECISIONS:
         return {"precision": word}
-    if word.split("/")[0] in SCHEDULES:
+    if word.split("/")[0] in EVERY_SCHEDULE:
         schedule, slash, mitigation = word.partition("/")
         return {"schedule": schedule} | ({"mitigation": mitigation} if slash else {})
     if checkpointing:

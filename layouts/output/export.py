@@ -159,7 +159,8 @@ def torchtitan_config(layout: Layout, model: ModelConfig) -> dict[str, Any]:
         "context_parallel_degree": layout.cp, "expert_parallel_degree": layout.ep,
     }  # fmt: skip
     if layout.pp > 1:
-        parallelism["pipeline_parallel_schedule"] = "Interleaved1F1B" if layout.vp > 1 else "1F1B"
+        interleaved = "InterleavedZeroBubble" if layout.schedule == "zero-bubble" else "Interleaved1F1B"
+        parallelism["pipeline_parallel_schedule"] = interleaved if layout.vp > 1 else "1F1B"
         first, last = _torchtitan_less(layout, model)
         parallelism["pipeline_parallel_first_stage_less_layers"] = first
         parallelism["pipeline_parallel_last_stage_less_layers"] = last

@@ -264,6 +264,7 @@ def _check_layout(layout: Layout, model: ModelConfig) -> None:
     absent = {
         "StreamBP": layout.checkpointing == "stream", "offloading": layout.offload,
         "ZeRO 2 or 3": layout.zero_stage >= 2, "asynchronous pipeline": layout.asynchronous,
+        "zero-bubble schedule": layout.schedule == "zero-bubble",
         "checkpointing every few layers": layout.checkpoint_every > 1, "head exchange": layout.cp_heads > 1,
         **unsaid(layout),
     }  # fmt: skip

@@ -88,5 +88,7 @@ def layout_of_torchtitan(config: Mapping[str, Any], model: ModelConfig) -> Layou
     ends = [base + (extra > 0) - less[0], base - less[1]] if pp > 1 else [0, 0]
     chunk = axes.get("pipeline_parallel_layers_per_stage")
     if chunk:
-        return Layout(**{**layout.as_dict(), "vp": model.num_layers // (pp * chunk)})
+        kinds = {"InterleavedZeroBubble": "zero-bubble", "Interleaved1F1B": "1f1b"}
+        said = {"vp": model.num_layers // (pp * chunk), "schedule": kinds[axes["pipeline_parallel_schedule"]]}
+        return Layout(**{**layout.as_dict(), **said})
     return _with_ends(layout, model, ends)

@@ -154,6 +154,7 @@ _WORDS = (
     (r"full(/\d+)?", "full/N: every N-th layer (every one without /N) is recomputed in backward"),
     (r"stream(x\d+)?", "streamxN: StreamBP in N chunks of the sequence"),
     (r"offload", "offload: inputs of checkpointed layers wait in host memory"),
+    (r"zero-bubble", "zero-bubble: a rank computes weight gradients, put off until then, while it would idle"),
     (r"(lockstep|1f1b-async|2bw)(/.*)?", "lockstep, 1f1b-async, 2bw: the pipeline never drains, gradients come late"),
 )
 COLUMNS = (

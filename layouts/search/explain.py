@@ -1,6 +1,6 @@
 """Why a layout costs what it costs, and what each neighbouring layout would gain or lose."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,9 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
         for schedule in SCHEDULES:
             if schedule != layout.schedule:
                 yield f"schedule {schedule}", {"schedule": schedule}
+    if layout.vp > 1:
+        other = "1f1b" if layout.schedule == "zero-bubble" else "zero-bubble"
+        yield f"schedule {other}", {"schedule": other}
     if layout.pp > 1:
         yield "interleaving x2", {"vp": layout.vp * 2, **EVEN}
         if layout.vp == 1:
@@ -129,10 +132,17 @@ def difference(first: PricedLayout, second: PricedLayout) -> str:
     return ", ".join(words) or "about the same"
 
 
-def draw_schedule(num_stages: int, num_micro_batches: int, *, vp: int = 1, width: int = 72) -> list[str]:
+Slot = tuple[str, int, int]
+"""(kind, stage, micro-batch): F forward, B backward; I and W its halves, of the input and of weights."""
+
+
+def draw_schedule(
+    num_stages: int, num_micro_batches: int, *, vp: int = 1, zero_bubble: bool = False, width: int = 72
+) -> list[str]:
     """1F1B as text, a line a rank and a character a forward or backward (a backward takes two).
 
-    With `vp` runs of layers in each of the `num_stages` ranks, a micro-batch comes by once for each (interleaved).
+    With `vp` runs of layers in each of the `num_stages` ranks, a micro-batch comes by once for each (interleaved). With
+    `zero_bubble` a backward is two of one character: small letters for the input's gradient, capitals for weights.
 
     Forwards are digits (the last of the micro-batch's number), backwards letters, idle time dots. Only as many
     micro-batches are drawn as fit into `width`.
@@ -140,61 +150,101 @@ def draw_schedule(num_stages: int, num_micro_batches: int, *, vp: int = 1, width
     shown = max(1, min(num_micro_batches, (width - 3 * (num_stages - 1)) // (3 * vp)))
     if vp > 1:  # whole rounds of as many micro-batches as ranks
         shown = max(num_stages, shown - shown % num_stages)
-        orders = [_interleaved(rank, num_stages, vp, shown) for rank in range(num_stages)]
-    else:
-        orders = [
-            [(kind, stage, micro) for kind, micro in _one_f_one_b(stage, num_stages, shown)]
-            for stage in range(num_stages)
-        ]
-    done: dict[tuple[str, int, int], int] = {}
-    position, clock = [0] * num_stages, [0] * num_stages
+    orders: list[list[Slot]] = [
+        zero_bubble_order(rank, num_stages, vp, shown)
+        if zero_bubble
+        else _interleaved(rank, num_stages, vp, shown)
+        if vp > 1
+        else [(kind, rank, micro) for kind, micro in _one_f_one_b(rank, num_stages, shown)]
+        for rank in range(num_stages)
+    ]
+    lengths = {"F": 1, "B": 2, "I": 1, "W": 1}
     lines = [""] * num_stages
-    while any(position[rank] < len(orders[rank]) for rank in range(num_stages)):
-        moved = False
-        for rank in range(num_stages):
-            if position[rank] == len(orders[rank]):
-                continue
-            kind, stage, micro = orders[rank][position[rank]]
-            needed = (kind, stage - 1 if kind == "F" else stage + 1, micro)
-            ready = 0
-            if 0 <= needed[1] < num_stages * vp:
-                if needed not in done:
-                    continue
-                ready = done[needed]
-            start = max(clock[rank], ready)
-            length = 1 if kind == "F" else 2
-            mark = str(micro % 10) if kind == "F" else chr(ord("a") + micro % 26) * 2
-            lines[rank] += "." * (start - len(lines[rank])) + mark
-            clock[rank] = start + length
-            done[kind, stage, micro] = clock[rank]
-            position[rank] += 1
-            moved = True
-        assert moved, "the schedule waits on itself"
+    for rank, timed in enumerate(timed_orders(orders, vp, lengths)):
+        for (kind, _, micro), started in timed:
+            letter = chr(ord("a") + micro % 26)
+            mark = {"F": str(micro % 10), "B": letter * 2, "I": letter, "W": letter.upper()}[kind]
+            lines[rank] += "." * (round(started) - len(lines[rank])) + mark
     end = max(map(len, lines))
     return [line + "." * (end - len(line)) for line in lines]
 
 
-def _interleaved(rank: int, num_ranks: int, vp: int, num_micro_batches: int) -> list[tuple[str, int, int]]:
+def timed_orders(
+    orders: Sequence[Sequence[Slot]], vp: int, seconds: Mapping[str, float]
+) -> list[list[tuple[Slot, float]]]:
+    """When each rank starts what it does, if it goes by its order, as early as its neighbours allow; links are free.
+
+    Args:
+        orders: of the ranks; the c-th stage of rank r is r + c * ranks.
+        seconds: of each kind, in one stage.
+    """
+    done: dict[Slot, float] = {}
+    clock = [0.0] * len(orders)
+    timed: list[list[tuple[Slot, float]]] = [[] for _ in orders]
+    while any(len(timed[rank]) < len(order) for rank, order in enumerate(orders)):
+        moved = False
+        for rank, order in enumerate(orders):
+            if len(timed[rank]) == len(order):
+                continue
+            slot = kind, stage, micro = order[len(timed[rank])]
+            source = stage + {"F": -1, "W": 0}.get(kind, 1)
+            ready = 0.0
+            if kind != "W" and 0 <= source < len(orders) * vp:
+                if (kind, source, micro) not in done:
+                    continue
+                ready = done[kind, source, micro]
+            start = max(clock[rank], ready)
+            clock[rank] = done[slot] = start + seconds[kind]
+            timed[rank].append((slot, start))
+            moved = True
+        assert moved, "the schedule waits on itself"
+    return timed
+
+
+def _interleaved(rank: int, num_ranks: int, vp: int, num_micro_batches: int) -> list[Slot]:
     """(kind, stage, micro-batch) of a rank whose c-th stage is rank + c * num_ranks.
 
     Micro-batches go in rounds of num_ranks through the stages of a rank, forwards from its first and backwards from
     its last. Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
     """
     total = num_micro_batches * vp
-
-    def at(turn: int, *, last_first: bool) -> tuple[int, int]:
-        whole, inside = divmod(turn, num_ranks * vp)
-        chunk, micro = divmod(inside, num_ranks)
-        chunk = vp - 1 - chunk if last_first else chunk
-        return rank + chunk * num_ranks, whole * num_ranks + micro
-
     warm = min((num_ranks - rank - 1) * 2 + (vp - 1) * num_ranks, total)
-    order: list[tuple[str, int, int]] = [("F", *at(turn, last_first=False)) for turn in range(warm)]
+    order: list[Slot] = [("F", *_turn(turn, rank, num_ranks, vp)) for turn in range(warm)]
     for turn in range(total):
         if warm + turn < total:
-            order.append(("F", *at(warm + turn, last_first=False)))
-        order.append(("B", *at(turn, last_first=True)))
+            order.append(("F", *_turn(warm + turn, rank, num_ranks, vp)))
+        order.append(("B", *_turn(turn, rank, num_ranks, vp, last_first=True)))
     return order
+
+
+def zero_bubble_order(rank: int, num_ranks: int, vp: int, num_micro_batches: int) -> list[Slot]:
+    """The same with backwards in halves, of which a rank puts off as many weight gradients as its number says.
+
+    It warms up one forward a rank after it, and holds vp * num_ranks micro-batches' stages at the peak on every rank.
+
+    Args:
+        num_micro_batches: a multiple of num_ranks.
+    Source: zero-bubble H1 of Qi et al. 2024 (arXiv 2401.10241), interleaved; torch's ScheduleInterleavedZeroBubble.
+    """
+    total = num_micro_batches * vp
+    warm = min(num_ranks - rank - 1 + (vp - 1) * num_ranks, total)
+    order: list[Slot] = [("F", *_turn(turn, rank, num_ranks, vp)) for turn in range(warm)]
+    for turn in range(total + rank):
+        if warm + turn < total:
+            order.append(("F", *_turn(warm + turn, rank, num_ranks, vp)))
+        if turn < total:
+            order.append(("I", *_turn(turn, rank, num_ranks, vp, last_first=True)))
+        if turn >= rank:
+            order.append(("W", *_turn(turn - rank, rank, num_ranks, vp, last_first=True)))
+    return order
+
+
+def _turn(turn: int, rank: int, num_ranks: int, vp: int, *, last_first: bool = False) -> tuple[int, int]:
+    """(stage, micro-batch) of a rank's turn-th forward, or with `last_first` backward, of interleaved stages."""
+    whole, inside = divmod(turn, num_ranks * vp)
+    chunk, micro = divmod(inside, num_ranks)
+    chunk = vp - 1 - chunk if last_first else chunk
+    return rank + chunk * num_ranks, whole * num_ranks + micro
 
 
 def _one_f_one_b(stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:

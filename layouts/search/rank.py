@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import FLUSHED, Column
+from fourfold.layouts.cost.candidates import Column
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.price import (
     FITS,
@@ -116,7 +116,7 @@ def rank_layouts(
     ranked = objects(found.rows[order if top is None else order[:top]])
     safe = objects(found.rows[order[found.fit_probability[order] >= SAFE][:1]])
     slowest = objects(found.rows[order[-1:]])[0]
-    in_time = order[candidates.schedule[found.rows[order]] == FLUSHED][:1] if candidates.any_asynchronous else order[:0]
+    in_time = order[candidates.drains[found.rows[order]]][:1] if candidates.any_asynchronous else order[:0]
     drained = objects(found.rows[in_time])
     return Plan(
         **common, layouts=ranked, slowest=slowest, safe=safe[0] if safe else None, nearest=None,

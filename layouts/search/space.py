@@ -5,14 +5,15 @@ A combination that a limit refuses is counted under its reason, so that a plan c
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import FULL, NONE, SELECTIVE, STREAM, Candidates, Column
+from fourfold.layouts.cost.candidates import FLUSHED, FULL, NONE, SELECTIVE, STREAM, ZERO_BUBBLE, Candidates, Column
 from fourfold.layouts.cost.stages import layers_of
-from fourfold.layouts.inputs.layout import MITIGATION, PRECISIONS, SCHEDULES, Layout, check, facts_of
+from fourfold.layouts.inputs.layout import EVERY_SCHEDULE, MITIGATION, PRECISIONS, SCHEDULES, Layout, check, facts_of
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.decoder.limits import (
@@ -185,7 +186,8 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
         "cp_heads": [1, 2, 4, 8], "ep": divisors(model.num_experts) if model.num_experts else [1],
     }  # fmt: skip
     for name, values in options.items():
-        if full or name in fix:
+        needed = name == "vp" and fix.get("schedule") == EVERY_SCHEDULE[ZERO_BUBBLE]
+        if full or name in fix or needed:
             expand(name, values)
     _expand_chunks(table, seq_len, fix, least=1 if full else LEAST_CHUNK)
     if not full or "sharded_accumulation" in fix:
@@ -193,6 +195,8 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
     _expand_cuts(table, model, fix)
     if request.asynchronous or fix.get("schedule", SCHEDULES[0]) != SCHEDULES[0]:
         expand("schedule", range(len(SCHEDULES)))
+    if full and "schedule" not in fix:
+        _expand_zero_bubble(table)
     mitigation = fix.get("mitigation", MITIGATION)
     candidates = Candidates.from_columns(
         {name: column for name, column in table.columns.items() if name != "compile"},
@@ -243,6 +247,22 @@ def _expand_accumulation(table: _Space, fix: Mapping[str, Any]) -> None:
     sharded = np.zeros(len(table), dtype=bool)
     sharded[np.cumsum(counts)[both] - 1] = True
     table.columns["sharded_accumulation"] = sharded
+
+
+def _expand_zero_bubble(table: _Space) -> None:
+    """Give each layout that drains zero-bubble as well, where the table of limits allows it; in place."""
+    length, columns = len(table), table.columns
+    schedule = columns.get("schedule", np.full(length, np.int8(FLUSHED)))
+    split = replace(table.choice, schedule=np.full(length, ZERO_BUBBLE))
+    both = schedule == FLUSHED
+    for limit in FORMS:
+        if "schedule" in limit.fields:
+            both &= limit.allows(DecoderFacts(), split)
+    counts = np.where(both, 2, 1)
+    table.columns = {key: np.repeat(column, counts) for key, column in columns.items()}
+    schedule = np.repeat(schedule, counts)
+    schedule[np.cumsum(counts)[both] - 1] = ZERO_BUBBLE
+    table.columns["schedule"] = schedule
 
 
 def _expand_cuts(table: _Space, model: ModelConfig, fix: Mapping[str, Any]) -> None:

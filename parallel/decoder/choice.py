@@ -7,10 +7,21 @@ CHECKPOINTING = ("none", "selective", "full", "stream")
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
 SCHEDULES = ("1f1b", "lockstep", "1f1b-async", "2bw")
 """Of a pipeline, by their names in parallel.pipeline.schedule; the first drains at every step, the others never."""
-DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED = range(len(SCHEDULES))
+EVERY_SCHEDULE = (*SCHEDULES, "zero-bubble")
+"""And that of ranks with several runs of layers: it drains, and computes weight gradients while it would idle."""
+DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED, ZERO_BUBBLE = range(len(EVERY_SCHEDULE))
 
 PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64")
 """Dtypes of weights and of matrix products; decoder.precision has their meanings."""
+
+
+def drains(schedule: Any) -> Any:
+    """Whether a pipeline drains before every update, so that no gradient is late.
+
+    Args:
+        schedule: an index of EVERY_SCHEDULE, or a column of them.
+    """
+    return (schedule == DRAINED) | (schedule == ZERO_BUBBLE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +80,7 @@ class Choice:
 
     @property
     def schedule_word(self) -> str:
-        return SCHEDULES[self.schedule]
+        return EVERY_SCHEDULE[self.schedule]
 
     @property
     def stages(self) -> str:
@@ -79,7 +90,7 @@ class Choice:
 
 def as_number(name: str, value: Any) -> Any:
     """A layout field's value as a Choice holds it: words by their index. Raises ValueError for a word that is none."""
-    words = {"checkpointing": CHECKPOINTING, "schedule": SCHEDULES}.get(name)
+    words = {"checkpointing": CHECKPOINTING, "schedule": EVERY_SCHEDULE}.get(name)
     if words is None:
         return value
     if value not in words:

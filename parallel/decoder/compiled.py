@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from fourfold.parallel.decoder.choice import Choice
-from fourfold.parallel.decoder.limits import RUNTIME, DecoderFacts, broken
+from fourfold.parallel.decoder.limits import FORMS, RUNTIME, DecoderFacts, broken
 from fourfold.parallel.ring.transformers import NAME as RING
 
 BACKEND = "inductor"
@@ -28,7 +28,7 @@ def chosen_backend(compile: bool | str | None, device_type: str, layout: Choice)
         ValueError: a name that torch.compile does not know.
     """
     if compile is None:
-        allowed = not any(broken(RUNTIME, DecoderFacts(), replace(layout, compile=True)))
+        allowed = not any(broken((*FORMS, *RUNTIME), DecoderFacts(), replace(layout, compile=True)))
         return BACKEND if device_type == "cuda" and allowed and _has_triton() else None
     if compile is False:
         return None

@@ -4,6 +4,7 @@ torch.distributed.pipelining runs the schedule. It builds its buffers for one sh
 them; this file keeps a schedule for each that was asked for, tells torch the shapes (so that no trial run of the model,
 with its collectives, is needed to find them), and picks 1F1B, or GPipe where there are too few micro-batches for it.
 With several stages a rank these are interleaved 1F1B, and breadth-first where micro-batches do not go into its rounds.
+Where zero-bubble was asked for, rounds of as many micro-batches as ranks run so, and other numbers as without it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
     ScheduleLoopedBFS,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
@@ -40,6 +42,7 @@ class Pipeline:
         mesh: (dp, pp, cp, tp).
         loss: (what the last stage returns, targets) -> the scalar that it differentiates, already scaled.
         hidden_dtype, logits_dtype: of the stages' outputs.
+        zero_bubble: whether several stages a rank put off their weight gradients to when they would idle.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class Pipeline:
         *,
         hidden_dtype: torch.dtype,
         logits_dtype: torch.dtype,
+        zero_bubble: bool = False,
     ) -> None:
         self._modules, self._stages, self._loss = list(modules), list(stages), loss
         self._hidden_dtype, self._logits_dtype = hidden_dtype, logits_dtype
+        self._zero_bubble = zero_bubble
         self._local_vocab_size = stages[0].vocab_size // mesh["tp"].size()
         self._group = mesh.get_group("pp")
         self._rank, self._num_ranks = mesh.get_local_rank("pp"), mesh["pp"].size()
@@ -103,6 +108,8 @@ class Pipeline:
         if len(stages) == 1:
             drains_late = train and num_micro_batches >= self._num_ranks
             return (Schedule1F1B if drains_late else ScheduleGPipe)(stages[0], num_micro_batches, **arguments)
+        if train and self._zero_bubble and num_micro_batches % self._num_ranks == 0:
+            return ScheduleInterleavedZeroBubble(list(stages), num_micro_batches, **arguments)
         rounds = max(1, num_micro_batches // self._num_ranks)
         interleaves = train and num_micro_batches % rounds == 0
         return (ScheduleInterleaved1F1B if interleaves else ScheduleLoopedBFS)(

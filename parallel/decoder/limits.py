@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourfold.parallel.decoder.choice import CHECKPOINTING as CHECKPOINTING
-from fourfold.parallel.decoder.choice import DOUBLE_BUFFERED, DRAINED, FULL, NONE, STREAM
+from fourfold.parallel.decoder.choice import DOUBLE_BUFFERED, FULL, NONE, STREAM, ZERO_BUBBLE
+from fourfold.parallel.decoder.choice import EVERY_SCHEDULE as EVERY_SCHEDULE
 from fourfold.parallel.decoder.choice import LOCKSTEP as LOCKSTEP
 from fourfold.parallel.decoder.choice import PRECISIONS as PRECISIONS
 from fourfold.parallel.decoder.choice import SCHEDULES as SCHEDULES
 from fourfold.parallel.decoder.choice import SELECTIVE as SELECTIVE
 from fourfold.parallel.decoder.choice import Choice as Choice
 from fourfold.parallel.decoder.choice import as_number as as_number
+from fourfold.parallel.decoder.choice import drains as drains
 from fourfold.parallel.decoder.facts import LENGTH_DEPENDENT_ROPE
 from fourfold.parallel.decoder.facts import DecoderFacts as DecoderFacts
 from fourfold.parallel.decoder.facts import decoder_facts as decoder_facts
@@ -148,10 +150,21 @@ def _whole_stage(name: str, plain: Any) -> Limit:
     """An asynchronous stage is a rank with all weights of its stage, and dp replicas of it."""
     return Limit(
         fields=(name, "schedule"),
-        allows=lambda model, layout: (layout.schedule == DRAINED) | (getattr(layout, name) == plain),
+        allows=lambda model, layout: drains(layout.schedule) | (getattr(layout, name) == plain),
         reason=f"an asynchronous stage needs {name}={str(plain).lower()}",
         message=f"{name}={{layout.{name}}} with schedule={{layout.schedule_word!r}}: an asynchronous stage is neither "
         f"cut nor sharded; choose {name}={str(plain).lower()}, or schedule='1f1b'",
+    )
+
+
+def _split_backward(name: str, allows: Callable[[Any], Any], needs: str, why: str) -> Limit:
+    """What it takes to compute the gradients of a stage's weights after that of its input, apart from it."""
+    shown = f"{{layout.{name}_word!r}}" if name == "checkpointing" else f"{{layout.{name}}}"
+    return Limit(
+        fields=(name, "schedule"),
+        allows=lambda model, layout: (layout.schedule != ZERO_BUBBLE) | allows(getattr(layout, name)),
+        reason=f"zero-bubble needs {needs}",
+        message=f"{name}={shown} with schedule='zero-bubble': {why}; choose {needs}, or schedule='1f1b'",
     )
 
 
@@ -186,7 +199,7 @@ FORMS: tuple[Limit, ...] = (
     _whole_stage("checkpoint_every", 1),
     Limit(
         fields=("pp", "schedule"),
-        allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.pp > 1),
+        allows=lambda model, layout: drains(layout.schedule) | (layout.pp > 1),
         reason="an asynchronous pipeline needs pp of at least 2",
         message="schedule={layout.schedule_word!r} is for a pipeline, but pp={layout.pp}: choose pp of at least 2, or "
         "'1f1b'",
@@ -194,10 +207,20 @@ FORMS: tuple[Limit, ...] = (
     Limit(
         fields=("checkpointing", "schedule"),
         # What is kept would be of other weights than what a later backward recomputes around it.
-        allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.checkpointing != SELECTIVE),
+        allows=lambda model, layout: drains(layout.schedule) | (layout.checkpointing != SELECTIVE),
         reason="an asynchronous stage needs checkpointing=none, full or stream",
         message="checkpointing={layout.checkpointing_word!r} with schedule={layout.schedule_word!r}: "
         "choose none or full, or stream",
+    ),
+    _split_backward("vp", lambda vp: vp > 1, "vp of at least 2", "it is of ranks with several runs of layers"),
+    _split_backward(
+        "checkpointing",
+        lambda checkpointing: checkpointing == NONE,
+        "checkpointing='none'",
+        "each layer would run again for its input's gradient and once more for each weight's, if it can more than once",
+    ),
+    _split_backward(
+        "compile", lambda compiled: compiled == 0, "compile=false", "a compiled layer's backward is in one piece"
     ),
     Limit(
         fields=("dp", "pp", "micro_batch", "global_batch", "schedule"),
@@ -339,7 +362,7 @@ PACKED: tuple[Limit, ...] = (
     ),
     Limit(
         fields=("checkpointing", "schedule"),
-        allows=lambda model, layout: (layout.schedule == DRAINED) | (layout.checkpointing != STREAM),
+        allows=lambda model, layout: drains(layout.schedule) | (layout.checkpointing != STREAM),
         reason="packed rows in an asynchronous stage that streams",
         message="packed rows with checkpointing='stream' and schedule={layout.schedule_word!r}: there attention takes "
         "no documents; choose checkpointing='none' or 'full', or rows of one document",

@@ -49,6 +49,7 @@ class StepOptions:
 
     Attributes:
         ring: the cp group, where sequences are cut or windows need the ring's blocks; else None.
+        schedule: of the pipeline, "1f1b" or "zero-bubble".
     """
 
     micro_batch: int | None
@@ -58,6 +59,7 @@ class StepOptions:
     compiled: bool
     precision: Precision
     ring: dist.ProcessGroup | None
+    schedule: str = "1f1b"
 
 
 class ParallelModel:
@@ -115,8 +117,9 @@ class ParallelModel:
             hidden_dtype = (products or stored) if options.zero_stage > 0 else stored
             modules = [self._module] if len(self._runs) == 1 else self._runs
             self._pipeline = Pipeline(
-                modules, self._runs, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=products or stored
-            )
+                modules, self._runs, mesh, self._loss, hidden_dtype=hidden_dtype, logits_dtype=products or stored,
+                zero_bubble=options.schedule == "zero-bubble",
+            )  # fmt: skip
         self._loss_dtype = torch.promote_types(torch.float32, options.precision.weights)
         self._agreement = BatchAgreement(mesh)
         self._loss_scale = 1.0

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fourfold.parallel.decoder.adapters import without_wrapper
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
-from fourfold.parallel.decoder.limits import Choice, as_number
+from fourfold.parallel.decoder.limits import Choice, as_number, drains
 from fourfold.parallel.decoder.parallel_model import ParallelModel, StepOptions, device_of
 from fourfold.parallel.decoder.precision import Precision, chosen_precision
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, has_sliding_window
@@ -53,6 +53,7 @@ def parallelize(
     sequence_parallel: bool = False,
     compile: bool | str | None = None,
     vp: int = 1,
+    schedule: str = "1f1b",
     seed: int = 0,
     embedding_counts_as: int = 0,
     head_counts_as: int = 0,
@@ -90,6 +91,9 @@ def parallelize(
             does so on CUDA with Triton, not on a CPU. Needs checkpointing "none" or "full".
         vp: runs of layers that a pipeline rank holds (interleaved 1F1B, which idles a vp-th of what 1F1B does and sends
             vp times as often). Needs pp of at least 2, and zero_stage 0 or 1.
+        schedule: "1f1b", or "zero-bubble" with vp of at least 2: a rank that would idle at a step's end computes weight
+            gradients, which it has put off until then. Needs checkpointing "none" and no compiler. A step whose
+            micro-batches are no multiple of pp runs as without it.
         seed: of the weights of a model on the meta device; the weights of any other are kept.
         embedding_counts_as, head_counts_as: in layers, see layer_ranges.
     Returns:
@@ -108,6 +112,12 @@ def parallelize(
         raise ValueError(f"micro_batch={micro_batch}: at least one sequence")
     if isinstance(vp, bool) or not isinstance(vp, int) or vp < 1:
         raise ValueError(f"vp={vp!r}: a whole number of runs of layers a pipeline rank, at least 1")
+    scheduled = as_number("schedule", schedule)
+    if not drains(scheduled):
+        raise ValueError(
+            f"schedule={schedule!r}: parallelize drains at every step; choose '1f1b' or 'zero-bubble', or use "
+            "pipeline_decoder for a pipeline that never drains"
+        )
     layout = Choice(
         **{axis: mesh[axis].size() for axis in AXES},
         checkpointing=as_number("checkpointing", checkpointing),
@@ -116,6 +126,7 @@ def parallelize(
         sequence_parallel=sequence_parallel,
         compile=bool(compile),
         vp=vp,
+        schedule=scheduled,
         embedding_counts_as=embedding_counts_as,
         head_counts_as=head_counts_as,
     )
@@ -173,6 +184,7 @@ def parallelize(
         compiled=backend is not None,
         precision=stored,
         ring=ring,
+        schedule=schedule,
     )
     return ParallelModel(stage, mesh, replicas, options, given, runs)
 

@@ -42,8 +42,8 @@ AXES_BY_AXES = [
 OTHERS = [
     *(("checkpointing", word) for word in ("selective", "full", "stream")),
     *(("zero_stage", stage) for stage in (1, 2, 3)),
-    ("sequence_parallel", True), ("compile", True), ("vp", 2), ("sharded_accumulation", True),
-    ("embedding_counts_as", 1), ("head_counts_as", 1),
+    ("sequence_parallel", True), ("compile", True), ("vp", 2), ("schedule", "zero-bubble"),
+    ("sharded_accumulation", True), ("embedding_counts_as", 1), ("head_counts_as", 1),
 ]  # fmt: skip
 PAIRS = [dict(pair) for pair in combinations(OTHERS, 2) if pair[0][0] != pair[1][0]] + [
     {name: value} for name, value in OTHERS

@@ -103,6 +103,7 @@ STREAM = {"checkpointing": "stream"}
         ({"pp": 2}, {"micro_batch": 2, "zero_stage": 3, "checkpointing": "full"}),
         ({"pp": 2}, STREAM | {"micro_batch": 2}),
         ({"pp": 2}, {"vp": 2}),
+        ({"pp": 2}, {"vp": 2, "schedule": "zero-bubble"}),
         ({"cp": 2, "tp": 2}, {"micro_batch": 2}),
         ({"dp": 2, "pp": 2}, {"micro_batch": 1}),
         ({"dp": 2, "cp": 2}, STREAM | {"zero_stage": 3}),

@@ -27,7 +27,7 @@ VALUES = {
     "dp": (1, 2, 3), "pp": (1, 2, 8), "cp": (1, 2, 3), "tp": (1, 2, 3), "micro_batch": (1, 2, 5), "vp": (1, 2),
     "ep": (1, 2, 3), "cp_heads": (1, 2), "zero_stage": (0, 1, 2, 3), "sequence_parallel": (False, True),
     "checkpoint_every": (1, 2), "checkpointing": range(4), "offload": (False, True), "stream_chunks": (1, 4),
-    "embedding_counts_as": (0, 1), "head_counts_as": (0, 2), "schedule": range(4), "global_batch": (12,),
+    "embedding_counts_as": (0, 1), "head_counts_as": (0, 2), "schedule": range(5), "global_batch": (12,),
     "seq_len": (64,), "sharded_accumulation": (False, True), "compile": (False, True),
 }  # fmt: skip
 MODELS = [
