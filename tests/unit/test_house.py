@@ -34,6 +34,12 @@ def test_files_are_under_400_lines():
     assert {path: lines for path, lines in lengths.items() if lines >= 400} == {}
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports a test file by its name alone: of two with one name it would take one for the other."""
+    names = [path.name for path in python_files(*TESTS) if path.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_module_is_named_by_a_string():
     """Only the lazy table of exported names imports what a string says."""
     found = [
