@@ -163,26 +163,24 @@ class PackedRows:
         self._permutation = lru_cache(maxsize=2 * len(self._train))(self._draw_permutation)
 
     def training(self, step: int, rows: slice) -> Batch:
-        parts = []
-        for source, row in self._rows_of(step)[rows]:
-            tokens, packing = self._train[source].tokens, self._packings[source]
-            parts.append(packed_batch(tokens, packing, np.array([row]), self._order.seq_len))
-        return _together(parts)
+        return self._drawn(self._train, self._packings, self._rows_of(step)[rows])
 
     def training_targets(self, step: int) -> Tensor:
         counts = [self._packings[source].num_targets(row) for source, row in self._rows_of(step)]
         return torch.tensor(counts, dtype=torch.float64)
 
     def held_out(self, num_rows: int, rows: slice) -> Batch:
-        parts = []
-        for text, row in self._held_out_rows(num_rows)[rows]:
-            tokens, packing = self._held_out[text].tokens, self._held_out_packings[text]
-            parts.append(packed_batch(tokens, packing, np.array([row]), self._order.seq_len))
-        return _together(parts)
+        return self._drawn(self._held_out, self._held_out_packings, self._held_out_rows(num_rows)[rows])
 
     def held_out_targets(self, num_rows: int) -> Tensor:
         counts = [self._held_out_packings[text].num_targets(row) for text, row in self._held_out_rows(num_rows)]
         return torch.tensor(counts, dtype=torch.float64)
+
+    def _drawn(self, texts: Sequence[Text], packings: Sequence[Packing], rows: Sequence[tuple[int, int]]) -> Batch:
+        """One batch of (text, row of its packing)."""
+        return _together(
+            [packed_batch(texts[at].tokens, packings[at], np.array([row]), self._order.seq_len) for at, row in rows]
+        )
 
     def _rows_of(self, step: int) -> list[tuple[int, int]]:
         """(source, row of its packing) of each row of a step."""

@@ -1,5 +1,7 @@
 """Small pipelines for the tests: uneven stages, a stage without parameters, dropout, checkpointing."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,3 +56,15 @@ def batches(count: int, *, size: int = 3, seed: int = 5, last: int | None = None
     generator = torch.Generator().manual_seed(seed)
     sizes = [size] * (count - 1) + [last or size]
     return [(torch.randn(n, 6, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
+
+
+def small_llama() -> Any:
+    """A Llama of four layers, the same one at each call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)

@@ -45,7 +45,7 @@ def test_ring_blocks_equal_fp64(backend, size, options):
     try:
         select_backend(backend, q, k)
     except ValueError as refusal:
-        pytest.skip(str(refusal))
+        pytest.skip(str(refusal))  # this device or its packages do not have the kernel
     local = [x.clone().requires_grad_() for x in (q, k, v)]
     out = ring_attention(*local, None, backend=backend, **options)
     out.backward(grad)
@@ -63,7 +63,7 @@ def test_capped_scores_equal_fp64(backend):
     try:
         select_backend(backend, q, k, 3.0)
     except ValueError as refusal:
-        pytest.skip(str(refusal))
+        pytest.skip(str(refusal))  # this device or its packages do not have the kernel
     local = [x.clone().requires_grad_() for x in (q, k, v)]
     out = ring_attention(*local, None, backend=backend, soft_cap=3.0, cu_seqlens=(0, 3, 200, 333))
     out.backward(grad)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.digest import digest
+from support.pipeline_models import small_llama
 from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator, init_mesh
@@ -16,18 +17,6 @@ from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.stream import StreamSettings
 
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
-
-
-def small_llama() -> Any:
-    """The same one at each call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def decoder_digests(checkpointing: str) -> tuple[str, str]:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.pipeline_models import small_llama
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from fourfold.parallel import PipelinedBackpropEmulator
 from fourfold.parallel.decoder import decoder_stages
@@ -19,12 +20,7 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(4)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double()
+    return small_llama().double()
 
 
 def stages(**cut: Any) -> tuple[LlamaForCausalLM, list[Any]]:
