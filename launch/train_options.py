@@ -14,7 +14,7 @@ from dataclasses import field as _field
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from fourfold.layouts.inputs.reading import number, read_toml, shown, whole
+from fourfold.layouts.inputs.reading import MOST, number, read_toml, shown, whole
 from fourfold.parallel.decoder.limits import PRECISIONS
 
 WEIGHTS = ("auto", "pretrained", "random")
@@ -22,11 +22,13 @@ SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "muon")
 ENGINES = ("native", "deepspeed")
 PRECISION_WORDS = ("auto", *PRECISIONS)
+MOST_SEED = 2**63 - 1
+"""TOML has whole numbers of 64 bits with a sign."""
 
 
-def _key(default: Any, words: str, *, least: int = 0, choices: tuple[str, ...] = ()) -> Any:
-    """A key of the file: its default, what it means, and the values it takes; `least` itself is taken, too."""
-    return _field(default=default, metadata={"help": words, "least": least, "choices": choices})
+def _key(default: Any, words: str, *, least: int = 0, most: int = MOST, choices: tuple[str, ...] = ()) -> Any:
+    """A key of the file: its default, what it means, and the values it takes; `least` and `most` are taken, too."""
+    return _field(default=default, metadata={"help": words, "least": least, "most": most, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,7 @@ class TrainOptions:
     beta2: float = _key(0.95, "AdamW's, of the square")
     max_norm: float = _key(1.0, "gradients are clipped to this norm")
     optimizer: str = _key("adamw", "adamw; or muon for layers' matrices, adamw for the rest", choices=OPTIMIZERS)
-    seed: int = _key(0, "of weights and batches")
+    seed: int = _key(0, "of weights and batches", most=MOST_SEED)
     evaluate_every: int = _key(0, "steps between held-out losses; 0: only at the end")
     held_out_batches: int = _key(4, "global batches of held-out text for a loss; 0: none")
     checkpoint_every: int = _key(0, "steps between checkpoints; 0: none")
@@ -132,7 +134,7 @@ def checked(name: str, value: Any, where: str) -> Any:
             raise ValueError(f"{where}={shown(value)}: give a text, or a list of texts")
         return tuple(texts)
     if kind is int:
-        return whole(value, where, least=known.metadata["least"])
+        return whole(value, where, least=known.metadata["least"], most=known.metadata["most"])
     return number(value, where, zero=True)
 
 

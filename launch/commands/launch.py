@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from fourfold.launch.processes import start_ranks
 from fourfold.launch.runs import read_result
-from fourfold.launch.train_options import RESUME_VALUE, as_arguments, checked
+from fourfold.launch.train_options import MOST_SEED, RESUME_VALUE, as_arguments, checked
 from fourfold.launch.verdict import checked_prediction, read_phases, verdict
 from fourfold.layouts.inputs.layout import (
     Layout,
@@ -44,7 +44,7 @@ def launch(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     out: Annotated[Path, typer.Option(help="Folder for metrics.csv, result.json and checkpoints.")] = Path("run"),
     learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-3,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of weights and batches.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[
         str,

@@ -29,6 +29,12 @@ def train_file(tmp_path):
     return write
 
 
+def test_a_seed_may_have_as_many_bits_as_the_launch_command_takes(train_file):
+    assert read_options(["--config", train_file(seed=2**63 - 1)]).seed == 2**63 - 1
+    with pytest.raises(ValueError, match=r"--seed=9223372036854775808, but it is at most 9223372036854775807"):
+        read_options(["--seed", str(2**63)])
+
+
 def test_every_key_is_an_option_and_the_command_line_counts(train_file):
     kinds = get_type_hints(TrainOptions)
     numbers = {name: {int: 3, float: 0.5}[kind] for name, kind in kinds.items() if kind in (int, float)}
