@@ -41,7 +41,7 @@ TABLE = Path(__file__).with_name("depth.csv")
 NUM_STAGES, WIDTH, LENGTH = 16, 16, 32
 REFERENCE_BATCH = 8  # windows of LENGTH bytes
 REFERENCE_RATES = {"SGDM": 0.3, "AdamW": 8e-3, "Muon": 0.04}
-RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+RATES = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SEEDS, TUNING_SEEDS = range(5), range(100, 102)
 
 
@@ -216,7 +216,10 @@ def measured(run: Run, seeds: Sequence[int], text: Tensor, table: Path) -> list[
 
 
 def tuned(run: Run, text: Tensor, table: Path) -> Run:
-    """`run` at its best rate: from the reference rate on, a step up or down as long as that helps."""
+    """`run` at its best rate: from the reference rate on, a step up or down as long as that helps.
+
+    Where training diverges at the reference rate the search begins at the next lower rate at which it does not.
+    """
 
     setting = run.setting
     method = "no delay" if setting.shares_rate and run.method != "equal time" else run.method
@@ -228,6 +231,8 @@ def tuned(run: Run, text: Tensor, table: Path) -> Run:
         return found if found == found else float("inf")
 
     best = RATES.index(1.0)
+    while best > 0 and loss(best) == float("inf"):
+        best -= 1
     for step in (-1, 1):
         while 0 <= best + step < len(RATES) and loss(best + step) < loss(best):
             best += step
