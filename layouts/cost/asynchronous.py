@@ -162,7 +162,7 @@ def convergence_text(layout: Layout) -> str:
     beta1, beta2 = facts["adamw"]["betas"]
     words = (
         f"{layout}: gradients come {shown} updates late (first stage to last), mitigated by {layout.mitigation}; "
-        "gradients are not clipped, as no rank sees them all. "
+        "gradients are clipped by a norm some updates old. "
     )
     if layout.updates_per_step == 1:
         return words + "One update a step: hyper-parameters stay."

@@ -286,7 +286,7 @@ def _update_of(pricing: Pricing, compute: Column) -> _Update:
         mitigate = mitigate + rotation_seconds(
             layouts, held, index, pricing.model.hidden_size, pricing.kernels.matmul_s
         )
-        unclipped = _optimizer_seconds(pricing, clipped=False)  # no rank sees all gradients
+        unclipped = _optimizer_seconds(pricing, clipped=False)  # clipping, by a late norm, is not priced
         optimizer = np.where(late, updates * (unclipped + mitigate), optimizer)
     return _Update(reduction, optimizer)
 

@@ -206,11 +206,14 @@ FORMS: tuple[Limit, ...] = (
     ),
     Limit(
         fields=("checkpointing", "schedule"),
-        # What is kept would be of other weights than what a later backward recomputes around it.
-        allows=lambda model, layout: drains(layout.schedule) | (layout.checkpointing != SELECTIVE),
-        reason="an asynchronous stage needs checkpointing=none, full or stream",
-        message="checkpointing={layout.checkpointing_word!r} with schedule={layout.schedule_word!r}: "
-        "choose none or full, or stream",
+        # What is kept would be of other weights than what a later backward recomputes around it; with double buffering
+        # both read the same.
+        allows=lambda model, layout: (
+            drains(layout.schedule) | (layout.schedule == DOUBLE_BUFFERED) | (layout.checkpointing != SELECTIVE)
+        ),
+        reason="selective checkpointing in an asynchronous stage needs schedule=2bw",
+        message="checkpointing={layout.checkpointing_word!r} with schedule={layout.schedule_word!r}: what is kept "
+        "would be of other weights than what is recomputed around it; choose none or full, stream, or schedule='2bw'",
     ),
     _split_backward("vp", lambda vp: vp > 1, "vp of at least 2", "it is of ranks with several runs of layers"),
     _split_backward(

@@ -125,9 +125,14 @@ class DecoderStage(nn.Module):
     """Whether a last stage that streams returns what its last layer gives, for a loss that streams by itself."""
 
     @property
-    def keeps_attention(self) -> bool:
-        """Whether backward reads attention outputs of the forward and recomputes the rest."""
-        return self.checkpointing == "stream" and bool(self._stream.keep_attention)
+    def kept_outputs(self) -> tuple[str, str] | None:
+        """Where backward reads outputs of the forward and recomputes what is around them: how this is said, and what
+        to choose instead."""
+        if self.checkpointing == "selective":
+            return "checkpointing='selective'", "checkpointing='none', 'full' or 'stream'"
+        if self.checkpointing == "stream" and self._stream.keep_attention:
+            return "keep_attention", "keep_attention=False"
+        return None
 
     @property
     def layers(self) -> nn.ModuleDict:

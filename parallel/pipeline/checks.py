@@ -10,22 +10,29 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from fourfold.parallel.pipeline.mitigation import Mitigation
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
 from fourfold.parallel.pipeline.settings import ClipNorm, PipelineSettings
 from fourfold.parallel.pipeline.values import needs_gradient
 
 
-def check_recomputation(module: nn.Module | None, delays: Sequence[float]) -> None:
-    """Refuse a stage that recomputes around an attention output of other weights than the backward's.
+def check_recomputation(
+    module: nn.Module | None, delays: Sequence[float], mitigation: Mitigation, *, double_buffered: bool
+) -> None:
+    """Refuse a stage that recomputes around outputs of the forward which are of other weights than the backward's.
 
     Args:
         delays: of all stages, so that every rank refuses.
+        double_buffered: as the schedule's; then, and with stashing, forward and backward read the same weights.
     """
-    if getattr(module, "keeps_attention", False) and max(delays) > 0:
+    kept = getattr(module, "kept_outputs", None)
+    if kept and max(delays) > 0 and not (mitigation.stash or double_buffered):
+        name, without = kept
         raise ValueError(
-            "keep_attention in a pipeline that updates between a forward and its backward: the kept output would be of "
-            "other weights than what is recomputed around it; choose keep_attention=False, or a schedule that drains"
+            f"{name} in a pipeline that updates between a forward and its backward: the kept output would be of "
+            f"other weights than what is recomputed around it; choose {without}, a mitigation with stash, 2bw, or a "
+            "schedule that drains"
         )
 
 
@@ -195,10 +202,14 @@ def check_pause(clipping: ClipNorm | None, schedule: PipelineSchedule | Program)
     if isinstance(schedule, Program) or schedule.flushed:
         name = "a Program" if isinstance(schedule, Program) else repr(schedule.name)
         raise ValueError(f"drain=False with {name}, which ends drained by itself: leave drain out")
-    if clipping is not None and clipping.scope == "model":
+    apart = schedule.distance_in_updates
+    if clipping is None or clipping.scope == "stage" or not apart:
+        return
+    if clipping.first_wait or clipping.lag_updates < apart:
         raise ValueError(
-            "drain=False with clip of scope='model': stages that pause at different updates would wait for one "
-            "another's norms; choose scope='stage', or drain=True"
+            f"drain=False with clip of scope='model', lag_updates={clipping.lag_updates} and "
+            f"first_wait={clipping.first_wait}: stages that pause at different updates would wait for one another's "
+            f"norms; choose lag_updates={apart} with first_wait=False, scope='stage', or drain=True"
         )
 
 

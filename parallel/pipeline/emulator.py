@@ -67,8 +67,9 @@ class PipelinedBackpropEmulator:
                 )
         self._delays = None if delays is None else list(delays)
         steady: list[int | float] = self.schedule.delays() if delays is None else list(delays)
+        buffered = self.schedule.double_buffered and delays is None
         for module in stages:
-            check_recomputation(module, steady)
+            check_recomputation(module, steady, self.mitigation, double_buffered=buffered)
         check_untied(stages)
         check_model_norm(settings.clipping, self.schedule)
         # The stages, with masters of their own wherever past weights must not be overwritten.
@@ -79,7 +80,7 @@ class PipelinedBackpropEmulator:
                 index=index,
                 delay=steady[index],
                 lag_updates=lag_updates(steady, index),
-                double_buffered=self.schedule.double_buffered and delays is None,
+                double_buffered=buffered,
                 separate=steady[index] > 0,
                 **(options if index == last else {**options, "loss_fn": None}),  # type: ignore[misc]
             )
@@ -209,14 +210,14 @@ class PipelinedBackpropEmulator:
             history.update(norm)
 
     def _norm(self, norms: Sequence[float]) -> float | None:
-        """The whole model's norm to clip by; None where stages clip by themselves."""
+        """The whole model's norm to clip by; None where stages clip by their own."""
         if self._clips_model is None:
             return None
         update, lag = self.stages[0].num_updates, self._clips_model.lag_updates
         for stage in self.stages:
             stage.norms[update] = norms[0] if len(norms) == 1 else joined(norms)
         known = self.stages[0].norms
-        norm = known.get(update - lag, known[update])
+        norm = known.get(update - lag, known[update] if self._clips_model.first_wait else None)
         for stage in self.stages:
             forget(stage.norms, lag)
         return norm

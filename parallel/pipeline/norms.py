@@ -9,26 +9,73 @@ from torch import Tensor
 from fourfold.parallel.pipeline.links import PipeLinks
 from fourfold.parallel.pipeline.settings import ClipNorm
 
+_NOT_MADE = -1.0
+"""In place of a stage's part, where it pauses before the update; a norm is never negative."""
+
 
 class ModelNorms:
     """Norms by update: asked for when a stage has its part, there when all stages have theirs.
 
+    Stages ask in order of the updates. Where a stream pauses with updates that some stages have made and others have
+    not, these answer for them that they have none, so that nobody waits; once the stream goes on, all ask again.
+
     Args:
         clipping: of scope "model", or nothing is done.
         known: norm by number of update, changed in place; the newest `lag_updates` are kept, for the next run.
+
+    Attributes:
+        parts: of this stage, by update, of those updates that others had not made when the stream paused.
     """
 
     def __init__(self, clipping: ClipNorm | None, known: dict[int, float]) -> None:
         self._clipping = clipping if clipping is not None and clipping.scope == "model" else None
         self.known = known
+        self.parts: dict[int, float] = {}
         self._asked: dict[int, tuple[Any, list[Tensor]]] = {}
-        self._links: PipeLinks | None = None
 
     def of(self, update: int, norm: float, links: PipeLinks) -> float | None:
-        """The norm to clip `update` by, where this stage's part is `norm`; None where stages clip by themselves."""
-        if self._clipping is None:
+        """The norm to clip `update` by, where this stage's part is `norm`; None where stages clip by their own."""
+        clipping = self._clipping
+        if clipping is None:
             return None
-        self._links = links
+        self._ask(update, norm, links)
+        late = update - clipping.lag_updates
+        if late in self.known or late in self._asked:
+            found = self._wait(late, links)
+            # An endless stream asks for none of the older ones again.
+            for older in [each for each in self.known if each < late]:
+                del self.known[older]
+            return found
+        return self._wait(update, links) if clipping.first_wait else None
+
+    def take_up(self, links: PipeLinks) -> None:
+        """Before a stream goes on: ask again for what was left open when it paused."""
+        parts, self.parts = self.parts, {}
+        for update, norm in sorted(parts.items()):
+            self._ask(update, norm, links)
+
+    def pause(self, updates: range, links: PipeLinks) -> None:
+        """Where a stream pauses: answer for `updates`, which other stages have made and this one has not."""
+        if self._clipping is None:
+            return
+        for update in updates:
+            self._ask(update, _NOT_MADE, links)
+        for update in sorted(self._asked):
+            rows = self._rows(update, links)
+            if _NOT_MADE not in rows:
+                self.known[update] = joined(rows)
+            elif rows[links.stage] != _NOT_MADE:
+                self.parts[update] = rows[links.stage]
+        forget(self.known, self._clipping.lag_updates)
+
+    def finish(self, links: PipeLinks) -> None:
+        """At the end of a run: wait for all that was asked."""
+        for update in sorted(self._asked):
+            self._wait(update, links)
+        if self._clipping is not None:
+            forget(self.known, self._clipping.lag_updates)
+
+    def _ask(self, update: int, norm: float, links: PipeLinks) -> None:
         row = torch.tensor([norm], dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(links.num_stages)]
         if links.num_stages == 1:
@@ -38,22 +85,15 @@ class ModelNorms:
                 lambda: dist.all_gather(rows, row, group=links.control_group, async_op=True), "the norm of an update"
             )
             self._asked[update] = gather, rows
-        late = update - self._clipping.lag_updates
-        return self._wait(late if late in self.known or late in self._asked else update)
 
-    def finish(self) -> None:
-        """At the end of a run: wait for all that was asked."""
-        for update in sorted(self._asked):
-            self._wait(update)
-        if self._clipping is not None:
-            forget(self.known, self._clipping.lag_updates)
+    def _rows(self, update: int, links: PipeLinks) -> list[float]:
+        work, rows = self._asked.pop(update)
+        links.guard(work.wait, "the norm of an update")
+        return [float(row) for row in rows]
 
-    def _wait(self, update: int) -> float:
+    def _wait(self, update: int, links: PipeLinks) -> float:
         if update not in self.known:
-            assert self._links is not None
-            work, rows = self._asked.pop(update)
-            self._links.guard(work.wait, "the norm of an update")
-            self.known[update] = joined(float(row) for row in rows)
+            self.known[update] = joined(self._rows(update, links))
         return self.known[update]
 
 

@@ -81,7 +81,7 @@ class PipelinedBackprop:
         check_untied(stages)
         check_model_norm(settings.clipping, self.schedule)
         delays = self.schedule.delays()
-        check_recomputation(module, delays)
+        check_recomputation(module, delays, self.mitigation, double_buffered=self.schedule.double_buffered)
         # The stage with its optimizer, and the links to its neighbours.
         own = options if index == self.num_stages - 1 else {**options, "loss_fn": None}
         self.stage = PipelineStage(
@@ -153,7 +153,7 @@ class PipelinedBackprop:
         """Raises ValueError for the state of another stage."""
         self._alone.check("load_state_dict")
         self.stage.load_state_dict(state)
-        self._norms.known = self.stage.norms
+        self._norms.known, self._norms.parts = self.stage.norms, {}
         self.go_on(state.get("in_flight"))
 
     def in_flight(self) -> dict[str, Any] | None:

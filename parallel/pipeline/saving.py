@@ -47,19 +47,40 @@ def load(stage: "PipelineStage", state: dict[str, Any]) -> None:
 
 
 def remembered(stage: "PipelineStage", *, blank: bool) -> dict[str, Tensor]:
-    """What the answers to delay keep, as "kind.NAME of the parameter"; zeros for all that there may be if `blank`."""
+    """What the answers to delay keep, as "kind.NAME of the parameter", and the norms to clip by.
+
+    Args:
+        blank: zeros for all that there may be.
+    """
     kinds = {} if stage.optimizer is None else stage.optimizer.remembered(blank=blank)
-    return {
+    named = {
         f"{kind}.{name}": tensor
         for kind, tensors in kinds.items()
         for name, tensor in zip(stage.weights.names, tensors, strict=True)
     }
+    if lag := _lag_of(stage):
+        rows = list(stage.norms.items())
+        # An update is never negative: such a row is none.
+        named[f"norms{lag}"] = torch.tensor([*rows, *[(-1, 0.0)] * (lag - len(rows))][:lag], dtype=torch.float64)
+    return named
+
+
+def take_norms(stage: "PipelineStage", named: dict[str, Tensor]) -> None:
+    """The norms to clip by from what `remembered` returned; none where they were kept for another lag."""
+    stage.norms.clear()
+    rows = named.get(f"norms{_lag_of(stage)}")
+    stage.norms.update({int(update): norm for update, norm in ([] if rows is None else rows.tolist()) if update >= 0})
+
+
+def _lag_of(stage: "PipelineStage") -> int:
+    clipping = stage.settings.clipping
+    return 0 if clipping is None else clipping.lag_updates
 
 
 def by_kind(named: dict[str, Tensor], names: Sequence[str]) -> dict[str, list[Tensor]]:
     """The inverse of `remembered`, for the parameters `names`, without the kinds that lack some of them."""
     return {
         kind: [named[f"{kind}.{name}"] for name in names]
-        for kind in {name.split(".", 1)[0] for name in named}
+        for kind in {name.split(".", 1)[0] for name in named if "." in name}
         if all(f"{kind}.{name}" in named for name in names)
     }

@@ -120,6 +120,11 @@ class PipelineSchedule:
         following = self.num_stages - 1 - stage
         return {"lockstep": 2 * following, "gpipe": self.update_every - 1}.get(self.name, following)
 
+    @property
+    def distance_in_updates(self) -> int:
+        """The most updates that the last stage has made, and the first has not, at any moment."""
+        return 0 if self.flushed else -(-self.warm_up(0) // self.update_every)
+
     def actions(self, stage: int, micro_batches: Iterator[int], *, first: int = 0) -> Iterator[Action]:
         """What `stage` does, in order. A micro-batch is pulled when its forward is due: the stream may be endless.
 

@@ -25,14 +25,18 @@ class ClipNorm:
         max_norm: more than 0.
         scope: "stage" for the norm of each stage's own gradients; "model" for that of all stages' together.
         lag_updates: of scope "model". 0: the exact norm, for which every stage waits at every update until stage 0 has
-            its gradient (cheap with 2bw, a drained pipeline with lockstep). L > 0: update k is scaled by the larger of
-            the norm of update k - L, which is known without waiting if L is at least the stages' distance in updates,
-            and the stage's own norm, which alone bounds a sudden spike; the first L updates wait for the exact norm.
+            its gradient (with lockstep a drained pipeline; with 2bw of as many micro-batches as stages most of its
+            gain over a drained one). L > 0: update k is scaled by the larger of the norm of update k - L, which is
+            known without waiting if L is at least the stages' distance in updates
+            (PipelineSchedule.distance_in_updates), and the stage's own norm, which alone bounds a sudden spike.
+        first_wait: whether the first L updates, before which there is no norm, wait for the exact one. False: they are
+            scaled by the stages' own norms, so that no update waits for another stage, and a stream may pause.
     """
 
     max_norm: float
     scope: str = "stage"
     lag_updates: int = 0
+    first_wait: bool = True
 
     def __post_init__(self) -> None:
         if not self.max_norm > 0:
@@ -41,6 +45,8 @@ class ClipNorm:
             raise ValueError(f"scope={self.scope!r}: choose 'stage' or 'model'")
         if self.lag_updates < 0 or (self.lag_updates and self.scope == "stage"):
             raise ValueError(f"lag_updates={self.lag_updates}: at least 0, and for scope 'model' only")
+        if not (self.first_wait or self.lag_updates):
+            raise ValueError("first_wait=False with lag_updates=0, where every update waits: give lag_updates")
 
 
 class PipelineOptions(TypedDict, total=False):

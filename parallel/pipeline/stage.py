@@ -293,7 +293,7 @@ class PipelineStage:
         saving.load(self, state)
 
     def remembered(self, *, blank: bool = False) -> dict[str, Tensor]:
-        """DelayedOptimizer.remembered, by the names of the parameters: "before.NAME"."""
+        """DelayedOptimizer.remembered, by the names of the parameters: "before.NAME"; and the norms to clip by."""
         return saving.remembered(self, blank=blank)
 
     def go_on(self, *, num_updates: int, num_forwards: int, remembered: dict[str, Tensor]) -> None:
@@ -304,6 +304,7 @@ class PipelineStage:
                 model into stages (the last keeps none), is left out: its prediction starts afresh.
         """
         self.num_forwards, self.num_updates = num_forwards, num_updates
+        saving.take_norms(self, remembered)
         if self.optimizer is not None:
             self.optimizer.go_on(num_updates, saving.by_kind(remembered, self.weights.names))
 

@@ -53,6 +53,11 @@ class Place:
         assert isinstance(self.schedule, PipelineSchedule)
         return self.schedule.warm_up(self.stage.index + ahead)
 
+    def updates_made(self, num_micro_batches: int) -> int:
+        """By the last stage, after so many micro-batches of a stream that does not drain."""
+        assert isinstance(self.schedule, PipelineSchedule)
+        return num_micro_batches // self.schedule.update_every
+
 
 class StreamRun:
     """A stream through one stage: what is under way, and what each kind of action does.
@@ -90,6 +95,7 @@ class StreamRun:
         """Go through a stream, to the end of all that is in flight or only of the stream; returns its length."""
         self.stage.begin(self._under_way, self._updates)
         self._take_up()
+        self.place.norms.take_up(self.links)
         self.stream = Stream(batches, self.place.reads, self._end_of_stream, first=self.first)
         self.losses, self._on_loss = [], on_loss
         # What is still in flight when a stream pauses has come among its last; which these are is not known before.
@@ -110,7 +116,13 @@ class StreamRun:
         if not self.place.is_first:
             self.links.take_end("train", self.stream.length)
         self.links.confirm()
-        self.place.norms.finish()
+        if drain:
+            self.place.norms.finish(self.links)
+        else:
+            # The last stage, which holds nothing in flight, has made all updates that any stage has.
+            left = self.place.updates_made(self.first) - self._updates
+            made = self.stage.num_updates
+            self.place.norms.pause(range(made, made + left), self.links)
         self.links.drain()
         self.stage.end(drained=drain)
         if not drain:
@@ -123,7 +135,7 @@ class StreamRun:
         return {
             "first": self.first, "updates": self._updates, "under_way": self._under_way,
             "sums": copied(self._sums),
-            "previous": self._previous, "arrived": self._arrived,
+            "previous": self._previous, "arrived": self._arrived, "norms": dict(self.place.norms.parts),
             "recipes": {micro_batch: recipe.state() for micro_batch, recipe in self._recipes.items()},
         }  # fmt: skip
 
@@ -133,6 +145,7 @@ class StreamRun:
         run = cls(place)
         run.first, run._updates, run._under_way = state["first"], state["updates"], state["under_way"]
         run._sums, run._previous, run._arrived = (copied(state[key]) for key in ("sums", "previous", "arrived"))
+        place.norms.parts = dict(state["norms"])
         run._recipes = {micro_batch: Recipe.of(each) for micro_batch, each in state["recipes"].items()}
         run._waiting = deque(sorted(run._recipes))
         return run

@@ -55,6 +55,7 @@ INSIDE: dict[str, dict[str, Any]] = {
     "masters": {"precision": "bf16", "master_dtype": torch.float32},
     "stream": {"checkpointing": "stream", "stream": StreamSettings(chunk_size=3, logits_chunk=2)},
     "compile": {"checkpointing": "full", "compile": "aot_eager"},
+    "selective": {"checkpointing": "selective", "schedule": "2bw"},
     "mixed": {"precision": "bf16-mixed", "compile": "aot_eager", "mitigation": "stash+lwpv+sc"},
 }
 
@@ -66,7 +67,7 @@ def inside_a_stage(case: str) -> tuple[str, str]:
     data = [(row[:, :-1], row[:, 1:]) for row in rows]
     cut = dict(INSIDE[case])
     runtime = pipeline_decoder(small_llama(), init_mesh(pp=2, device_type="cpu"), seq_len=7, optimizer=ADAMW, **cut)
-    own = {key: cut.pop(key) for key in ("mitigation", "master_dtype") if key in cut}
+    own = {key: cut.pop(key) for key in ("mitigation", "master_dtype", "schedule") if key in cut}
     stages = decoder_stages(small_llama(), 2, seq_len=7, **cut)
     last: Any = stages[-1]
     last.gives_hidden = case == "stream"

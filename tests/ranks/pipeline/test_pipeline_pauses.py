@@ -18,6 +18,7 @@ from fourfold.parallel.pipeline import ClipNorm, PipelineError
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
 SHORT = (1, 2, 3, 7, 4)
+LATE_NORM = partial(ClipNorm, max_norm=0.3, scope="model", first_wait=False)
 
 
 def pieces(data: list[Any]) -> list[list[Any]]:
@@ -82,6 +83,10 @@ CASES: list[dict[str, Any]] = [
     {"mitigation": "spectrain", "loss_weight": counted, "schedule": "paci:4"},
     {"seed": 5, "model": {"dropout": 0.4}, "mitigation": "stash+lwpv+sc"},
     {"model": {"dropout": 0.4}, "mitigation": "sc"},
+    {"clip": LATE_NORM(lag_updates=6)},
+    {"clip": LATE_NORM(lag_updates=1), "schedule": "2bw:5", "optimizer": ADAMW, "loss_weight": counted},
+    {"clip": LATE_NORM(lag_updates=5), "schedule": "1f1b-async", "mitigation": "stash+sc"},
+    {"clip": LATE_NORM(lag_updates=2), "schedule": "paci:2", "mitigation": "none"},
 ]
 
 
@@ -105,6 +110,8 @@ def refusals() -> list[str]:
         lambda: emulator.load_state_dict([state, state]),
         lambda: made({"schedule": "1f1b:2"}, 2, None).run(data, drain=False),
         lambda: made({"clip": ClipNorm(max_norm=1.0, scope="model")}, 2, None).run(data, drain=False),
+        lambda: made({"clip": LATE_NORM(lag_updates=1)}, 2, None).run(data, drain=False),
+        lambda: made({"clip": LATE_NORM(lag_updates=2, first_wait=True)}, 2, None).run(data, drain=False),
     ):
         with pytest.raises(ValueError) as error:  # noqa: PT011
             refused()
@@ -130,7 +137,8 @@ def test_what_cannot_pause_is_refused(ranks):
         pool.close()
     expected = (
         "evaluate after a run with drain=False", "state_dict after a run", "only PipelinedBackprop can hold",
-        "drain=False with '1f1b'", "choose scope='stage', or drain=True", "comes out otherwise now",
+        "drain=False with '1f1b'", *["choose lag_updates=2 with first_wait=False, scope='stage', or drain=True"] * 3,
+        "comes out otherwise now",
     )  # fmt: skip
     for rank, messages in enumerate(results):
         assert len(messages) == len(expected), f"rank {rank}"

@@ -1,5 +1,6 @@
 """A decoder's asynchronous stages on rows of any length, padded or packed, and the mean over all targets."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -107,14 +108,14 @@ def test_an_update_takes_the_mean_over_the_targets_of_its_micro_batches():
         )
 
 
-def trained(parts: list[Any], mitigation: str) -> list[Tensor]:
-    """Weights after eight updates under lockstep; the last stage gives hidden states where it is told to."""
+def trained(parts: list[Any], mitigation: str, schedule: str = "lockstep") -> list[Tensor]:
+    """Weights after eight micro-batches; the last stage gives hidden states where it is told to."""
     last = parts[-1]
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(32, (2, 9), generator=generator) for _ in range(8)]
     PipelinedBackpropEmulator(
         parts, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9), loss_weight=num_targets,
-        loss_fn=last.streamed_loss if last.gives_hidden else next_token_loss, mitigation=mitigation,
+        loss_fn=last.streamed_loss if last.gives_hidden else next_token_loss, mitigation=mitigation, schedule=schedule,
     ).run([(row[:, :-1], row[:, 1:]) for row in rows])  # fmt: skip
     return [p.detach() for part in parts for p in part.parameters()]
 
@@ -133,6 +134,25 @@ def test_streams_recompute_as_checkpoints_do(mitigation):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
     kept = trained(stages()[1], mitigation)
     assert all(map(torch.equal, kept, whole)) == mitigation.startswith("stash")
+
+
+KEEPS = [{"checkpointing": "selective"}, {"checkpointing": "stream", "stream": replace(SMALL, keep_attention=True)}]
+
+
+@pytest.mark.parametrize("cut", KEEPS, ids=["selective", "keep_attention"])
+@pytest.mark.parametrize(
+    ("schedule", "mitigation"), [("2bw", "none"), ("2bw", "lwpv+sc"), ("lockstep", "stash+sc"), ("1f1b", "none")]
+)
+def test_what_is_kept_of_a_layer_is_of_the_weights_that_the_rest_is_recomputed_with(cut, schedule, mitigation):
+    kept = trained(stages(**cut)[1], mitigation, schedule)
+    for got, expected in zip(kept, trained(stages()[1], mitigation, schedule), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("cut", "name"), zip(KEEPS, ("checkpointing='selective'", "keep_attention"), strict=True))
+def test_where_forward_and_backward_read_other_weights_nothing_is_kept(cut, name):
+    with pytest.raises(ValueError, match=f"{name} in a pipeline that updates between a forward and its backward"):
+        trained(stages(**cut)[1], "lwpv+sc")
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])

@@ -101,7 +101,7 @@ def batches(count: int, *, scale: float = 1.0) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def simulated(data, *, delay: int, max_norm: float, scope: str, lag: int = 0) -> list[Tensor]:
+def simulated(data, *, delay: int, clip: ClipNorm) -> list[Tensor]:
     """Consistent delay, SGD with momentum and sc on two matrices, written out from the equations."""
     first, second = (stage.matrix.weight.detach().clone() for stage in two_stages())
     moments = [torch.zeros_like(first), torch.zeros_like(second)]
@@ -116,9 +116,10 @@ def simulated(data, *, delay: int, max_norm: float, scope: str, lag: int = 0) ->
         own = [g.norm().item() for g in gradients]
         norms.append((own[0] ** 2 + own[1] ** 2) ** 0.5)
         for at in range(2):
-            known = own[at] if scope == "stage" else norms[update - lag] if update >= lag else norms[update]
-            norm = max(known, own[at])
-            clipped = gradients[at] * min(1.0, max_norm / (norm + 1e-6))
+            first = norms[update] if clip.first_wait else own[at]
+            whole = norms[update - clip.lag_updates] if update >= clip.lag_updates else first
+            norm = max(whole if clip.scope == "model" else own[at], own[at])
+            clipped = gradients[at] * min(1.0, clip.max_norm / (norm + 1e-6))
             moments[at] = 0.9 * moments[at] + clipped
             weights[at] = weights[at] - 0.05 * (a * moments[at] + b * clipped)
         past.append((weights[0], weights[1]))
@@ -126,17 +127,24 @@ def simulated(data, *, delay: int, max_norm: float, scope: str, lag: int = 0) ->
 
 
 @pytest.mark.parametrize(
-    ("scope", "lag"), [("stage", 0), ("model", 0), ("model", 1), ("model", 3)], ids=["stage", "exact", "late", "later"]
+    "rule",
+    [
+        {},
+        {"scope": "model"},
+        {"scope": "model", "lag_updates": 1},
+        {"scope": "model", "lag_updates": 3},
+        {"scope": "model", "lag_updates": 4, "first_wait": False},
+    ],
+    ids=str,
 )
-def test_clipping_is_that_of_the_equations(scope, lag):
+def test_clipping_is_that_of_the_equations(rule):
     data = batches(9, scale=3.0)
-    stages = two_stages()
+    stages, clip = two_stages(), ClipNorm(max_norm=0.5, **rule)
     trainer = PipelinedBackpropEmulator(
-        stages, optimizer=SGD, loss_fn=F.mse_loss, mitigation="stash+sc", delays=[2, 2],
-        clip=ClipNorm(max_norm=0.5, scope=scope, lag_updates=lag),
+        stages, optimizer=SGD, loss_fn=F.mse_loss, mitigation="stash+sc", delays=[2, 2], clip=clip
     )  # fmt: skip
     trainer.run(data)
-    expected = simulated(data, delay=2, max_norm=0.5, scope=scope, lag=lag)
+    expected = simulated(data, delay=2, clip=clip)
     for stage, weight in zip(stages, expected, strict=True):
         torch.testing.assert_close(stage.matrix.weight.detach(), weight, rtol=0, atol=1e-13)
     unclipped = two_stages()
@@ -300,6 +308,7 @@ def test_limits_that_make_no_sense_are_refused():
     for arguments, words in (
         ({"max_norm": 0.0}, "more than 0"), ({"max_norm": 1.0, "scope": "world"}, "'stage' or 'model'"),
         ({"max_norm": 1.0, "lag_updates": 1}, "for scope 'model' only"),
+        ({"max_norm": 1.0, "scope": "model", "first_wait": False}, "give lag_updates"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             ClipNorm(**arguments)
