@@ -13,9 +13,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+# What a measurement was taken with.
+ORIGIN = ("torch", "python", "commit")
 FIELDS = (
     "benchmark", "provider", "case", "metric", "unit", "median", "low", "high", "repeats", "kind",
-    "world_size", "seed", "device", "torch", "python", "commit",
+    "world_size", "seed", "device", *ORIGIN,
 )  # fmt: skip
 
 
@@ -46,9 +48,13 @@ def measurement(
         "benchmark": benchmark, "provider": provider, "case": case, "metric": metric, "unit": unit,
         "median": f"{median(samples):.6g}", "low": f"{min(samples):.6g}", "high": f"{max(samples):.6g}",
         "repeats": len(samples), "kind": kind, "world_size": world_size, "seed": seed,
-        "device": device or processor(), "torch": version("torch"), "python": platform.python_version(),
-        "commit": commit(),
+        "device": device or processor(), **origin(),
     }  # fmt: skip
+
+
+def origin() -> dict[str, str]:
+    """The columns ORIGIN of what is measured now."""
+    return {"torch": version("torch"), "python": platform.python_version(), "commit": commit()}
 
 
 def append_row(path: Path, row: Mapping[str, Any], fields: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Ring attention on CUDA: the compute part of one rank on one device, and real rings where there are several.
 
     PYTHONPATH=src python -m benchmarks.ring_attention.cuda
+    PYTHONPATH=src python -m benchmarks.ring_attention.cuda --print     # the table of what was measured
     PYTHONPATH=src python -m benchmarks.ring_attention.cuda --device cpu --tokens 512 --ranks 2   # tries the script out
 
 Forward and backward, H 32, H_kv 8, D 128, bf16, by the device's clock, the median of --repeats after one that warms up.
@@ -16,7 +17,6 @@ stops, and goes on where it is called again.
 """
 
 import argparse
-import csv
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from benchmarks.arguments import amount, count, stored_rows, table_file
 from benchmarks.ring_attention.shardings import SHARDINGS, few_long_many_short
-from benchmarks.rows import commit, measurement, write_rows
+from benchmarks.rows import ORIGIN, append_row, measurement, origin, write_rows
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -44,9 +45,12 @@ from fourfold.parallel.sequence.sharding import Shard, document_ranges, shard_le
 
 HERE = Path(__file__).parent
 HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
-FIELDS = ("kind", "tokens", "ranks", "provider", "seconds", "peak_mib", "error", "device", "commit")
+FIELDS = ("kind", "tokens", "ranks", "provider", "seconds", "peak_mib", "error", "device", *ORIGIN)
 CASES = ((16384, 4), (32768, 8), (65536, 4), (65536, 8), (131072, 8))
 CAUSAL = (None, 0)
+# Fewer make no row of a few long and many short documents.
+LEAST_TOKENS = 128
+Rows = list[dict[str, str]]
 Run = Callable[[], object]
 
 
@@ -141,6 +145,12 @@ def timed(run: Run, device: str, repeats: int) -> tuple[float, float]:
     return median(seconds), peak
 
 
+def timed_limit(tokens: int, ranks: int, device: str, repeats: int) -> tuple[float, float]:
+    """The limit, measured with whole heads: where `ranks` does not divide them, its time is scaled to 1/N of them."""
+    seconds, peak = timed(limit(tokens, ranks, device), device, repeats)
+    return seconds * HEADS / (ranks * max(1, HEADS // ranks)), peak
+
+
 def _nccl_rank(rank: int, size: int, rendezvous: str, tokens: int, repeats: int, path: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
@@ -170,87 +180,102 @@ def nccl(tokens: int, size: int, repeats: int) -> tuple[float, float]:
 class Samples:
     """What has been measured: rows that a call adds to, of this device alone."""
 
-    def __init__(self, path: Path, device: str, budget_s: float) -> None:
+    def __init__(self, rows: Rows, path: Path, device: str, budget_s: float) -> None:
         self.path, self.ends = path, time.monotonic() + budget_s
         self.device = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
-        self.rows: list[dict[str, str]] = []
+        self.rows = [row for row in rows if row["device"] == self.device]
         self.left = 0
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if row["device"] == self.device]
 
     def take(self, kind: str, case: tuple[int, int], provider: str, measure: Callable[[], tuple[float, float]]) -> None:
         """Measure once, unless that was done, or time is up."""
         key = {"kind": kind, "tokens": str(case[0]), "ranks": str(case[1]), "provider": provider}
-        if any(all(row[field] == value for field, value in key.items()) for row in self.rows):
+        if any(key.items() <= row.items() for row in self.rows):
             return
         if time.monotonic() > self.ends:
             self.left += 1
             return
-        row = dict.fromkeys(FIELDS, "") | key | {"device": self.device, "commit": commit()}
+        row = dict.fromkeys(FIELDS, "") | key | {"device": self.device} | origin()
         try:
             seconds, peak = measure()
             row |= {"seconds": f"{seconds:.6g}", "peak_mib": f"{peak:.1f}"}
         except Exception as error:  # a kernel that this device does not have: its words are the result
             row["error"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         self.rows.append(row)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(self.path, row, FIELDS)
         print(" ".join(row[field] for field in FIELDS[:7]), flush=True)
 
-    def found(self, kind: str, case: tuple[int, int], provider: str) -> dict[str, str] | None:
-        wanted = (kind, str(case[0]), str(case[1]), provider)
-        return next((row for row in self.rows if tuple(row[f] for f in FIELDS[:4]) == wanted and row["seconds"]), None)
+
+def table(rows: Rows) -> str:
+    """Of each device: times over the limit and peaks, or why something has none, as markdown."""
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        lines += [f"\n{device}\n", "| tokens, ranks | what | s | over the limit | peak MiB |", "|---|---|---|---|---|"]
+        mine = [row for row in rows if row["device"] == device]
+        limits = {
+            (row["tokens"], row["ranks"]): float(row["seconds"])
+            for row in mine
+            if (row["kind"], row["provider"]) == ("ring", "limit") and row["seconds"]
+        }
+        for case in sorted({(int(row["tokens"]), int(row["ranks"])) for row in mine}):
+            words = (str(case[0]), str(case[1]))
+            for row in mine:
+                if (row["tokens"], row["ranks"]) != words:
+                    continue
+                start = f"| {case[0]}, {case[1]} | {row['kind']}: {row['provider']} |"
+                if not row["seconds"]:
+                    lines.append(f"{start} {row['error'] or 'not measured'} | | |")
+                    continue
+                seconds, base = float(row["seconds"]), limits.get(words)
+                over = f"{seconds / base:.2f}" if base and row["kind"] != "packed" else ""
+                lines.append(f"{start} {seconds:.4f} | {over} | {row['peak_mib']} |")
+    return "\n".join(lines)
 
 
-def table(samples: Samples, cases: list[tuple[int, int]]) -> None:
-    """Times over the limit, and peaks, as rows of a markdown table."""
-    print("\n| tokens, ranks | what | s | over the limit | peak MiB |\n|---|---|---|---|---|")
-    for case in cases:
-        base = samples.found("ring", case, "limit")
-        for row in samples.rows:
-            if (row["tokens"], row["ranks"]) != (str(case[0]), str(case[1])) or not row["seconds"]:
-                continue
-            over = f"{float(row['seconds']) / float(base['seconds']):.2f}" if base and row["kind"] != "packed" else ""
-            what = f"{row['kind']}: {row['provider']}"
-            print(f"| {case[0]}, {case[1]} | {what} | {float(row['seconds']):.4f} | {over} | {row['peak_mib']} |")
-
-
-def results(samples: Samples, device: str) -> list[dict[str, Any]]:
+def results(rows: Rows) -> list[dict[str, Any]]:
     return [
         measurement(
             benchmark="ring_attention_cuda", provider=row["provider"], metric=metric, unit=unit,
             case=f"{row['kind']} L={row['tokens']} ranks={row['ranks']}", samples=[float(row[metric])],
-            kind="gpu" if device == "cuda" else "cpu", world_size=int(row["ranks"]), device=row["device"],
+            kind="cpu" if row["device"] == "cpu" else "gpu", world_size=int(row["ranks"]), device=row["device"],
         )
-        for row in samples.rows
+        | {name: row[name] for name in ORIGIN}  # of the measurement, not of this call
+        for row in rows
         if row["seconds"]
         for metric, unit in (("seconds", "s"), ("peak_mib", "MiB"))
     ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="*", help="lengths, each with every one of --ranks")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=440, help="seconds after which nothing new is begun")
+    usage = "python -m benchmarks.ring_attention.cuda [options]; --help lists them"
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=count, nargs="+", help="lengths, each with every one of --ranks")
+    parser.add_argument("--ranks", type=count, nargs="+", help="of a ring, with --tokens; default: 8")
+    parser.add_argument("--repeats", type=count, default=5)
+    parser.add_argument("--budget", type=amount, default=440, help="seconds after which nothing new is begun")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--samples", type=Path, default=HERE / "cuda_samples.csv")
-    parser.add_argument("--out", type=Path, default=HERE / "cuda.csv")
+    parser.add_argument("--samples", type=table_file, default=HERE / "cuda_samples.csv")
+    parser.add_argument("--out", type=table_file, default=HERE / "cuda.csv")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
     given = parser.parse_args()
     device, repeats = given.device, given.repeats
+    if given.ranks and not given.tokens:
+        parser.error("--ranks without --tokens: give both, or neither for the cases of the page")
+    cases = [(tokens, ranks) for tokens in given.tokens or () for ranks in given.ranks or [8]] or list(CASES)
+    for tokens, ranks in cases:
+        if tokens < max(LEAST_TOKENS, 2 * ranks):
+            parser.error(f"--tokens {tokens} with --ranks {ranks}: at least {max(LEAST_TOKENS, 2 * ranks)} tokens")
+    stored = stored_rows(parser, given.samples, FIELDS)
+    if given.print:
+        print(table(stored) if stored else f"{given.samples} has no rows: nothing was measured yet")
+        return
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu tries the script out")
-    cases = [(tokens, ranks) for tokens in given.tokens for ranks in given.ranks] if given.tokens else list(CASES)
-    samples = Samples(given.samples, device, given.budget)
+    samples = Samples(stored, given.samples, device, given.budget)
     names = [name for name, backend in BACKENDS.items() if backend.limits.kind == device]
     for case in cases:
-        samples.take("ring", case, "limit", lambda case=case: timed(limit(*case, device), device, repeats))
+        samples.take("ring", case, "limit", lambda case=case: timed_limit(*case, device, repeats))
         for name in names:
             samples.take("ring", case, name, lambda c=case, n=name: timed(zigzag(*c, n, device), device, repeats))
     for case in cases[-2:]:
@@ -259,14 +284,13 @@ def main() -> None:
     devices = torch.cuda.device_count() if device == "cuda" else 0
     for tokens in sorted({tokens for tokens, _ in cases}) if devices > 1 else []:
         case = (tokens, devices)
-        samples.take("ring", case, "limit", lambda case=case: timed(limit(*case, device), device, repeats))
+        samples.take("ring", case, "limit", lambda case=case: timed_limit(*case, device, repeats))
         samples.take("nccl", case, "fourfold", lambda case=case: nccl(*case, repeats))
-        cases += [case] if case not in cases else []
-    table(samples, cases)
+    print(table(samples.rows))
     if samples.left:
         print(f"{samples.left} measurements were left: the budget of {given.budget:.0f} s is spent; call it again")
     if device == "cuda":
-        write_rows(given.out, results(samples, device))
+        write_rows(given.out, results(samples.rows))
 
 
 if __name__ == "__main__":

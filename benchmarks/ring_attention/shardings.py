@@ -14,6 +14,8 @@ def few_long_many_short(seq_len: int, seed: int = 0) -> tuple[int, ...]:
 
     The short ones are log-normal, some 1,400 tokens in the mean, in random order with the long ones.
     """
+    if seq_len < 128:
+        raise ValueError(f"seq_len={seq_len}: a row of a few long and many short documents has at least 128 tokens")
     random = Random(seed)
     lengths = [seq_len // 4 - 7] + [seq_len // 16 - 5] * 4
     while sum(lengths) < seq_len:

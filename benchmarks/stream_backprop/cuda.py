@@ -8,37 +8,38 @@
 
 Qwen3's shapes with random weights in bf16, batch 1, gradients allocated, no optimizer, as StreamBP's paper measures.
 Each measurement is a fresh process: the allocator's peak above weights and gradients, and seconds of forward and
-backward by the device's clock, the best of --steps after one that warms up. No measurement is begun after --minutes;
-what is left is measured by the next call. Samples are appended to cuda_samples.csv; those there are not taken again,
-but for errors other than out of memory, which are not kept. --memory-gib caps what the process may allocate, so that a
-larger device answers for one of 80 GB. On a CPU the script can be tried out; peaks are 0 there.
+backward by the device's clock, the best of --steps after one that warms up. No measurement is begun after --minutes,
+and one of the tables is ended a minute later; what is left is measured by the next call. Samples are appended to
+cuda_samples.csv; those of the same device that are there are not taken again, but for errors other than out of memory,
+which are not kept. --memory-gib caps what the process may allocate, so that a larger device answers for one of 80 GB.
+On a CPU the script can be tried out; peaks are 0 there.
 
 The longest sequence is bisected by running (--longest), which at a million tokens takes an hour a step; the table
 also has the length at which a line through the peaks of the two greatest lengths meets the device's memory.
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.rows import commit, measurement, write_rows
+from benchmarks.arguments import amount, count, stored_rows, table_file
+from benchmarks.rows import ORIGIN, append_row, measurement, origin, write_rows
 from benchmarks.stream_backprop.shapes import SHAPES
-from benchmarks.stream_backprop.step import Step, provider
+from benchmarks.stream_backprop.step import Step, known, provider
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 HERE = Path(__file__).parent
 FIELDS = (
     "shape", "memory_gib", "provider", "seq_len", "peak_gib", "step_s", "base_gib", "device_gib",
-    "loss", "error", "device", "commit",
+    "loss", "error", "device", *ORIGIN,
 )  # fmt: skip
 PROVIDERS = (
     "liger+checkpoint", "ours", "ours,keep,offload", "checkpoint+ce", "ours,offload", "checkpoint", "ours,groups=0",
@@ -49,6 +50,9 @@ BASE = "liger+checkpoint"
 # (shape, tokens) in the order of measuring.
 CASES = (("4B", 8192), ("4B", 32768), ("4B, 2 layers", 131072))
 OUT_OF_MEMORY = "OutOfMemoryError"
+# After --minutes, until a measurement that still runs is ended.
+GRACE_S = 60.0
+Rows = Sequence[dict[str, Any]]
 
 
 def build(shape: dict[str, Any], max_len: int, device: str) -> nn.Module:
@@ -102,12 +106,18 @@ def one(name: str, seq_len: int, shape: str, steps: int, memory_gib: float, devi
             torch.cuda.reset_peak_memory_stats()
         seconds.append(timed(work, cuda))
     peak = torch.cuda.max_memory_allocated() - before if cuda else 0
-    name_of_device = torch.cuda.get_device_name(0) if cuda else "cpu"
     return {
         "peak_gib": peak / 2**30, "step_s": min(seconds[1:] or seconds), "base_gib": before / 2**30,
         "device_gib": device_gib(memory_gib) if cuda else 0.0, "loss": losses[-1],
-        "device": name_of_device,
     }  # fmt: skip
+
+
+def device_name(kind: str) -> str:
+    """The name of the device, asked in another process: this one would take memory there that a measurement lacks."""
+    if kind != "cuda":
+        return "cpu"
+    code = "import torch; print(torch.cuda.get_device_name(0))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def device_gib(memory_gib: float) -> float:
@@ -130,54 +140,55 @@ def timed(work: Callable[[], None], cuda: bool) -> float:
 
 
 class Samples:
-    """cuda_samples.csv: measures what is not in it."""
+    """cuda_samples.csv: measures what of this device is not in it."""
 
-    def __init__(self, path: Path, arguments: argparse.Namespace) -> None:
-        self.path, self.arguments = path, arguments
+    def __init__(self, rows: Rows, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
         self.end, self.left = time.monotonic() + 60 * arguments.minutes, 0
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+        self.device = device_name(arguments.device)
+        self.rows = list(rows)
 
-    def have(self, shape: str, name: str, seq_len: int) -> dict[str, Any] | None:
-        """The sample of this shape, provider and length that was taken before."""
+    def key(self, shape: str, name: str, seq_len: int) -> dict[str, str]:
+        """What tells a sample from others."""
         memory = f"{self.arguments.memory_gib:g}"
-        key = {"shape": shape, "memory_gib": memory, "provider": name, "seq_len": str(seq_len)}
-        return next((row for row in self.rows if all(row[field] == value for field, value in key.items())), None)
+        return {
+            "device": self.device, "shape": shape, "memory_gib": memory, "provider": name, "seq_len": str(seq_len)
+        }  # fmt: skip
 
     def take(self, shape: str, name: str, seq_len: int, steps: int) -> dict[str, Any] | None:
         """That sample, measured where it was not; `error` is "" where it ran. None: no time was left, or it failed."""
-        found = self.have(shape, name, seq_len)
+        key, given = self.key(shape, name, seq_len), self.arguments
+        found = next((row for row in self.rows if key.items() <= row.items()), None)
         if found is not None:
             return found
         if time.monotonic() > self.end:
             self.left += 1
             return None
-        given = self.arguments
         command = [sys.executable, "-m", "benchmarks.stream_backprop.cuda", "--one", name, str(seq_len)]
         command += ["--shape", shape, "--steps", str(steps), "--memory-gib", str(given.memory_gib)]
         command += ["--device", given.device]
         environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
         environment["PYTORCH_CUDA_ALLOC_CONF"] = environment["PYTORCH_ALLOC_CONF"]  # its name before torch 2.9
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        rest = None if given.longest else self.end + GRACE_S - time.monotonic()
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=rest
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"{name} at {seq_len} tokens was ended: no minutes were left", flush=True)
+            self.left += 1
+            return None
         if done.returncode and OUT_OF_MEMORY not in done.stderr:
             print(
                 name, seq_len, (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:200], flush=True
             )
             return None
         result = {"error": OUT_OF_MEMORY} if done.returncode else json.loads(done.stdout.splitlines()[-1])
-        key = {"shape": shape, "memory_gib": f"{given.memory_gib:g}", "provider": name, "seq_len": str(seq_len)}
-        row = {"error": "", **key, **result, "commit": commit()}
+        row = {**dict.fromkeys(FIELDS, ""), **{field: str(value) for field, value in result.items()}, **key, **origin()}
         print(row, flush=True)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append({**dict.fromkeys(FIELDS, ""), **{field: str(value) for field, value in row.items()}})
-        return self.rows[-1]
+        append_row(given.samples, row, FIELDS)
+        self.rows.append(row)
+        return row
 
     def longest(self, name: str, resolution: int, most: int) -> int:
         """The longest length, a multiple of `resolution` up to `most`, that does not run out of memory; by bisection.
@@ -202,38 +213,41 @@ class Samples:
         return low
 
 
-def results(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def results(rows: Rows) -> list[dict[str, Any]]:
     """Rows for cuda_results.csv: of each shape and provider, peaks and times by length, and the longest that ran."""
     found = []
     ran = [row for row in rows if not row["error"]]
+
+    def measured(row: dict[str, Any], metric: str, unit: str, case: str, value: str) -> dict[str, Any]:
+        made = measurement(
+            benchmark="stream_backprop_cuda", provider=row["provider"], metric=metric, unit=unit,
+            case=f"shape={row['shape']} {case}memory_gib={row['memory_gib']}", samples=[float(value)],
+            kind="cpu" if row["device"] == "cpu" else "gpu", device=row["device"],
+        )  # fmt: skip
+        return made | {name: row[name] for name in ORIGIN}  # of the measurement, not of this printing
+
     for row in ran:
         for metric, unit in (("peak_gib", "GiB"), ("step_s", "s")):
-            found.append(measurement(
-                benchmark="stream_backprop_cuda", provider=row["provider"], metric=metric, unit=unit,
-                case=f"shape={row['shape']} seq_len={row['seq_len']} memory_gib={row['memory_gib']}",
-                samples=[float(row[metric])], kind="gpu", device=row["device"],
-            ))  # fmt: skip
-    limits = {
-        (row["shape"], row["memory_gib"], row["provider"]) for row in rows if row["error"] == OUT_OF_MEMORY
-    }  # without one that failed, the longest that ran is not a limit
-    for shape, memory_gib, name in sorted(limits):
-        same = [row for row in ran if (row["shape"], row["memory_gib"], row["provider"]) == (shape, memory_gib, name)]
-        found.append(measurement(
-            benchmark="stream_backprop_cuda", provider=name, metric="longest", unit="tokens",
-            case=f"shape={shape} memory_gib={memory_gib}",
-            samples=[max((float(row["seq_len"]) for row in same), default=0.0)], kind="gpu",
-            device=same[0]["device"] if same else "",
-        ))  # fmt: skip
+            found.append(measured(row, metric, unit, f"seq_len={row['seq_len']} ", row[metric]))
+    series = ("device", "shape", "memory_gib", "provider")
+    limits = {tuple(row[name] for name in series): row for row in rows if row["error"] == OUT_OF_MEMORY}
+    # Without one that failed, the longest that ran is no limit.
+    for key, failed in sorted(limits.items()):
+        same = [row for row in ran if tuple(row[name] for name in series) == key]
+        longest = max(same, key=lambda row: int(row["seq_len"]), default={**failed, "seq_len": "0"})
+        found.append(measured(longest, "longest", "tokens", "", longest["seq_len"]))
     return found
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
-    """Of each shape and length, time and memory of every provider and their ratios to BASE, as markdown."""
+def tables(rows: Rows) -> str:
+    """Of each device, shape and length, time and memory of every provider and their ratios to BASE, as markdown."""
     lines = []
-    for shape, length in dict.fromkeys((row["shape"], int(row["seq_len"])) for row in rows):
-        here = [row for row in rows if (row["shape"], int(row["seq_len"])) == (shape, length)]
+    case = ("device", "memory_gib", "shape", "seq_len")
+    for key in dict.fromkeys(tuple(row[name] for name in case) for row in rows):
+        here = [row for row in rows if tuple(row[name] for name in case) == key]
         base = next((row for row in here if row["provider"] == BASE and not row["error"]), None)
-        lines += [f"\n{shape}, T {length}, {here[0]['device']}\n"]
+        cap = f", {key[1]} GiB of it" if float(key[1]) else ""
+        lines += [f"\n{key[2]}, T {key[3]}, {key[0]}{cap}\n"]
         lines += [
             "| provider | s | GiB | time of it | memory of it | longest by its line |",
             "|---|---|---|---|---|---|",
@@ -245,14 +259,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
             ratios = [f"{float(row[name]) / float(base[name]):.2f}" if base and float(base[name]) else "" for name in
                       ("step_s", "peak_gib")]  # fmt: skip
             seconds, gib = float(row["step_s"]), float(row["peak_gib"])
-            end = longest_by_line(rows, shape, row["provider"])
+            end = longest_by_line(rows, row)
             lines.append(f"| {row['provider']} | {seconds:.3f} | {gib:.2f} | {ratios[0]} | {ratios[1]} | {end or ''} |")
     return "\n".join(lines)
 
 
-def longest_by_line(rows: list[dict[str, Any]], shape: str, name: str) -> int | None:
-    """Tokens at which a line through the peaks of the two greatest lengths meets the device's memory; None without."""
-    ran = [row for row in rows if (row["shape"], row["provider"]) == (shape, name) and not row["error"]]
+def longest_by_line(rows: Rows, like: dict[str, Any]) -> int | None:
+    """Tokens at which a line through the peaks of the two greatest lengths meets the device's memory; None without.
+
+    Args:
+        like: a sample, whose device, memory, shape and provider are meant.
+    """
+    series = {name: like[name] for name in ("device", "memory_gib", "shape", "provider")}
+    ran = [row for row in rows if series.items() <= row.items() and not row["error"]]
     ran = sorted(ran, key=lambda row: int(row["seq_len"]))[-2:]
     if len(ran) < 2 or not float(ran[-1]["peak_gib"]):
         return None
@@ -265,25 +284,35 @@ def longest_by_line(rows: list[dict[str, Any]], shape: str, name: str) -> int | 
 def case(text: str) -> tuple[str, int]:
     """A shape and a length, as 4B:8192."""
     shape, _, length = text.rpartition(":")
-    if shape not in SHAPES or not length.isdigit():
+    if shape not in SHAPES or not length.isdigit() or not int(length):
         raise argparse.ArgumentTypeError(f"{text!r}: give SHAPE:TOKENS, a shape of {', '.join(SHAPES)}")
     return shape, int(length)
 
 
+def provider_name(text: str) -> str:
+    try:
+        return known(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "python -m benchmarks.stream_backprop.cuda [options]; --help lists them"
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", nargs="+", type=case, default=list(CASES), metavar="SHAPE:TOKENS")
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS))
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no measurement is begun")
+    parser.add_argument("--providers", nargs="+", type=provider_name, default=list(PROVIDERS))
+    parser.add_argument("--minutes", type=amount, default=7.0, help="after which no measurement is begun")
     parser.add_argument("--longest", action="store_true", help="bisect for the longest sequence of --shape")
     parser.add_argument("--shape", default="4B", choices=SHAPES)
-    parser.add_argument("--resolution", type=int, default=1024, help="tokens, of the bisection")
-    parser.add_argument("--most", type=int, default=1 << 20, help="tokens, where the bisection stops")
-    parser.add_argument("--memory-gib", type=float, default=0.0, help="cap of the device's memory, 0 is all of it")
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--resolution", type=count, default=1024, help="tokens, of the bisection")
+    parser.add_argument("--most", type=count, default=1 << 20, help="tokens, where the bisection stops")
+    parser.add_argument("--memory-gib", type=amount, default=0.0, help="cap of the device's memory, 0 is all of it")
+    parser.add_argument("--steps", type=count, default=2)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--samples", type=Path, default=HERE / "cuda_samples.csv")
-    parser.add_argument("--out", type=Path, default=HERE / "cuda_results.csv")
+    parser.add_argument("--samples", type=table_file, default=HERE / "cuda_samples.csv")
+    parser.add_argument("--out", type=table_file, default=HERE / "cuda_results.csv")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     parser.add_argument("--one", nargs=2, metavar=("PROVIDER", "LENGTH"), help="one measurement, in this process")
     given = parser.parse_args()
@@ -294,15 +323,19 @@ def main() -> None:
         return
     if given.device == "cuda" and not given.print and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu tries the script out")
-    samples = Samples(given.samples, given)
-    if given.longest and not given.print:
+    stored = stored_rows(parser, given.samples, FIELDS)
+    if given.print:
+        print(tables(stored) if stored else f"{given.samples} has no rows: nothing was measured yet")
+        return
+    samples = Samples(stored, given)
+    if given.longest:
         for name in given.providers:
             try:
                 found = samples.longest(name, given.resolution, given.most)
                 print(f"{name}, {given.shape}: {found} tokens", flush=True)
             except RuntimeError as error:
                 print(error, flush=True)
-    elif not given.print:
+    else:
         for shape, length in given.cases:
             for name in given.providers:
                 samples.take(shape, name, length, given.steps)

@@ -7,6 +7,7 @@ gradients allocated; cpu_s is CPU time of the step. A short step comes first, so
 import argparse
 import ctypes
 import json
+import re
 import sys
 import time
 import types
@@ -77,13 +78,29 @@ def streambp_step(model: nn.Module, chunk: int) -> Step:
     return step
 
 
-def provider(name: str, model: nn.Module) -> Step:
-    """The step of a provider's name.
+KINDS = re.compile(r"ours|streambp|(plain|liger|checkpoint|liger\+checkpoint)(\+ce)?(\+mlp)?")
+OPTIONS = re.compile(r"(groups|keep)=\d+|(chunk|mlp|logits)=[1-9]\d*|keep|offload")
+
+
+def known(name: str) -> str:
+    """A provider's name, checked.
 
     plain, checkpoint[+ce[+mlp]], liger[+checkpoint], streambp[,chunk=..], and
     ours[,groups=..][,chunk=..][,mlp=..][,logits=..][,keep[=..]][,offload].
+
+    Raises:
+        ValueError: another name.
     """
     kind, *options = name.split(",")
+    own = {"ours": OPTIONS, "streambp": re.compile(r"chunk=[1-9]\d*")}.get(kind, re.compile("offload"))
+    if not KINDS.fullmatch(kind) or not all(own.fullmatch(option) for option in options):
+        raise ValueError(f"{name!r} is no provider: the docstring of benchmarks.stream_backprop.step.known has them")
+    return name
+
+
+def provider(name: str, model: nn.Module) -> Step:
+    """The step of a provider's name, see `known`."""
+    kind, *options = known(name).split(",")
     given = dict(option.partition("=")[::2] for option in options)
     if kind == "streambp":
         return streambp_step(model, int(given.get("chunk", 512)))

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fourfold.parallel.stream.work_space import Auto, PieceSizes, Shape, Work, chunk_sizes, kept_layers
+from fourfold.parallel.stream.work_space import Auto, PieceSizes, Shape, Work, check_sizes, chunk_sizes, kept_layers
 
 # By heads, a GPU's pieces: of more tokens than these its matrix products take no less time a token.
 MLP_PIECES = (8192, 4096, 2048)
@@ -59,13 +59,12 @@ class StreamMemory:
 
         Args:
             bytes_a_second: between device and pinned host memory: 25e9 for PCIe 4, 50e9 for PCIe 5, of 16 lanes.
+        Raises:
+            ValueError: a speed that is not above 0.
         """
+        if not bytes_a_second > 0:
+            raise ValueError(f"bytes_a_second={bytes_a_second}: give a speed above 0, as 50e9 for PCIe 5")
         return 2 * self.host_bytes / bytes_a_second
-
-
-def head_groups(device_type: str) -> int:
-    """Groups of key heads whose attention is done after one another; 0 is chunks of queries instead."""
-    return 0 if device_type == "cpu" else 4
 
 
 def auto_sizes(
@@ -74,7 +73,7 @@ def auto_sizes(
     *,
     asked: "Asked | None" = None,
     device_type: str = "cpu",
-    free_bytes: int | None = None,
+    free_bytes: float | None = None,
     **arguments: Any,
 ) -> PieceSizes:
     """What "auto" stands for: by chunks of queries on a CPU, by heads elsewhere.
@@ -90,36 +89,37 @@ def auto_sizes(
         free_bytes: of the device, beside what is allocated; None is enough.
     """
     asked = asked or Asked()
-    groups = head_groups(device_type) if asked.head_groups == "auto" else asked.head_groups
-    if groups == 0:
+    if asked.head_groups == 0 or (asked.head_groups == "auto" and device_type == "cpu"):
         return _by_chunks(config, seq_len, asked, device_type=device_type, **arguments)
     rows: int = arguments.get("batch", 1)
-    most = Shape.of(config).kv_heads
+    shape = Shape.of(config)
 
     def a_row(tokens: int) -> int:
         return max(1, min(seq_len, tokens // rows))
 
     mlps = tuple(map(a_row, MLP_PIECES)) if asked.mlp_chunk == "auto" else (asked.mlp_chunk,)
-    counts = tuple(n for n in GROUPS if n <= most and (n == 1 or asked.can_cut))
+    counts = tuple(n for n in GROUPS if n <= shape.kv_heads and (n == 1 or asked.can_cut))
     if asked.head_groups != "auto":
-        counts = (groups,)
+        counts = (asked.head_groups,)
     chunks = tuple(map(a_row, PROJECTED_PIECES)) if asked.chunk_size == "auto" else (asked.chunk_size,)
 
     def total(sizes: PieceSizes) -> int:
         return stream_memory(
-            config, seq_len, head_groups=sizes.groups, chunk_size=sizes.chunk, mlp_chunk=sizes.mlp_chunk,
+            shape, seq_len, head_groups=sizes.groups, chunk_size=sizes.chunk, mlp_chunk=sizes.mlp_chunk,
             device_type=device_type, **arguments,
         ).total_bytes  # fmt: skip
 
-    smallest = PieceSizes(groups=counts[-1], chunk=chunks[-1], mlp_chunk=mlps[-1])
+    sizes = [PieceSizes(groups=n, chunk=chunk, mlp_chunk=mlp) for mlp in mlps for chunk in chunks for n in counts]
+    totals = {each: total(each) for each in reversed(sizes)}
+    # Not always of the smallest pieces: the gradients of many are summed in fp32.
+    least = min(totals.values())
     usable = math.inf if free_bytes is None else USABLE * free_bytes
-    if not asked.can_cut and asked.head_groups == "auto" and total(smallest) > usable:
+    if not asked.can_cut and asked.head_groups == "auto" and least > usable:
         # All heads at once do not fit; some queries at a time may.
         return _by_chunks(config, seq_len, asked, device_type=device_type, **arguments)
     short = rows * seq_len <= MLP_PIECES[0]
-    limit = min(usable, math.inf if short else ROOM_BY_HEADS * total(smallest))
-    sizes = (PieceSizes(groups=n, chunk=chunk, mlp_chunk=mlp) for mlp in mlps for chunk in chunks for n in counts)
-    return next((each for each in sizes if total(each) <= limit), smallest)
+    limit = min(usable, math.inf if short else ROOM_BY_HEADS * least)
+    return next((each for each in sizes if totals[each] <= limit), min(totals, key=totals.__getitem__))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +182,7 @@ def stream_memory(
     itemsize: int = 4,
     device_type: str = "cpu",
     head_groups: Auto = "auto",
+    free_bytes: float | None = None,
 ) -> StreamMemory:
     """Live tensors' memory at the peak of one streamed forward and backward.
 
@@ -194,22 +195,32 @@ def stream_memory(
         offload: whether what layers keep is offloaded, as CUDA does. Counted from the code, not yet measured.
         itemsize: bytes of an activation: 4 for fp32, 2 for bf16.
         device_type: what "auto" chooses for, "cpu" or "cuda".
+        free_bytes: of the device, beside weights, gradients and optimizer states, which "auto" looks at on a device;
+            None is enough for any pieces. A longer sequence may be cut into smaller pieces, and then take less.
     Raises:
-        ValueError: a length, batch or chunk below 1.
+        ValueError: a length, batch or chunk below 1, another device, a config without the sizes of a decoder.
     Source: derived here; checked against measured peaks in tests/unit/stream/test_stream_memory.py.
     """
+    for name, value in {"seq_len": seq_len, "batch": batch, "itemsize": itemsize}.items():
+        if isinstance(value, float | str) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number of at least 1")
+    check_sizes({
+        "chunk_size": chunk_size, "mlp_chunk": mlp_chunk, "logits_chunk": logits_chunk, "head_groups": head_groups,
+        "keep_attention": keep_attention,
+    })  # fmt: skip
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"device_type={device_type!r}: give 'cpu' or 'cuda'")
+    if offload not in (True, False, "host", None):
+        raise ValueError(f"offload={offload!r}: give True, or False")
     kept_of = {"keep_attention": keep_attention, "offload": offload, "itemsize": itemsize, "batch": batch}
     if "auto" in (head_groups, chunk_size, mlp_chunk):
         asked = Asked(head_groups=head_groups, chunk_size=chunk_size, mlp_chunk=mlp_chunk)
         sizes = auto_sizes(
-            config, seq_len, asked=asked, device_type=device_type, logits_chunk=logits_chunk, **kept_of
+            config, seq_len, asked=asked, device_type=device_type, free_bytes=free_bytes, logits_chunk=logits_chunk,
+            **kept_of,
         )  # fmt: skip
     else:
         sizes = PieceSizes(groups=int(head_groups), chunk=int(chunk_size), mlp_chunk=int(mlp_chunk))
-    given = {"seq_len": seq_len, "batch": batch, "chunk_size": sizes.chunk, "mlp_chunk": sizes.mlp_chunk}
-    for name, value in given.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: give at least 1")
     shape, tokens = Shape.of(config), batch * seq_len
     hidden, queries, layers = shape.hidden, shape.heads * shape.head_dim, shape.layers
     kept = kept_layers(keep_attention, layers)
@@ -242,12 +253,21 @@ def max_seq_len(
         host_bytes: host memory that may be pinned, where the step offloads.
         limit: give up above it.
         arguments: stream_memory's others.
+    Raises:
+        ValueError: an amount that is below 0 or no number, and as stream_memory.
     """
+    amounts = {
+        "memory_bytes": memory_bytes, "state_bytes_a_parameter": state_bytes_a_parameter, "host_bytes": host_bytes
+    }  # fmt: skip
+    for name, value in amounts.items():
+        if isinstance(value, str) or not value >= 0:
+            raise ValueError(f"{name}={value!r}: give a number of at least 0")
     left = memory_bytes - state_bytes_a_parameter * num_parameters(config)
     fits, over = 0, limit + 1
     while over - fits > 1:
         middle = (fits + over) // 2
-        found = stream_memory(config, middle, **arguments)
+        # As on the device, where "auto" makes do with what is free.
+        found = stream_memory(config, middle, **{"free_bytes": max(left, 0.0), **arguments})
         if found.total_bytes <= left and found.host_bytes <= host_bytes:
             fits = middle
         else:

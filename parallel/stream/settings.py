@@ -13,7 +13,7 @@ from fourfold.parallel.stream.heads_layer import by_heads
 from fourfold.parallel.stream.host_memory import HostMemory, HostStore
 from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.memory import Asked, auto_sizes
-from fourfold.parallel.stream.work_space import Auto, kept_layers, logits_chunk_size, logits_tile
+from fourfold.parallel.stream.work_space import Auto, check_sizes, kept_layers, logits_chunk_size, logits_tile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,15 +34,8 @@ class StreamSettings:
     def __post_init__(self) -> None:
         if self.offload not in (None, "host"):
             raise ValueError(f"offload={self.offload!r}: give 'host', or None")
-        for name in ("chunk_size", "mlp_chunk", "logits_chunk"):
-            value = getattr(self, name)
-            if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r}: give a number of tokens, at least 1, or 'auto'")
-        groups = self.head_groups
-        if groups != "auto" and (not isinstance(groups, int) or isinstance(groups, bool) or groups < 0):
-            raise ValueError(f"head_groups={groups!r}: give a number of groups, 0 for chunks of queries, or 'auto'")
-        if not isinstance(self.keep_attention, int) or self.keep_attention < 0:
-            raise ValueError(f"keep_attention={self.keep_attention!r}: give True, or a number of layers")
+        names = ("chunk_size", "mlp_chunk", "logits_chunk", "head_groups", "keep_attention")
+        check_sizes({name: getattr(self, name) for name in names})
 
     def keeps(self, layer: int, layers: int) -> bool:
         """Whether layer number `layer` of `layers` keeps attention's output."""
@@ -62,11 +55,12 @@ def new_run(
         can_cut: see memory.Asked.
     """
     kind = device.type
+    cpu_or_cuda = "cpu" if kind == "cpu" else "cuda"  # any other device wants few large pieces too
     asked = Asked(
         head_groups=settings.head_groups, chunk_size=settings.chunk_size, mlp_chunk=settings.mlp_chunk, can_cut=can_cut
     )
     sizes = auto_sizes(
-        config, shape[1], asked=asked, device_type=kind, free_bytes=free_memory(device), batch=shape[0],
+        config, shape[1], asked=asked, device_type=cpu_or_cuda, free_bytes=free_memory(device), batch=shape[0],
         keep_attention=settings.keep_attention, offload=settings.offload is not None and kind == "cuda",
         itemsize=dtype.itemsize,
     )  # fmt: skip

@@ -51,6 +51,28 @@ class PieceSizes:
     mlp_chunk: int
 
 
+def check_sizes(given: Mapping[str, Any]) -> None:
+    """Refuse sizes of stream_backprop's that are none.
+
+    Args:
+        given: chunk_size, mlp_chunk, logits_chunk, head_groups and keep_attention by name, or some of them.
+    Raises:
+        ValueError: names the value and what it may be.
+    """
+    for name, value in given.items():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name == "keep_attention":
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"keep_attention={value!r}: give True, or a number of layers")
+        elif value == "auto":
+            continue
+        elif name == "head_groups":
+            if not whole or value < 0:
+                raise ValueError(f"head_groups={value!r}: give a number of groups, 0 for chunks of queries, or 'auto'")
+        elif not whole or value < 1:
+            raise ValueError(f"{name}={value!r}: give a number of tokens, at least 1, or 'auto'")
+
+
 def _pieces(seq_len: int, sizes: PieceSizes) -> int:
     """Into how many pieces a layer's tokens are cut at most."""
     return num_pieces(seq_len, sizes.chunk, sizes.mlp_chunk)
@@ -163,9 +185,19 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
+        """Of a Hugging Face config, a mapping of its fields, or a shape that was read before."""
+        if isinstance(config, Shape):
+            return config
+
         def field(name: str, default: Any = None) -> Any:
             value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
-            return default if value is None else value
+            found = default if value is None else value
+            if found is None:
+                raise ValueError(
+                    f"the config has no {name}: give that of a decoder of the Llama family, of a model of images its "
+                    "text_config"
+                )
+            return found
 
         hidden, heads = field("hidden_size"), field("num_attention_heads")
         # Latent attention: keys have a rotated part, and every head has its own.

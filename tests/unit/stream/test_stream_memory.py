@@ -213,3 +213,53 @@ def test_attention_that_cannot_be_cut_is_one_group_or_goes_by_queries():
         QWEN3_8B, 1 << 17, asked=Asked(can_cut=False), free_bytes=int(0.9 * by_heads.total_bytes), **step
     )
     assert tight.groups == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"head_groups": -1}, "head_groups=-1"),
+        ({"logits_chunk": 0}, "logits_chunk=0"),
+        ({"chunk_size": 1.5}, "chunk_size=1.5"),
+        ({"mlp_chunk": "all"}, "mlp_chunk='all'"),
+        ({"keep_attention": -2}, "keep_attention=-2"),
+        ({"itemsize": 0}, "itemsize=0"),
+        ({"batch": "2"}, "batch='2'"),
+        ({"device_type": "gpu"}, "device_type='gpu'"),
+        ({"offload": "disk"}, "offload='disk'"),
+        ({"seq_len": 1.5}, "seq_len=1.5"),
+        ({"config": {"hidden_size": 64}}, "has no num_attention_heads"),
+        ({"config": None}, "has no hidden_size"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_not_counted(arguments, told):
+    with pytest.raises(ValueError, match=told):
+        stream_memory(**{"config": SHAPE, "seq_len": 512, **arguments})
+
+
+def test_amounts_of_memory_that_are_none_are_refused():
+    for amounts in ({"memory_bytes": float("nan")}, {"host_bytes": -1.0}, {"state_bytes_a_parameter": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(amounts))):
+            max_seq_len(SHAPE, **{"memory_bytes": 1e9, **amounts})
+    with pytest.raises(ValueError, match="bytes_a_second=0"):
+        stream_memory(SHAPE, 512).copy_seconds(0)
+
+
+@pytest.mark.parametrize("step", [{}, {"offload": True}, {"keep_attention": True}])
+def test_the_longest_sequence_is_cut_as_the_device_would_cut_it(step):
+    """Where little is free "auto" takes smaller pieces: the longest sequence is one of those, and grows with memory."""
+    left = 40e9
+    memory = left + 4 * num_parameters(QWEN3_4B)
+    longest = max_seq_len(QWEN3_4B, memory, state_bytes_a_parameter=4, **step, **H100)
+
+    def least(seq_len: int) -> int:
+        return min(
+            stream_memory(
+                QWEN3_4B, seq_len, head_groups=groups, chunk_size=chunk, mlp_chunk=mlp, **step, **H100
+            ).total_bytes
+            for groups in (1, 2, 4, 8) for chunk in (8192, 32768) for mlp in (2048, 4096, 8192)
+        )  # fmt: skip
+
+    assert least(longest) <= left < least(longest + 1)
+    lengths = [max_seq_len(QWEN3_4B, memory + more, state_bytes_a_parameter=4, **step, **H100) for more in (1e8, 1e9)]
+    assert longest < lengths[0] < lengths[1]
