@@ -77,9 +77,10 @@ def _software(result: Mapping[str, Any]) -> str:
     """The name under which layouts.inputs.software has what ran."""
     if result["device"] != "cuda":
         return "fourfold-cpu"
-    if result.get("precision") == "bf16":
-        return "fourfold-bf16"
-    return "fourfold-compiled" if result.get("compiled") else "fourfold-cuda"
+    bf16, compiled = result.get("precision") == "bf16", result.get("compiled")
+    if bf16:
+        return "fourfold-bf16-compiled" if compiled else "fourfold-bf16"
+    return "fourfold-compiled" if compiled else "fourfold-cuda"
 
 
 def append_runs(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -109,17 +109,17 @@ def software_for(
     """
     kind = cluster.device.type
     if compiled and space != "full":
-        if kind == "cpu" or precision not in (PRECISIONS[0], "bf16-mixed"):
+        if kind == "cpu" or precision not in (PRECISIONS[0], "bf16-mixed", "bf16"):
             raise ValueError(
                 f"compile=true on {cluster.device.name} with precision={precision}: the speed of compiled layers is "
-                "known on CUDA with bf16-mixed alone; plan without it"
+                "known on CUDA with bf16-mixed, from which bf16 follows; plan without it"
             )
-        return load_software("fourfold-compiled")
+        return load_software("fourfold-bf16-compiled" if precision == "bf16" else "fourfold-compiled")
     usual, software = ("fp32", RUNTIME_CPU) if kind == "cpu" else ("bf16-mixed", RUNTIME_COMPILING)
     if precision in (PRECISIONS[0], usual):
         return MEGATRON if space == "full" and kind != "cpu" else software
     if precision == "bf16" and kind != "cpu" and space != "full":
-        return load_software("fourfold-bf16")
+        return replace(load_software("fourfold-bf16"), compiled_as="fourfold-bf16-compiled")
     raise ValueError(
         f"precision={precision} on {cluster.device.name}: only {usual} was measured there"
         f"{'' if kind == 'cpu' else ', and bf16 in the runtime space follows from it'}; plan with one of these"

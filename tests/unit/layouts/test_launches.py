@@ -128,6 +128,26 @@ def test_layers_are_priced_compiled_where_the_runtime_compiles_them():
     assert priced(measured("cpu")).software.name == "fourfold-cpu"
 
 
+def test_pure_bf16_is_priced_compiled_where_the_runtime_compiles_it():
+    cluster = load_cluster("H100-80GB")
+    cases = {
+        "unasked": {}, "asked": {"compile": True}, "not": {"compile": False},
+        "selective": {"checkpointing": "selective"},
+    }  # fmt: skip
+    found = {name: priced(cluster, precision="bf16", **fields) for name, fields in cases.items()}
+    assert {name: one.software.name for name, one in found.items()} == {
+        "unasked": "fourfold-bf16-compiled", "asked": "fourfold-bf16-compiled", "not": "fourfold-bf16",
+        "selective": "fourfold-bf16",
+    }  # fmt: skip
+    assert found["unasked"].step_s == found["asked"].step_s < found["not"].step_s
+    request = SearchRequest(num_devices=1, **BATCH, fix={"precision": "bf16"})
+    plan = rank_layouts(LLAMA, cluster, request, top=5)
+    assert plan.layouts[0].software.name == "fourfold-bf16-compiled"
+    # A parameter's bytes: weight, gradient and AdamW's two moments, of 2 each.
+    held = found["unasked"].memory_parts_bytes
+    assert held["weights"] == held["optimizer"] / 2 == 2 * LLAMA.num_params
+
+
 def test_a_ring_adds_to_compiled_layers_what_it_added_to_others():
     table = document()
     both = [{**row, "cp": 2, "forward_s": 2 * row["forward_s"]} for row in table["layer"] if row["tp"] == 1]

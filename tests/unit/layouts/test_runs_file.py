@@ -46,6 +46,7 @@ def test_a_run_comes_back_as_its_layout(tmp_path, monkeypatch, fields):
         ({"device": "cuda", "precision": "bf16-mixed"}, "fourfold-cuda"),
         ({"device": "cuda", "precision": "bf16-mixed", "compiled": True}, "fourfold-compiled"),
         ({"device": "cuda", "precision": "bf16"}, "fourfold-bf16"),
+        ({"device": "cuda", "precision": "bf16", "compiled": True}, "fourfold-bf16-compiled"),
     ],
     ids=str,
 )
