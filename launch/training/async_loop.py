@@ -106,6 +106,7 @@ class AsynchronousModel:
             embedding_counts_as=layout.embedding_counts_as,
             head_counts_as=layout.head_counts_as,
             observe=settings.observe,
+            shard_optimizer=layout.zero_stage == 1,
         )
         self.stage: DecoderStage = self.pipeline.stage.module  # type: ignore[assignment]
         self.last_input: Any = None
@@ -196,10 +197,9 @@ class AsynchronousModel:
             assert stage.num_updates  # see check_in_flight
             extra[self._in_flight] = as_bytes({"num_updates": stage.num_updates, "stream": in_flight})
         with stage.optimizer_parameters() as optimizer:
-            assert optimizer is not None  # every stage of a decoder has weights
             checkpoints.save(
                 self,
-                optimizer,
+                [] if optimizer is None else optimizer,
                 step=step,
                 updates_per_step=self.layout.updates_per_step,
                 extra=extra,
@@ -214,8 +214,13 @@ class AsynchronousModel:
         stage, extra = self.pipeline.stage, self.pipeline.stage.remembered(blank=True)
         extra[self._in_flight] = torch.empty(0, dtype=torch.uint8)
         with stage.optimizer_parameters() as optimizer:
-            assert optimizer is not None
-            step = checkpoints.load(self, optimizer, resume, updates_per_step=self.layout.updates_per_step, extra=extra)
+            step = checkpoints.load(
+                self,
+                [] if optimizer is None else optimizer,
+                resume,
+                updates_per_step=self.layout.updates_per_step,
+                extra=extra,
+            )
         if not step:
             return 0
         # Drained, every stage has made all updates; otherwise each lacks those of what is in flight on it.
@@ -225,9 +230,9 @@ class AsynchronousModel:
             updates = state["num_updates"]
             self.pipeline.go_on(state["stream"])
         stage.go_on(num_updates=updates, num_forwards=step * self.layout.num_micro_batches, remembered=extra)
-        assert stage.scheduler is not None
-        stage.scheduler.last_epoch = updates - 1
-        stage.scheduler.step()  # sets the rates of the coming update
+        for scheduler in stage.schedulers:  # none, where this replica owns no weights
+            scheduler.last_epoch = updates - 1
+            scheduler.step()  # sets the rates of the coming update
         return step
 
 

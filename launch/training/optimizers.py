@@ -17,7 +17,7 @@ def check_optimizer(layout: Layout, settings: TrainSettings) -> None:
     """Raises ValueError where `layout` leaves no rank a whole matrix, or corrects for delays by AdamW's states."""
     if settings.optimizer != "muon":
         return
-    for cut, value in (("tp", layout.tp > 1), ("zero_stage", layout.zero_stage > 0)):
+    for cut, value in (("tp", layout.tp > 1), ("zero_stage", layout.zero_stage > 0 and not layout.asynchronous)):
         if value:
             raise ValueError(
                 f"optimizer='muon' with {cut}={getattr(layout, cut)}: its step needs whole matrices, and this cuts "

@@ -61,25 +61,68 @@ def updates_per_step(layouts: Candidates) -> Column:
     return np.where(once, 1, layouts.num_micro_batches)
 
 
-def weight_copies(layouts: Candidates, stage: Column) -> Column:
+def weight_copies(layouts: Candidates, stage: Column, share: Column | float = 1.0) -> Column:
     """Copies of a stage's weights besides those and the optimizer's states: kept apart, predicted, stashed.
 
     The moment that spike compensation sets aside during an update takes the place that predicted weights have then
     left, or one of its own.
+
+    Args:
+        share: of the weights, what a replica's optimizer owns; below 1 where optimizer states are sharded. Then what
+            answers keep is a share, too, and so are the masters where they would lie in the module; the weights that
+            backwards read are whole, made at once for all of an update.
     """
     mitigation = Mitigation.named(layouts.mitigation)
     late, buffered = np.broadcast_arrays(delays(layouts, stage), layouts.schedule == DOUBLE_BUFFERED)
-    copies = np.zeros(late.shape)
+    copies, kept = np.zeros(late.shape), np.zeros(late.shape)
     for delay in np.unique(late[late > 0]):
+        kept[late == delay] = mitigation.kept_copies(int(delay))
         for double_buffered in (False, True):
             held = mitigation.weight_copies(int(delay), double_buffered=double_buffered)
             copies[(late == delay) & (buffered == double_buffered)] = held
-    spike = float(mitigation.compensates and not mitigation.predicts)
-    return copies + spike * (late > 0)
+    spike = float(mitigation.compensates and not mitigation.predicts) * (late > 0)
+    whole = copies - kept
+    sharded = np.broadcast_to(share, late.shape) < 1
+    return whole + share * (kept + spike) + sharded * (share * (whole == 0) + corrects(layouts, stage))
 
 
-def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandwidth_bytes_per_s: float) -> Column:
+def predicts(layouts: Candidates, stage: Column) -> Column:
+    """Whether forwards read weights that an optimizer's moments make; [stages, candidates]."""
+    mitigation, late = Mitigation.named(layouts.mitigation), delays(layouts, stage)
+    ahead = mitigation.spectrain & (late + _lag_updates(layouts, stage) > 0)
+    return ahead | ((mitigation.predict != "none") & (late > 0))
+
+
+def corrects(layouts: Candidates, stage: Column) -> Column:
+    """Whether backwards read weights made for them, and not kept from the forward; [stages, candidates]."""
+    mitigation, late = Mitigation.named(layouts.mitigation), delays(layouts, stage)
+    own = (mitigation.spectrain & (_lag_updates(layouts, stage) > 0)) | ((mitigation.correction > 0) & (late > 0))
+    stashes = (layouts.schedule == DOUBLE_BUFFERED) | (mitigation.stash & (late > 0))
+    return own & ~stashes
+
+
+def _lag_updates(layouts: Candidates, stage: Column) -> Column:
+    """pipeline.schedule.lag_updates, of each stage."""
+    return (delays(layouts, 0 * stage) - delays(layouts, stage)) // 2
+
+
+def gathers(layouts: Candidates, stage: Column) -> Column:
+    """Of one update: how often weights are gathered from the replicas that own them; [stages, candidates].
+
+    Those after the update, those that forwards read, those that backwards read, as far as they differ.
+    """
+    return 1 + predicts(layouts, stage) + corrects(layouts, stage)
+
+
+def mitigation_seconds(
+    layouts: Candidates, params: Column, stage: Column, bandwidth_bytes_per_s: float, *, owned: Column | None = None
+) -> Column:
     """Of one update: what the mitigation reads and writes besides the optimizer; [stages, candidates].
+
+    Args:
+        params: of a stage.
+        owned: of those, the replica's whose optimizer is sharded; None for all. Only who owns a weight works on its
+            moments, and makes what forwards and backwards read of it, once an update.
 
     PipelineStage's copies: weights go into the module and out again at every micro-batch, for its forward where those
     are not the present ones, for its backward where that reads a version kept, or weights of its own.
@@ -96,17 +139,19 @@ def mitigation_seconds(layouts: Candidates, params: Column, stage: Column, bandw
         + DRIFT_PASSES["update"] * follows
     )
     passes += predict
-    passes = passes + COPY_PASSES * ((own_forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
+    copies = COPY_PASSES * ((own_forward | follows) + 1.0 * (stashes & (not mitigation.predicts)))
     # At every micro-batch: weights of its own for the forward, and for the backward where that reads others.
     late = delays(layouts, stage)
-    lag_updates = (delays(layouts, 0 * stage) - late) // 2  # pipeline.schedule.lag_updates
+    lag_updates = _lag_updates(layouts, stage)
     own_backward = ~stashes & (follows | (mitigation.spectrain & (lag_updates > 0)))
     made = DRIFT_PASSES["backward"] if follows else PREDICTION_PASSES["velocity"]
-    backward = EXCHANGE_PASSES * (stashes | own_backward) + own_backward * made
     each_update = layouts.num_micro_batches / updates_per_step(layouts)
-    passes = passes + each_update * (EXCHANGE_PASSES * own_forward + backward)
+    copies = copies + each_update * EXCHANGE_PASSES * (1.0 * own_forward + (stashes | own_backward))
+    own = params if owned is None else owned
+    once = owned is not None and (own < params)
+    passes = passes + own_backward * made * np.where(once, 1.0, each_update)
     mitigated = (late > 0) | (mitigation.spectrain & (lag_updates > 0))
-    return np.where(mitigated, params * passes * 4.0 / bandwidth_bytes_per_s, 0.0)
+    return np.where(mitigated, (own * passes + params * copies) * 4.0 / bandwidth_bytes_per_s, 0.0)
 
 
 def rotation_seconds(

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fourfold.layouts.cost.asynchronous import gathers
 from fourfold.layouts.cost.candidates import Column
 from fourfold.layouts.cost.layer import Times
 from fourfold.layouts.cost.pricing import Pricing
@@ -126,6 +127,20 @@ def reduction_seconds(pricing: Pricing, backward: Column) -> Column:
     reductions = np.where(layouts.sharded_accumulation, layouts.num_micro_batches, 1)
     zero3 = layouts.num_micro_batches * each_micro_batch + reductions * scattered
     return np.select([layouts.zero_stage == 0, layouts.zero_stage == 3], [zero0, zero3], zero12)
+
+
+def asynchronous_update_seconds(pricing: Pricing) -> Column:
+    """Gradient reduction and weight gathering of one update of a pipeline that never drains; [3, candidates].
+
+    An all-reduce of the gradients; where optimizer states are sharded, also each version of the weights that is not
+    there is gathered, as wide as it is stored. Nothing hides either.
+    """
+    layouts = pricing.layouts
+    reduce_s = _over_replicas(pricing, "all_reduce", pricing.software.reduce_bytes)
+    if not (layouts.zero_stage == 1).any():
+        return reduce_s
+    gather_s = _over_replicas(pricing, "all_gather", pricing.software.weight_bytes)
+    return reduce_s + np.where(layouts.zero_stage == 1, gathers(layouts, pricing.stages.index) * gather_s, 0.0)
 
 
 def _over_replicas(pricing: Pricing, operation: str, itemsize: float) -> Column:

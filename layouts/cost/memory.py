@@ -14,6 +14,7 @@ from fourfold.layouts.cost.asynchronous import weight_copies
 from fourfold.layouts.cost.candidates import STREAM, Column
 from fourfold.layouts.cost.layer import active_ffn, output_gradient_bytes, saved_bytes
 from fourfold.layouts.cost.pricing import Pricing
+from fourfold.layouts.cost.shares import owned_params, owns_a_share
 from fourfold.layouts.cost.stages import Stages
 
 SCORES_SPREAD = 0.2
@@ -92,7 +93,7 @@ def memory_of(pricing: Pricing) -> Memory:
     measured = pricing.cluster.device.reserve_bytes
     reserve = (constants.reserve_bytes if measured is None else measured) if software.launched else 0.0
     parts = {
-        "weights": weights, "gradients": gradients, "optimizer": _sharded(pricing, 1) * software.state_bytes,
+        "weights": weights, "gradients": gradients, "optimizer": _states(pricing) * software.state_bytes,
         "activations": changing.activations, "logits": changing.logits, "workspace": workspace,
     }  # fmt: skip
     # Where the scatter of its own peaks is known, it counts whole; else what comes and goes has the constants' scatter.
@@ -119,6 +120,13 @@ def _sharded(pricing: Pricing, from_stage: int) -> Column:
     return shared / np.where(yes, layouts.shards, 1) + experts / np.where(yes, expert_shards, 1)
 
 
+def _states(pricing: Pricing) -> Column:
+    """Parameters whose optimizer states a rank holds."""
+    even = _sharded(pricing, 1)
+    whole_tensors = owns_a_share(pricing.layouts)
+    return np.where(whole_tensors, owned_params(pricing), even) if whole_tensors.any() else even
+
+
 def _held(pricing: Pricing) -> Column:
     shared, experts = pricing.held_params
     return shared + experts
@@ -129,11 +137,13 @@ def _weights(pricing: Pricing) -> Column:
     weights = _sharded(pricing, 3) * itemsize
     if pricing.software.gathers_below_zero3:
         # Shards that are trained, and what a step gathers of them.
-        below = (layouts.zero_stage == 1) | (layouts.zero_stage == 2)
+        below = ((layouts.zero_stage == 1) | (layouts.zero_stage == 2)) & layouts.drains
         gathered = _sharded(pricing, 1) * itemsize + _held(pricing) * pricing.software.gather_bytes
         weights = np.where(below, gathered, weights)
     if layouts.any_asynchronous:
-        weights = weights + _held(pricing) * weight_copies(layouts, pricing.stages.index) * itemsize
+        held = _held(pricing)
+        share = np.where(owns_a_share(layouts), _states(pricing) / held, 1.0)
+        weights = weights + held * weight_copies(layouts, pricing.stages.index, share) * itemsize
     return weights
 
 
@@ -216,6 +226,7 @@ def _casts(pricing: Pricing) -> Column:
     layouts = pricing.layouts
     copies = np.where(layouts.recomputed_share > 0, 1.0, pricing.stages.in_flight)
     sharded = layouts.zero_stage >= (1 if pricing.software.gathers_below_zero3 else 3)  # whose gathered ones are cast
+    sharded &= layouts.drains
     return np.where(sharded, 0.0, _held(pricing) * pricing.software.cast_bytes * copies)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from fourfold.layouts.cost.asynchronous import mitigation_seconds, rotation_seconds, updates_per_step
 from fourfold.layouts.cost.candidates import FULL, NONE, STREAM, Column
 from fourfold.layouts.cost.communication import (
+    asynchronous_update_seconds,
     expert_seconds,
     head_exchange_seconds,
     pipeline_seconds,
@@ -34,6 +35,7 @@ from fourfold.layouts.cost.measured_layers import (
     piece_times,
 )
 from fourfold.layouts.cost.pricing import Pricing
+from fourfold.layouts.cost.shares import owned_params, owns_a_share
 
 ADAMW_PASSES = 7.0
 """Weights, gradients and two moments read; all but the gradients written."""
@@ -277,14 +279,14 @@ def _update_of(pricing: Pricing, compute: Column) -> _Update:
     if layouts.any_asynchronous:
         # Every update reduces gradients and applies the mitigation, and nothing hides either.
         late, updates = ~layouts.drains, updates_per_step(layouts)
-        visible = reduction_seconds(pricing, np.zeros_like(compute))
-        reduction = np.where(late, updates * visible, reduction)
+        reduction = np.where(late, updates * asynchronous_update_seconds(pricing), reduction)
         shared, experts = pricing.held_params
         bandwidth = pricing.memory_bandwidth_bytes_per_s
         held, index = shared + experts, pricing.stages.index
-        mitigate = mitigation_seconds(layouts, held, index, bandwidth)
+        owned = owned_params(pricing)
+        mitigate = mitigation_seconds(layouts, held, index, bandwidth, owned=owned)
         mitigate = mitigate + rotation_seconds(
-            layouts, held, index, pricing.model.hidden_size, pricing.kernels.matmul_s
+            layouts, owned, index, pricing.model.hidden_size, pricing.kernels.matmul_s
         )
         unclipped = _optimizer_seconds(pricing, clipped=False)  # clipping, by a late norm, is not priced
         optimizer = np.where(late, updates * (unclipped + mitigate), optimizer)
@@ -345,6 +347,8 @@ def _optimizer_seconds(pricing: Pricing, *, clipped: bool = True) -> Column:
     layouts, software = pricing.layouts, pricing.software
     shared, experts = pricing.held_params
     local = (shared + experts) / np.where(layouts.zero_stage >= 1, layouts.shards, 1)
+    if owns_a_share(layouts).any():
+        local = np.where(owns_a_share(layouts), owned_params(pricing), local)
     measured = optimizer_rate(pricing.cluster, clipped=clipped)
     if measured is not None:
         return local * measured

@@ -6,6 +6,7 @@ by grid.layer_ranges, weights drawn by name, the mean over the targets of what a
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Required, TypedDict, Unpack, cast
 
 import torch
@@ -64,6 +65,7 @@ class DecoderPipelineOptions(CutOptions, total=False):
     skip_nonfinite: bool
     on_gradients: Callable[[dict[str, Tensor]], None] | None
     observe: bool
+    shard_optimizer: bool
 
 
 def decoder_stages(
@@ -137,8 +139,8 @@ def pipeline_decoder(
     Args:
         mesh: from init_mesh, with cp and tp of 1. Replicas average gradients at every update.
         seq_len: as for decoder_stages.
-        options: optimizer, schedule, mitigation, scheduler, master_dtype, clip, skip_nonfinite, on_gradients and
-            observe as PipelineSettings has them; what CutOptions has.
+        options: optimizer, schedule, mitigation, scheduler, master_dtype, clip, skip_nonfinite, on_gradients, observe
+            and shard_optimizer (`zero_stage=1` of a layout) as PipelineSettings has them; what CutOptions has.
     Raises:
         ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
             in bf16-mixed; as decoder_stages.
@@ -152,7 +154,9 @@ def pipeline_decoder(
     name = schedule if isinstance(schedule, str) else schedule.name
     late = as_number("schedule", name) if name in SCHEDULES[1:] else LOCKSTEP
     checkpointing = as_number("checkpointing", cut.get("checkpointing", "none"))
-    check_decoder(model, Choice(**sizes, checkpointing=checkpointing, schedule=late, compile=bool(cut.get("compile"))))
+    zero_stage = int(options.get("shard_optimizer", False))
+    choice = Choice(**sizes, checkpointing=checkpointing, schedule=late, compile=bool(cut.get("compile")))
+    check_decoder(model, replace(choice, zero_stage=zero_stage))
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
     stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, mesh.device_type)
     if stored.products is not None and (chosen.spectrain or chosen.correction > 0):

@@ -193,7 +193,13 @@ FORMS: tuple[Limit, ...] = (
     _whole_stage("tp", 1),
     _whole_stage("vp", 1),
     _whole_stage("ep", 1),
-    _whole_stage("zero_stage", 0),
+    Limit(
+        fields=("zero_stage", "schedule"),
+        allows=lambda model, layout: drains(layout.schedule) | (layout.zero_stage <= 1),
+        reason="an asynchronous stage needs zero_stage of 0 or 1",
+        message="zero_stage={layout.zero_stage} with schedule={layout.schedule_word!r}: replicas of an asynchronous "
+        "stage share out optimizer states alone; choose zero_stage=1 or 0, or schedule='1f1b'",
+    ),
     _whole_stage("sequence_parallel", False),
     _whole_stage("offload", False),
     _whole_stage("checkpoint_every", 1),

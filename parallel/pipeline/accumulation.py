@@ -114,7 +114,8 @@ class GradientSum:
             if share != 1:
                 torch._foreach_mul_(gradients, share)
             try:
-                average_gradients(live, self._group)
+                # In the module's order: in how many optimizers a replica has them changes no sum.
+                average_gradients(self._weights.in_order, self._group)
             except RuntimeError as error:
                 raise replica_lost(self._stage, self._group, error) from error
         self._pending = 0.0
@@ -136,7 +137,7 @@ class GradientSum:
 
     def norm(self) -> float:
         """The 2-norm of the stage's gradients, summed in fp64."""
-        gradients = [local_part(p.grad) for p in self._weights.live if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._weights.in_order if p.grad is not None]
         parts = [torch.view_as_real(each) if each.is_complex() else each for each in gradients]
         norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

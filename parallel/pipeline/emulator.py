@@ -29,8 +29,9 @@ from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.pipeline.schedule import PipelineSchedule, lag_updates, resolve_schedule
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
-from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
+from fourfold.parallel.pipeline.stage import Flight, PipelineStage
 from fourfold.parallel.pipeline.values import copied
+from fourfold.parallel.pipeline.versions import Weights
 
 Versions = tuple[int, int]  # updates that a micro-batch's forward has seen, updates before its own
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fourfold.parallel.pipeline.masters import fingerprint
-from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
+from fourfold.parallel.pipeline.stage import Flight, PipelineStage
 from fourfold.parallel.pipeline.values import Structure, needs_gradient, put_together, take_apart
+from fourfold.parallel.pipeline.versions import Weights
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,7 +83,7 @@ def replayed(stage: PipelineStage, recipe: Recipe, micro_batch: int) -> Flight:
         ValueError: something else came out than before.
     """
     kept = [buffer.detach().clone() for buffer in stage.module.buffers()], stage.num_forwards
-    # Where the optimizer's weights are the module's own storage, the forward's old ones take their place for a moment.
+    # Where the present weights are in the module's own storage, the forward's old ones take their place for a moment.
     present = None if stage.weights.separate else stage.weights.present()
     _set_buffers(stage, recipe.buffers)
     stage.num_forwards = recipe.number

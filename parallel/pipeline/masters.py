@@ -6,18 +6,23 @@ is about: forward with old (or predicted) weights, backward with the present one
 storage and nothing is copied; otherwise the module's storage is filled before each forward and set back after it, so
 that between actions the module always holds the present weights.
 
+Where the optimizer is sharded over the stage's replicas (shards.py), a replica has masters of the parameters that it
+owns, and of the others the weights that their owners had after the newest update.
+
 Weights that the user sets between two runs, in the module or in the optimizer, are taken; what cannot be taken (other
 parameters, another dtype or device, a change in mid-stream) is noticed and refused.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fourfold.parallel.pipeline.optimizer import DelayedOptimizer, NamedParameters, OptimizerFactory
+from fourfold.parallel.pipeline.optimizer import NamedParameters, OptimizerFactory, make_optimizers
+from fourfold.parallel.pipeline.shards import Shards
 
 Fingerprint = tuple[int, int]
 
@@ -28,31 +33,62 @@ class MasterWeights:
     Args:
         stage: its number, for errors.
         dtype: of the masters; None for the module's own.
+        replicas: over which the optimizer is sharded; None for none.
 
     Attributes:
-        live, masters: the module's and the optimizer's, in the same order.
-        names: by the module.
-        separate: whether they have storage of their own.
+        live: the module's, in the optimizers' order; where it is sharded, those of the first replica first.
+        names: by the module, in the same order.
+        in_order: the module's, in its own order, which is that of all replicas.
+        masters: the optimizer's, of those that this replica owns.
+        held: the present weights in the order of `live`: masters, and those of other replicas as they were gathered.
+        separate: whether the present weights have storage of their own.
     """
 
-    def __init__(self, module: nn.Module, stage: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        stage: int,
+        dtype: torch.dtype | None = None,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self._module, self._stage = module, stage
+        self.in_order = [p for _, p in named]
+        self.shards = Shards(named, stage, replicas) if replicas is not None and named else None
         self.names = [name for name, _ in named]
-        self.live = [p for _, p in named]
+        self.live = list(self.in_order)
+        if self.shards is not None:
+            self.follow_owners()
         self.masters = [nn.Parameter(p.detach().clone() if dtype is None else p.detach().to(dtype, copy=True))
-                        for p in self.live]  # fmt: skip
-        self.separate = any(master.dtype != p.dtype for master, p in zip(self.masters, self.live, strict=True))
+                        for p in self.own_live]  # fmt: skip
+        self.separate = dtype is not None and any(p.dtype != dtype for p in self.live)
+        self.held: list[Tensor] = []
         self._dtypes = {name: p.dtype for name, p in named}
+        self._devices = {name: p.device for name, p in named}
         self._fingerprints: list[Fingerprint] = []
-        self._writes: list[int] = []
+        self._set_in_optimizer: set[str] = set()  # since `note`
+        self._noted: list[tuple[bool, int, int]] = []  # whether it trains, writes, and where it lies, when a run begins
         self._optimizers: list[torch.optim.Optimizer] = []
         self._given: list[tuple[Tensor | None, int]] = []  # the module's gradients when the masters got them
 
     @property
+    def own_live(self) -> list[nn.Parameter]:
+        """Those of `live` that this replica owns: all, where the optimizer is not sharded."""
+        return self.live if self.shards is None else self.live[self.shards.own]
+
+    @property
+    def own_names(self) -> list[str]:
+        return self.names if self.shards is None else self.names[self.shards.own]
+
+    @property
     def narrower(self) -> bool:
         """Whether the module's weights are rounded masters."""
-        return any(master.dtype != p.dtype for master, p in zip(self.masters, self.live, strict=True))
+        return any(master.dtype != p.dtype for master, p in zip(self.masters, self.own_live, strict=True))
+
+    @property
+    def apart(self) -> bool:
+        """Whether the masters have storage of their own: by it one sees where a replica's user has set a weight."""
+        return self.separate or self.shards is not None
 
     def own(self, factory: OptimizerFactory) -> list[torch.optim.Optimizer]:
         """Make the optimizers over the masters; from here on everything is in the optimizers' order.
@@ -60,49 +96,59 @@ class MasterWeights:
         Raises:
             ValueError: they are not over the parameters that the factory was called with.
         """
-        made = factory(NamedParameters(self.masters, self.names))
-        if not isinstance(made, torch.optim.Optimizer | Iterable):
-            raise ValueError(
-                f"stage {self._stage}: the optimizer factory returned {type(made).__name__}: return a "
-                "torch.optim.Optimizer, or several"
-            )
-        optimizers = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
-        _own_rates(optimizers)
-        given = [p for each in optimizers for group in getattr(each, "param_groups", []) for p in group["params"]]
-        places = {id(master): at for at, master in enumerate(self.masters)}
-        if sorted(map(id, given)) != sorted(places):
-            missing = [
-                name for name, p in zip(self.names, self.masters, strict=True) if id(p) not in set(map(id, given))
-            ]
-            raise ValueError(
-                f"stage {self._stage}: the optimizer factory must build its optimizer over the parameters it is called "
-                "with, all of them once and no others (the module's own are overwritten by predicted weights)"
-                + (f"; missing: {', '.join(missing[:5])}" if missing else "")
-            )
+        names, live = self.own_names, self.own_live
+        if not names:
+            return []  # there are more replicas than parameters
+        optimizers, order = make_optimizers(factory, NamedParameters(self.masters, names), self._stage)
         self._optimizers = optimizers
-        order = [places[id(p)] for p in given]
         self.masters = [self.masters[at] for at in order]
-        self.live, self.names = [self.live[at] for at in order], [self.names[at] for at in order]
+        own = slice(None) if self.shards is None else self.shards.own
+        self.live[own], self.names[own] = [live[at] for at in order], [names[at] for at in order]
         return optimizers
+
+    def follow_owners(self) -> None:
+        """Put parameters into the order that `shards` has: by owners and, once all have told, as their optimizers."""
+        assert self.shards is not None
+        places = dict(zip(self.names, self.live, strict=True))
+        self.names = list(self.shards.names)
+        self.live = [places[name] for name in self.names]
 
     def share(self) -> None:
         """Give the masters the module's storage, unless they must be apart."""
-        if not self.separate:
+        if not self.apart:
             for master, p in zip(self.masters, self.live, strict=True):
                 master.data = p.data
-        self._writes = [p._version for p in self.live]
+        self.held = list(self.masters)
+        if self.shards is not None:
+            self.held = [p.detach().clone() for p in self.live] if self.separate else list(self.live)
+            self.held[self.shards.own] = self.masters
+        self._note_places()
         self.note()
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """After an update: what other replicas' masters are now; every replica calls."""
+        if self.shards is None:
+            return
+        if self.separate:
+            self.held = []  # those before make room
+        present = self.shards.gathered(self.masters, self.live)
+        present[self.shards.own] = self.masters
+        if self.separate:
+            self.held = present
+        else:
+            self.load(present)
 
     def hand_over_gradients(self) -> None:
         """Give the masters the module's gradients, in their own precision; the module keeps its own for hooks."""
         self._given = []
-        for master, p in zip(self.masters, self.live, strict=True):
+        for master, p in zip(self.masters, self.own_live, strict=True):
             master.grad = None if p.grad is None else p.grad.to(master.dtype)
             self._given.append((p.grad, -1 if p.grad is None else p.grad._version))
 
     def take_gradient_changes(self) -> None:
         """After an optimizer's pre-hooks: take what they did to the module's gradients, as to the masters'."""
-        for at, (master, p) in enumerate(zip(self.masters, self.live, strict=True)):
+        for at, (master, p) in enumerate(zip(self.masters, self.own_live, strict=True)):
             given, version = self._given[at]
             if p.grad is not given:
                 master.grad = None if p.grad is None else p.grad.to(master.dtype)
@@ -169,11 +215,11 @@ class MasterWeights:
 
     def restore(self) -> None:
         """Fill the module with the present weights."""
-        self.load(self.masters)
+        self.load(self.held)
 
     def present(self) -> list[Tensor]:
         """A copy of the present weights."""
-        return [p.detach().clone() for p in self.masters]
+        return [p.detach().clone() for p in self.held]
 
     @torch.no_grad()
     def take_changes(self, *, for_now: bool = False) -> None:
@@ -188,14 +234,13 @@ class MasterWeights:
         Cost: reads the weights twice.
         """
         self._check_parameters()
-        for at, (name, master, p) in enumerate(zip(self.names, self.masters, self.live, strict=True)):
+        for master, p in zip(self.masters, self.own_live, strict=True):
             master.requires_grad_(p.requires_grad)
-            if not self.separate:
-                if master.data_ptr() != p.data_ptr():
-                    master.data = p.data  # the module's storage was exchanged
-                continue
-            own, module = local_part(master), local_part(p)
-            if torch.equal(own.to(module.dtype), module):
+            if not self.apart and master.data_ptr() != p.data_ptr():
+                master.data = p.data  # the module's storage was exchanged
+        for at, (name, held, p) in enumerate(zip(self.names, self.held, self.live, strict=True)):
+            own, module = local_part(held), local_part(p)
+            if not self.apart or held is p or torch.equal(own.to(module.dtype), module):
                 continue
             known = self._fingerprints[at]
             set_in_module = fingerprint(module) != known
@@ -207,19 +252,54 @@ class MasterWeights:
                 )
             if set_in_optimizer:
                 module.copy_(own)
+                self._set_in_optimizer.add(name)
             elif not for_now:
                 own.copy_(module)
-        self._writes = [p._version for p in self.live]
+        self._note_places()
+
+    @torch.no_grad()
+    def take_changes_of_others(self) -> None:
+        """After `take_changes`, before a run: take what was set in the optimizers of other replicas; every one calls.
+
+        Where it was also set in the module here, it stays, to be refused as unlike on all replicas.
+        """
+        if self.shards is None:
+            return
+        elsewhere = {name for names in self.shards.told(sorted(self._set_in_optimizer)) for name in names}
+        if not elsewhere:
+            return
+        present = self.shards.gathered(self.masters, self.live)
+        changed = zip(self.names, self.held, self.live, present, self._fingerprints, strict=True)
+        for name, held, p, theirs, known in changed:
+            if name in elsewhere.difference(self.own_names) and fingerprint(p.detach()) == known:
+                held.data.copy_(theirs)
+                p.data.copy_(theirs)
+        self.note()
 
     def note(self) -> None:
         """After a run: remember the weights, to see later which side was changed."""
-        if self.separate:
+        self._set_in_optimizer = set()
+        if self.apart:
             self._fingerprints = [fingerprint(local_part(p)) for p in self.live]
+
+    def _note_places(self) -> None:
+        self._noted = [(p.requires_grad, p._version, p.data_ptr()) for p in self.live]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While it lasts, the module's parameters are the masters; afterwards it has the weights that these have."""
-        masters = dict(zip(map(id, self.live), self.masters, strict=True))
+        """While it lasts, the module's parameters are the masters; afterwards it has the weights that these have.
+
+        Parameters that other replicas own stay as they are in the module, and are taken from there.
+
+        Raises:
+            ValueError: those would be rounded ones.
+        """
+        if self.shards is not None and any(held.dtype != p.dtype for held, p in zip(self.held, self.live, strict=True)):
+            raise ValueError(
+                f"stage {self._stage}: with shard_optimizer=True and master_dtype a replica has its own weights in "
+                "full precision and the others' rounded: save what state_dict() returns, on every replica"
+            )
+        masters = dict(zip(map(id, self.own_live), self.masters, strict=True))
         places = [
             (module, name, p)
             for module in self._module.modules()
@@ -233,9 +313,18 @@ class MasterWeights:
         finally:
             for module, name, p in places:
                 module._parameters[name] = p
+            self.take_others_from_module()
             with torch.no_grad():
                 self.restore()
             self.note()
+
+    @torch.no_grad()
+    def take_others_from_module(self) -> None:
+        """The present weights that other replicas own become those in the module, where a file has set them."""
+        owned = set(map(id, self.masters))
+        for held, p in zip(self.held, self.live, strict=True):
+            if id(held) not in owned:
+                held.data.copy_(p.data)
 
     def check_untouched(self) -> None:
         """In mid-stream: refuse weights that were changed in place since the run began (through `.data` is not seen).
@@ -243,13 +332,14 @@ class MasterWeights:
         Raises:
             ValueError: naming the parameter.
         """
-        for name, p, master, writes in zip(self.names, self.live, self.masters, self._writes, strict=True):
-            if p.requires_grad != master.requires_grad:
+        places = [place for _, _, place in self._noted] if self.apart else [each.data_ptr() for each in self.masters]
+        for name, p, place, (trains, writes, _) in zip(self.names, self.live, places, self._noted, strict=True):
+            if p.requires_grad != trains:
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was {'un' if p.requires_grad else ''}frozen while a stream "
                     "runs, when other stages are at other micro-batches: freeze weights between two runs"
                 )
-            if p._version != writes or not (self.separate or p.data_ptr() == master.data_ptr()):
+            if p._version != writes or not (self.separate or p.data_ptr() == place):
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was changed while a stream runs, where it holds predicted or "
                     "past weights: change weights between two runs, or in an optimizer's hook those that it owns "
@@ -257,8 +347,8 @@ class MasterWeights:
                 )
 
     def _check_parameters(self) -> None:
-        held = [p for each in self._optimizers for group in each.param_groups for p in group["params"]]
-        if list(map(id, held)) != list(map(id, self.masters)):
+        owned = [p for each in self._optimizers for group in each.param_groups for p in group["params"]]
+        if list(map(id, owned)) != list(map(id, self.masters)):
             raise ValueError(
                 f"stage {self._stage}: its optimizer has other parameters, or in another order, than when the pipeline "
                 "was made (add_param_group?): make all groups in the optimizer factory"
@@ -275,36 +365,13 @@ class MasterWeights:
                 f"stage {self._stage}: parameter {new[0]} was not trainable when the pipeline was made, and no "
                 "optimizer has it: make a new pipeline"
             )
-        for name, master, p in zip(self.names, self.masters, self.live, strict=True):
-            if p.device != master.device or p.dtype != self._dtypes[name]:
+        for name, held, p in zip(self.names, self.held, self.live, strict=True):
+            device = self._devices[name] if held is p else held.device
+            if p.device != device or p.dtype != self._dtypes[name]:
                 raise ValueError(
                     f"stage {self._stage}: parameter {name} went to {p.dtype} on {p.device}, its optimizer state is "
-                    f"{master.dtype} on {master.device}: convert and move modules before making the pipeline"
+                    f"{held.dtype} on {device}: convert and move modules before making the pipeline"
                 )
-
-
-def attach(
-    masters: MasterWeights, factory: OptimizerFactory, *, delayed: dict[str, object], separate: bool
-) -> DelayedOptimizer:
-    """The delayed optimizer over `masters`, and their storage shared where nothing asks for two places.
-
-    Args:
-        delayed: delay, mitigation and lag_updates for DelayedOptimizer.
-        separate: keep the masters apart in any case.
-    """
-    optimizer = DelayedOptimizer(masters.own(factory), **delayed)  # type: ignore[arg-type]
-    masters.separate = masters.separate or separate or optimizer.predicts or optimizer.corrects
-    masters.share()
-    return optimizer
-
-
-def _own_rates(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Learning rates that are tensors become this stage's own: a scheduler writes into them, also for other stages."""
-    copies: dict[int, Tensor] = {}
-    for group in (group for each in optimizers for group in getattr(each, "param_groups", [])):
-        rate = group.get("lr")
-        if isinstance(rate, Tensor):
-            group["lr"] = copies.setdefault(id(rate), rate.clone())
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -189,6 +189,16 @@ class Mitigation:
     def predicts(self) -> bool:
         return self.predict != "none" or self.spectrain
 
+    def kept_copies(self, delay: float) -> int:
+        """Of `weight_copies`, what is kept of each parameter for its next updates, where its optimizer is.
+
+        The weights before, the running mean of updates, error feedback's steps, basis rotation's squares.
+        """
+        if not delay:
+            return 0
+        kept = (self.predict == "weight") + (self.correction > 0)
+        return kept + (self.feedback > 0) * -int(-delay // 1) + 4 * (self.rotate_every > 0)
+
     def weight_copies(self, delay: float, *, double_buffered: bool = False) -> int:
         """Copies of a stage's weights that this holds at `delay` beyond the weights and the optimizer's own state.
 
@@ -200,8 +210,7 @@ class Mitigation:
         if not delay:
             return 0
         held = int(self.predicts or self.stash or self.correction > 0 or double_buffered)
-        held += self.predicts + (self.predict == "weight") + (self.correction > 0)
-        held += (self.feedback > 0) * -int(-delay // 1) + 4 * (self.rotate_every > 0)
+        held += self.predicts + self.kept_copies(delay)
         if double_buffered:
             return held + 2 - self.predicts
         return held + (int(-(-delay // 1)) + (not self.predicts) if self.stash else 0)

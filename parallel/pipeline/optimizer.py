@@ -5,7 +5,7 @@ changes what they read, so every option of theirs (foreach, fused, amsgrad, deco
 changed, with equations and papers: answers.py. Whether any of it helps: benchmarks/pipelined_backprop/README.md.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -38,6 +38,39 @@ class NamedParameters(list[torch.nn.Parameter]):
 OptimizerFactory = Callable[[NamedParameters], Optimizer | Sequence[Optimizer]]
 
 
+def make_optimizers(
+    factory: OptimizerFactory, parameters: NamedParameters, stage: int
+) -> tuple[list[Optimizer], list[int]]:
+    """The optimizers of a stage over `parameters`, and in which order these are in them, as places in the list.
+
+    Raises:
+        ValueError: they are not over the parameters that the factory was called with.
+    """
+    made = factory(parameters)
+    if not isinstance(made, Optimizer | Iterable):
+        raise ValueError(
+            f"stage {stage}: the optimizer factory returned {type(made).__name__}: return a torch.optim.Optimizer, or "
+            "several"
+        )
+    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    groups = [group for each in optimizers for group in getattr(each, "param_groups", [])]
+    # Learning rates that are tensors become this stage's own: a scheduler writes into them, also for other stages.
+    copies: dict[int, Tensor] = {}
+    for group in groups:
+        if isinstance(rate := group.get("lr"), Tensor):
+            group["lr"] = copies.setdefault(id(rate), rate.clone())
+    given = [p for group in groups for p in group["params"]]
+    places = {id(p): at for at, p in enumerate(parameters)}
+    if sorted(map(id, given)) != sorted(places):
+        missing = [name for name, p in parameters.named() if id(p) not in set(map(id, given))]
+        raise ValueError(
+            f"stage {stage}: the optimizer factory must build its optimizer over the parameters it is called with, all "
+            "of them once and no others (the module's own are overwritten by predicted weights)"
+            + (f"; missing: {', '.join(missing[:5])}" if missing else "")
+        )
+    return optimizers, [places[id(p)] for p in given]
+
+
 class DelayedOptimizer:
     """Steps optimizers whose gradients are `delay` updates late, and says which weights to compute with.
 
@@ -46,13 +79,20 @@ class DelayedOptimizer:
             their state is their own and saved as usual.
         delay: D in updates; at 0 (and with no lag) every method is the plain optimizer's, bit for bit.
         lag_updates: e, updates of this stage from its backward of a micro-batch to that of stage 0 (for SpecTrain).
+        part: there are other parameters of the stage elsewhere; `check_turned` is then to be called with theirs.
     Raises:
         ValueError: a mitigation that reads the momentum (sc, nesterov, lwpv, spectrain) of an optimizer that is not
             supported, basis rotation without an Adam, an optimizer that evaluates the loss itself (LBFGS).
     """
 
     def __init__(
-        self, optimizer: Optimizer | Sequence[Optimizer], *, delay: float, mitigation: Mitigation, lag_updates: int = 0
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        delay: float,
+        mitigation: Mitigation,
+        lag_updates: int = 0,
+        part: bool = False,
     ) -> None:
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.mitigation = mitigation
@@ -69,9 +109,16 @@ class DelayedOptimizer:
         self._answers = answers_of(self._late)
         for answer in self._answers:
             answer.kept = answer.blank(self.slots) if answer.starts_blank else {}
-            if isinstance(answer, BasisRotation) and not any(slot.is_adam for slot in self.slots):
-                names = ", ".join(type(each).__name__ for each in self.optimizers)
-                raise ValueError(f"{names}: basis rotation turns the steps of Adam, AdamW and NAdam; leave out rotate")
+        if not part:
+            check_turned([self.kinds])
+
+    @property
+    def kinds(self) -> dict[str, bool]:
+        """Of the optimizers, by name: whether basis rotation finds a step to turn; nothing without a rotation."""
+        if not any(isinstance(answer, BasisRotation) for answer in self._answers):
+            return {}
+        adams = [slot.optimizer for slot in self.slots if slot.is_adam]
+        return {type(each).__name__: any(each is adam for adam in adams) for each in self.optimizers}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -208,7 +255,7 @@ class DelayedOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        states = state["optimizer"] if len(self.optimizers) > 1 else [state["optimizer"]]
+        states = [state["optimizer"]] if len(self.optimizers) == 1 else state["optimizer"]
         for optimizer, own in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(deepcopy(own))  # it keeps the tensors it is given
         remembered = {
@@ -254,6 +301,20 @@ class DelayedOptimizer:
         found: list[Answer] = [answer for answer in self._answers if isinstance(answer, BasisRotation)]
         turned = found and any(found[0].kept[kind][slot.index].numel() for kind in ("row_basis", "column_basis"))
         return found[0] if turned else None  # type: ignore[return-value]
+
+
+def check_turned(kinds: Iterable[dict[str, bool]]) -> None:
+    """Refuse basis rotation for a stage none of whose optimizers steps as Adam does.
+
+    Args:
+        kinds: DelayedOptimizer.kinds of all parts of the stage.
+    Raises:
+        ValueError: naming the optimizers.
+    """
+    found = [kind for each in kinds for kind in each.items()]
+    if found and not any(turned for _, turned in found):
+        names = ", ".join(dict(found))
+        raise ValueError(f"{names}: basis rotation turns the steps of Adam, AdamW and NAdam; leave out rotate")
 
 
 def _once(action: Callable[[], None]) -> Callable[[], None]:

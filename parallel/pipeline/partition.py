@@ -1,8 +1,10 @@
-"""Cut a chain of layers into pipeline stages whose slowest is as fast as can be. No torch: layouts uses it too.
+"""Cut a chain of layers into pipeline stages, and a stage's weights into shares. No torch: layouts uses it too.
 
-grid.layer_ranges counts layers; this weighs them. decoder.balance measures the weights.
+grid.layer_ranges counts layers; `balanced_ranges` weighs them, by costs that decoder.balance measures. `owners` says
+which replica of a stage owns which of its weights where optimizer states are sharded.
 """
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -43,3 +45,25 @@ def balanced_ranges(costs: Sequence[float], num_stages: int) -> list[range]:
         ranges.append(range(start, end))
         end = start
     return ranges[::-1]
+
+
+def owners(sizes: Sequence[int], num_owners: int) -> list[int]:
+    """Who of `num_owners` owns each of some tensors, whole ones, so that the largest share is small.
+
+    The largest tensor goes first, always to who has least so far; of equal ones the earlier first, to the lower number.
+    The largest share is at most 4/3 of the smallest that could be, and never below the largest tensor's.
+
+    Args:
+        sizes: of the tensors, in elements.
+    Returns:
+        A number below `num_owners` for each tensor; some own none where tensors are fewer.
+    Cost: O(len(sizes) (log len(sizes) + log num_owners)).
+    Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies" (longest processing time first).
+    """
+    loads = [(0, number) for number in range(num_owners)]
+    found = [0] * len(sizes)
+    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
+        load, number = heapq.heappop(loads)
+        found[at] = number
+        heapq.heappush(loads, (load + sizes[at], number))
+    return found

@@ -98,9 +98,9 @@ class Meter:
             return
         self._delays.append(self.num_updates - seen)
         if sample is not None:
-            masters = [master.detach() for master in self._weights.masters]
-            moved = _norm(torch._foreach_sub(sample, masters))
-            self._errors.append(moved / max(_norm(masters), 1e-30))
+            present = [weight.detach() for weight in self._weights.held]
+            moved = _norm(torch._foreach_sub(sample, present))
+            self._errors.append(moved / max(_norm(present), 1e-30))
             self._sampling = False
 
     def update(self, norm: float) -> None:

@@ -24,26 +24,50 @@ def state_of(stage: "PipelineStage") -> dict[str, Any]:
         "norms": dict(stage.norms),
     }
     if stage.weights.narrower:
-        state["masters"] = stage.weights.present()
+        state["masters"] = [master.detach().clone() for master in stage.weights.masters]
+    if stage.weights.shards is not None:
+        state["owned"] = _place(stage)
     return state
+
+
+def _place(stage: "PipelineStage") -> dict[str, Any] | None:
+    """Which part of the stage's optimizer this is; None for all of it."""
+    shards = stage.weights.shards
+    if shards is None:
+        return None
+    return {"replica": shards.replica, "of": shards.num_replicas, "names": list(stage.weights.own_names)}
 
 
 def load(stage: "PipelineStage", state: dict[str, Any]) -> None:
     """Raises ValueError for the state of another stage."""
     if state["stage"] != stage.index:
         raise ValueError(f"this is the state of stage {state['stage']}, not of stage {stage.index}")
+    if state.get("owned") != _place(stage):
+        raise ValueError(
+            f"stage {stage.index}: this is the state of {_told(state.get('owned'))}, not of {_told(_place(stage))}: "
+            "load on every replica what it saved itself, with the same shard_optimizer and as many replicas; for "
+            "others save by the parameters' names (optimizer_parameters)"
+        )
     stage.module.load_state_dict(state["module"])
     stage.num_forwards, stage.num_updates = state["num_forwards"], state["num_updates"]
     stage.norms = dict(state["norms"])
     if stage.optimizer is not None:
         stage.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
-            for master, saved in zip(stage.weights.masters, state.get("masters", stage.weights.live), strict=True):
+            for master, saved in zip(stage.weights.masters, state.get("masters", stage.weights.own_live), strict=True):
                 master.data.copy_(saved.data)
+        stage.weights.take_others_from_module()
         stage.weights.note()
     states = state["scheduler"] if len(stage.schedulers) > 1 else [state["scheduler"]] * len(stage.schedulers)
     for scheduler, own in zip(stage.schedulers, states, strict=True):
         scheduler.load_state_dict(own)
+
+
+def _told(place: dict[str, Any] | None) -> str:
+    if place is None:
+        return "a whole optimizer"
+    names = ", ".join([*place["names"][:3], "..."][: len(place["names"])]) or "nothing"
+    return f"replica {place['replica']} of {place['of']}, which owns {names}"
 
 
 def remembered(stage: "PipelineStage", *, blank: bool) -> dict[str, Tensor]:
@@ -56,7 +80,7 @@ def remembered(stage: "PipelineStage", *, blank: bool) -> dict[str, Tensor]:
     named = {
         f"{kind}.{name}": tensor
         for kind, tensors in kinds.items()
-        for name, tensor in zip(stage.weights.names, tensors, strict=True)
+        for name, tensor in zip(stage.weights.own_names, tensors, strict=True)
     }
     if lag := _lag_of(stage):
         rows = list(stage.norms.items())

@@ -65,6 +65,7 @@ class PipelineOptions(TypedDict, total=False):
     skip_nonfinite: bool
     on_gradients: Callable[[dict[str, Tensor]], None] | None
     observe: bool
+    shard_optimizer: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,9 @@ class PipelineSettings:
         on_gradients: called with {parameter's name: gradient} of an update, averaged, before clipping; may change them
             in place, put others in the dict, or take some out (no gradient).
         observe: measure realised delay, prediction error, gradient norm and idle time of each stage (see report.py).
+        shard_optimizer: each replica of a stage has the optimizer of a part of its parameters, whole ones (see
+            partition.owners), and sends the others what they are after an update (ZeRO 1). The factory is called with
+            the replica's own, and not where it owns none. Without replicas it changes nothing.
     Raises:
         ValueError: float16, whose gradients need a GradScaler.
     """
@@ -107,6 +111,7 @@ class PipelineSettings:
     skip_nonfinite: bool = False
     on_gradients: Callable[[dict[str, Tensor]], None] | None = None
     observe: bool = False
+    shard_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype == torch.float16:

@@ -19,7 +19,7 @@ from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
 from fourfold.parallel.pipeline.checks import check_gradients, check_module, measured_loss
 from fourfold.parallel.pipeline.graphs import check_graph, needs_any
-from fourfold.parallel.pipeline.masters import MasterWeights, attach
+from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
 from fourfold.parallel.pipeline.randomness import seeded
 from fourfold.parallel.pipeline.report import Meter
@@ -34,8 +34,7 @@ from fourfold.parallel.pipeline.values import (
     received,
     take_apart,
 )
-
-Weights = list[Tensor] | None  # None: the present ones
+from fourfold.parallel.pipeline.versions import Weights, attach, weights_to_read
 
 
 @dataclass(slots=True)
@@ -75,7 +74,8 @@ class PipelineStage:
         delay: D, in updates; with `lag_updates` as DelayedOptimizer's.
         double_buffered: a micro-batch's forward and backward read the same version of the weights, not the present one.
         separate: keep the masters apart from the module's storage even where no mitigation asks for it (the emulator).
-        dp_group: replicas of this stage; gradients are averaged over it.
+        dp_group: replicas of this stage; gradients are averaged over it, and with shard_optimizer=True each of it has
+            the optimizer of a part of the weights.
         options: the keywords of PipelineSettings; `loss_fn` on the last stage only.
     """
 
@@ -101,11 +101,13 @@ class PipelineStage:
         self.stashes = (mitigation.stash and delay > 0) or double_buffered
         self._checked_graph = False
         self._replica = 0
+        self._corrected: Weights = None  # what backwards read, where only its owners can make it
         check_module(module, index, dp_group)
         if dp_group is not None:
             self._replica = dist.get_rank(dp_group)
             self._copy_from_first((*module.parameters(), *module.buffers()))
-        self.weights = MasterWeights(module, index, self.settings.master_dtype)
+        sharded = self.settings.shard_optimizer and dp_group is not None and dp_group.size() > 1
+        self.weights = MasterWeights(module, index, self.settings.master_dtype, dp_group if sharded else None)
         self.gradients = GradientSum(self.weights, self.settings, index, dp_group)
         self.optimizer: DelayedOptimizer | None = None
         self.schedulers: list[LRScheduler] = []
@@ -135,6 +137,7 @@ class PipelineStage:
         if not torch.is_grad_enabled():
             raise ValueError("run trains, but gradients are off (torch.no_grad or inference_mode): use evaluate there")
         self.weights.take_changes()
+        self.weights.take_changes_of_others()
         self.weights.drop_gradients()  # of the user's own backwards, or of a run that failed
         self.gradients.begin(under_way)
         self.meter.begin(num_updates)
@@ -150,7 +153,9 @@ class PipelineStage:
 
     def snapshot(self) -> Weights:
         """What forwards should read from now to the next update; new tensors where later reads may see an update."""
-        weights = self.optimizer.forward_weights() if self.optimizer is not None else None
+        weights, self._corrected = None, None  # those before make room
+        if self.optimizer is not None:
+            weights, self._corrected = weights_to_read(self.weights, self.optimizer, stashes=self.stashes)
         return self.weights.present() if weights is None and self.stashes else weights
 
     def forward(self, value: Any, target: Any, weights: Weights, seen: int) -> Flight:
@@ -276,9 +281,10 @@ class PipelineStage:
             self.gradients.clip(clipping.max_norm, self._norm if norm is None else max(norm, self._norm))
         if self._steps:
             self.weights.hand_over_gradients()
-            shown = self.weights.restore if self.weights.separate else None
+            shown = self.weights.restore if self.weights.apart else None
             self.optimizer.step(after_hooks=self.weights.take_gradient_changes, after_step=shown)
         self.weights.drop_gradients()
+        self.weights.exchange()
         if self.weights.separate:
             self.weights.restore()
         for scheduler in self.schedulers:
@@ -306,16 +312,17 @@ class PipelineStage:
         self.num_forwards, self.num_updates = num_forwards, num_updates
         saving.take_norms(self, remembered)
         if self.optimizer is not None:
-            self.optimizer.go_on(num_updates, saving.by_kind(remembered, self.weights.names))
+            self.optimizer.go_on(num_updates, saving.by_kind(remembered, self.weights.own_names))
 
     @contextmanager
     def optimizer_parameters(self) -> Iterator[torch.optim.Optimizer | None]:
         """While it lasts, the module's parameters are those that the optimizer owns; yields the optimizer.
 
-        For torch.distributed.checkpoint, which finds an optimizer's state by the names of a module's parameters.
+        For torch.distributed.checkpoint, which finds an optimizer's state by the names of a module's parameters. None
+        where this replica owns no parameter.
         """
         with self.weights.in_place():
-            yield self.optimizer.optimizer if self.optimizer is not None else None
+            yield self.optimizer.optimizer if self.optimizer is not None and self.optimizer.optimizers else None
 
     def _roots(
         self, flight: Flight, gradients: Sequence[Tensor] | None, relative: float
@@ -341,7 +348,7 @@ class PipelineStage:
         """Around a backward: the weights that it reads in the module, and casts of others forgotten."""
         weights = flight.weights
         if weights is None and self.optimizer is not None:
-            weights = self.optimizer.backward_weights()
+            weights = self.optimizer.backward_weights() if self.weights.shards is None else self._corrected
         torch.clear_autocast_cache()  # a recomputation must cast the weights that are there now
         with self._holding(weights):
             yield

@@ -20,8 +20,9 @@ from fourfold.parallel.pipeline.links import PipeLinks
 from fourfold.parallel.pipeline.norms import ModelNorms
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
-from fourfold.parallel.pipeline.stage import Flight, PipelineStage, Weights
+from fourfold.parallel.pipeline.stage import Flight, PipelineStage
 from fourfold.parallel.pipeline.values import copied, describe, needs_gradient, put_together
+from fourfold.parallel.pipeline.versions import Weights
 
 OnLoss = Callable[[int, Tensor], None]
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -68,3 +69,11 @@ def small_llama() -> Any:
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def replicas() -> tuple[dist.ProcessGroup, dist.ProcessGroup, int, int]:
+    """2 replicas x 2 stages: this rank's pipeline, its stage's replicas, its replica and its stage."""
+    pipelines = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    peers = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    replica, stage = divmod(dist.get_rank(), 2)
+    return pipelines[replica], peers[stage], replica, stage

@@ -154,7 +154,7 @@ def test_training_equals_the_emulator_and_resuming_equals_no_stop(ranks, tmp_pat
     "fields",
     [
         {},
-        {"dp": 2, "mitigation": "lwpw+sc", "schedule": "1f1b-async"},
+        {"dp": 2, "mitigation": "lwpw+sc", "schedule": "1f1b-async", "zero_stage": 1},
         {"schedule": "2bw", "mitigation": "none", "micro_batch": 2, "checkpointing": "full"},
         {"mitigation": "stash+sc", "precision": "bf16-mixed", "checkpointing": "stream"},
     ],
@@ -212,6 +212,26 @@ def test_replicas_train_as_one_pipeline_of_their_micro_batches(ranks, tmp_path):
     assert results[2][1] == pytest.approx(held_out, rel=1e-5)
     assert results[0][2] == results[2][2]  # replicas hold the same weights, to the bit
     assert results[1][2] == results[3][2]
+
+
+def test_sharded_optimizer_states_train_as_whole_ones_and_either_reads_the_others_checkpoints(ranks, tmp_path):
+    whole, sharded = layout(dp=2), layout(dp=2, zero_stage=1)
+    folders = str(tmp_path / "whole"), str(tmp_path / "sharded")
+    pool = ranks(4)
+    first = [pool(trained, plan, folder, False) for plan, folder in zip((whole, sharded), folders, strict=True)]
+    again = [pool(trained, plan, folder, True) for plan, folder in zip((sharded, whole), folders, strict=True)]
+    for rank, (losses, held_out, state, weights, _) in enumerate(first[0]):
+        assert first[1][rank][:2] == (losses, held_out)
+        assert first[1][rank][2] != state  # of a part of the weights
+        for results in (first[1], *again):
+            assert state_differences(results[rank][3], weights, f"rank {rank}") == []
+            assert results[rank][1] == held_out
+        assert again[0][rank][0] == again[1][rank][0] == losses[2:]
+        assert again[0][rank][2] == first[1][rank][2]
+        assert again[1][rank][2] == state
+    alone = [ranks(2)(trained, layout(micro_batch=2), folder, True) for folder in folders]  # without replicas
+    for stage in range(2):
+        assert alone[0][stage][:3] == alone[1][stage][:3]
 
 
 def observed(folder: str) -> list[tuple[int, list[int]]]:

@@ -21,7 +21,9 @@ from fourfold.parallel import PipelinedBackprop
 NUM_RANKS = 4
 
 
-def train_until_killed(rank: int, victim: int, num_replicas: int, folder: str, pipe: Connection) -> None:
+def train_until_killed(
+    rank: int, victim: int, num_replicas: int, folder: str, pipe: Connection, in_update: bool
+) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     # Ten minutes: what ends the ranks in time must not be this.
@@ -36,18 +38,32 @@ def train_until_killed(rank: int, victim: int, num_replicas: int, folder: str, p
     num_stages = NUM_RANKS // num_replicas
     pipelines = [dist.new_group(list(range(start, start + num_stages))) for start in range(0, NUM_RANKS, num_stages)]
     peers = [dist.new_group(list(range(stage, NUM_RANKS, num_stages))) for stage in range(num_stages)]
+    updates: list[int] = []
+
+    def made(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(parameters, lr=0.01)
+
+        def killed(*_: object) -> None:
+            updates.append(1)
+            if in_update and len(updates) == 20 and rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        optimizer.register_step_post_hook(killed)
+        return optimizer
+
     trainer = PipelinedBackprop(
         pipeline_models.stages(num_stages),
         group=pipelines[rank // num_stages],
         dp_group=peers[rank % num_stages] if num_replicas > 1 else None,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+        shard_optimizer=in_update,  # the others then wait for the victim's weights
+        optimizer=made,
         loss_fn=F.cross_entropy,
         mitigation="none",
     )
 
     def stream():
         for number in range(10**9):
-            if number == 20 and rank == victim:
+            if number == 20 and rank == victim and not in_update:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield pipeline_models.batches(1)[0]
 
@@ -82,20 +98,21 @@ def test_a_silent_stage_is_given_up_in_time(ranks):
 
 
 @pytest.mark.parametrize(
-    ("num_replicas", "victim", "named"),
+    ("num_replicas", "victim", "named", "in_update"),
     [
-        (1, 2, r"stage 2 \(rank 2\)"),
+        (1, 2, r"stage 2 \(rank 2\)", False),
         # who only averages with it cannot know which of the replicas it was
-        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?"),
+        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", False),
+        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", True),
     ],
 )
-def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named):
+def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named, in_update):
     context = fork_server()
     processes, pipes = [], []
     for rank in range(NUM_RANKS):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=train_until_killed, args=(rank, victim, num_replicas, str(tmp_path), theirs), daemon=True
+            target=train_until_killed, args=(rank, victim, num_replicas, str(tmp_path), theirs, in_update), daemon=True
         )
         process.start()
         theirs.close()

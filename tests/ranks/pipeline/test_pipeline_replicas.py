@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support import pipeline_models
+from support.pipeline_models import replicas
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,14 +14,6 @@ from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator
 from fourfold.parallel.pipeline import PipelineError
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-
-
-def replicas() -> tuple[dist.ProcessGroup, dist.ProcessGroup, int, int]:
-    """2 replicas x 2 stages: this rank's pipeline, its stage's replicas, its replica and its stage."""
-    pipelines = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    peers = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    replica, stage = divmod(dist.get_rank(), 2)
-    return pipelines[replica], peers[stage], replica, stage
 
 
 class Experts(nn.Module):

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from fourfold.launch.cli import app
 from fourfold.layouts.cost import asynchronous
 from fourfold.layouts.cost.candidates import Candidates
-from fourfold.layouts.cost.price import price
+from fourfold.layouts.cost.price import PricedLayout, price
+from fourfold.layouts.cost.shares import largest_share, layer_tensors
 from fourfold.layouts.cost.stages import stages_of
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.layout import SCHEDULES, Layout, read_layout_file, write_layout_file
@@ -17,6 +18,7 @@ from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.search.rank import rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.pipeline.mitigation import scale_adam_hyperparameters, scale_hyperparameters
+from fourfold.parallel.pipeline.partition import owners
 
 A100, LLAMA = load_cluster("A100-80GB"), load_model("llama-3.1-8b")
 BATCH = {"global_batch": 32, "seq_len": 2048}
@@ -122,6 +124,68 @@ def test_basis_rotation_costs_products_of_matrices(mitigation, products):
     assert turned.memory_parts_bytes["weights"] > plain.memory_parts_bytes["weights"]
 
 
+def test_replicas_that_share_out_optimizer_states():
+    """Whole tensors: the largest share, what answers keep by it, one more gather for each version of the weights."""
+
+    def one(**fields: object) -> PricedLayout:
+        return price(LLAMA, A100, [late(dp=2, **fields)])[0]
+
+    for mitigation, whole_copies, kept in (("none", 1, 0), ("stash+ef", 9, 6), ("lwpv+sc", 3, 0), ("lwpw", 3, 1)):
+        whole, sharded = (one(zero_stage=stage, mitigation=mitigation) for stage in (0, 1))
+        # Stage 0: whole tensors, the largest an eighth of a half, do not halve to the last per mille.
+        share = sharded.memory_parts_bytes["optimizer"] / whole.memory_parts_bytes["optimizer"]
+        assert 0.5 <= share == pytest.approx(0.5, rel=2e-3)
+        weights = whole.memory_parts_bytes["weights"] / (whole_copies + kept)
+        masters = share if whole_copies == 1 else 0  # elsewhere they count among the copies
+        assert sharded.memory_parts_bytes["weights"] == pytest.approx(weights * (whole_copies + share * kept + masters))
+        assert sharded.optimizer_s < whole.optimizer_s
+        assert sharded.time_parts_s["dp_communication"] > whole.time_parts_s["dp_communication"]
+    plain, corrected = (one(zero_stage=1, mitigation=name) for name in ("none", "pipemare-dc"))
+    more = corrected.memory_parts_bytes["weights"] / one(mitigation="none").memory_parts_bytes["weights"]
+    assert more == pytest.approx(1 + 1 + 0.5 + 1, rel=1e-3)  # apart, drift of a share, and what backwards read
+    for mitigation, times in (("none", [1, 1, 1]), ("lwpv+sc", [2, 2, 1]), ("spectrain", [2, 3, 3])):
+        candidates = Candidates.of([late(dp=2, zero_stage=1, mitigation=mitigation)])
+        assert asynchronous.gathers(candidates, stages_of(LLAMA, candidates).index)[:, 0].tolist() == times
+    assert plain.time_parts_s["dp_communication"] < corrected.time_parts_s["dp_communication"]
+
+
+def test_the_largest_share_of_a_small_stage_is_its_largest_tensor():
+    assert largest_share(LLAMA, 1, (True, False), 8) == LLAMA.embedding_params
+    # An even part where there is more to spread, and for mixtures of experts.
+    assert largest_share(LLAMA, 32, (False, False), 4) == pytest.approx(LLAMA.layers_params / 4, rel=1e-3)
+    mixture = load_model("mixtral-8x7b")
+    assert largest_share(mixture, 32, (False, True), 4) == pytest.approx(
+        (mixture.layers_params + mixture.head_params) / 4, rel=1e-3
+    )
+    for name in ("llama-3.1-8b", "qwen3-8b", "qwen2.5-7b", "gpt2", "gemma-7b"):
+        model = load_model(name)
+        assert sum(layer_tensors(model)) * model.num_layers == model.layers_params, name
+
+
+def test_shares_are_those_of_the_runtime():
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fourfold.parallel.decoder import decoder_stages
+
+    sizes = {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 60, "tie_word_embeddings": False,
+    }  # fmt: skip
+    for family in ("llama", "qwen2", "qwen3"):
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        model = load_model(whole.config.to_dict())
+        for number, num_layers in enumerate((2, 2, 1)):
+            stage = decoder_stages(whole, 3, seq_len=4, only=number)[number]
+            counts = [p.numel() for p in stage.parameters()]
+            for replicas in (2, 3, 8, 40):
+                loads = [0] * replicas
+                for count, owner in zip(counts, owners(counts, replicas), strict=True):
+                    loads[owner] += count
+                assert max(loads) == largest_share(model, num_layers, (number == 0, number == 2), replicas), family
+
+
 def test_what_changes_for_learning_follows_the_schedule():
     layout = late(dp=2, micro_batch=2)
     facts = asynchronous.convergence(layout)
@@ -143,7 +207,8 @@ def test_what_changes_for_learning_follows_the_schedule():
         ({"pp": 1}, "choose pp of at least 2, or '1f1b'"),
         ({"tp": 2}, "choose tp=1, or schedule='1f1b'"),
         ({"cp": 2}, "choose cp=1, or schedule='1f1b'"),
-        ({"dp": 2, "zero_stage": 3}, "choose zero_stage=0, or schedule='1f1b'"),
+        ({"dp": 2, "zero_stage": 2}, "choose zero_stage=1 or 0, or schedule='1f1b'"),
+        ({"dp": 2, "zero_stage": 3}, "choose zero_stage=1 or 0, or schedule='1f1b'"),
         ({"checkpointing": "selective"}, "choose none or full"),
         ({"schedule": "2bw", "micro_batch": 16}, "a larger global_batch or a smaller micro_batch"),
     ],

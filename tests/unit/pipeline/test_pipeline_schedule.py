@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fourfold.parallel.pipeline.partition import owners
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.schedule import FLUSHED, NAMES, PipelineSchedule, async_speedup
 
@@ -175,6 +177,25 @@ def test_a_program_refuses_a_stream_of_another_length():
     for count in (2, 4):
         with pytest.raises(ValueError, match="the program is for"):
             list(program.actions(0, iter(range(count))))
+
+
+@given(st.lists(st.integers(0, 12), max_size=6), st.integers(1, 4))
+def test_the_largest_share_is_nearly_as_small_as_any(sizes, num_owners):
+    found = owners(sizes, num_owners)
+    shares = [sum(size for size, owner in zip(sizes, found, strict=True) if owner == who) for who in range(num_owners)]
+    assert len(found) == len(sizes)
+    assert sum(shares) == sum(sizes)
+    best = min(
+        max(sum(size for size, owner in zip(sizes, tried, strict=True) if owner == who) for who in range(num_owners))
+        for tried in product(range(num_owners), repeat=len(sizes))
+    )
+    assert 3 * max(shares) <= 4 * best  # Graham's bound
+
+
+def test_owners_are_the_same_on_every_rank():
+    assert owners([3, 8, 3, 1, 8], 3) == [2, 0, 2, 2, 1]
+    assert owners([2], 3) == [0]
+    assert owners([], 2) == []
 
 
 def test_schedules_do_not_import_torch():
