@@ -5,6 +5,7 @@ any layout, and a resumed run, sees the same rows in the same order.
 """
 
 import math
+import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +49,8 @@ def read_standard_library() -> tuple[Tensor, Tensor]:
 def standard_library() -> tuple[Text, Text]:
     """The same as `read_standard_library`, with a document a file."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    paths = sorted(path for path in folder.rglob("*.py") if not _SKIPPED.intersection(path.relative_to(folder).parts))
     parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for path in paths:
+    for path in _sources(folder):
         name = path.relative_to(folder).as_posix()
         parts[crc32(name.encode()) % _HELD_OUT_EVERY == 0].append(path.read_bytes())
     if not all(parts):
@@ -63,6 +63,15 @@ def standard_library() -> tuple[Text, Text]:
         for part in parts
     )
     return train, held_out
+
+
+def _sources(folder: Path) -> list[Path]:
+    """The Python files below `folder`, sorted. What is skipped is not looked through: installed packages are many."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        found += [Path(parent, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def training_rows(text: Tensor, *, seq_len: int, global_batch: int, step: int, seed: int, rows: slice) -> Tensor:

@@ -1,8 +1,11 @@
 """The training text: real, split by file, and a function of seed, step and row alone."""
 
+from zlib import crc32
+
 import pytest
 import torch
 
+from fourfold.launch.training import data
 from fourfold.launch.training.data import byte_frequency_loss, held_out_rows, read_standard_library, training_rows
 
 TEXT = torch.arange(1000, dtype=torch.int64).remainder(256).to(torch.uint8)
@@ -13,6 +16,22 @@ def test_the_standard_library_is_text_and_is_split():
     assert len(train) > 1_000_000
     assert 0.02 < len(held_out) / len(train) < 0.3
     assert b"def " in bytes(train[:100_000].tolist())
+
+
+def test_what_is_not_the_standard_library_is_left_out(tmp_path, monkeypatch):
+    """In the order of the whole paths, part by part: `a/b.py` comes before `a.py`."""
+    names = ["a.py", "a/b.py", "a/test/no.py", "a/notes.txt", "site-packages/no.py", "z.py", "tests.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(data, "_HELD_OUT_EVERY", 2)  # of four files some go to each part
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    train, held_out = read_standard_library()
+    parts = [bytes(part.tolist()).decode() for part in (train, held_out)]
+    kept = ["a/b.py", "a.py", "tests.py", "z.py"]
+    assert sorted(parts) == sorted(
+        "".join(name for name in kept if (crc32(name.encode()) % 2 == 0) == held) for held in (False, True)
+    )
 
 
 def test_ranks_read_disjoint_rows_of_one_batch():
