@@ -1,5 +1,6 @@
 """Where the published runs lie, for the tests that read them; and no deadlines on a machine that may be busy."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,12 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 PUBLISHED_RUNS = Path(__file__).resolve().parents[2] / "shared" / "published-runs"
+
+
+def pytest_collection_finish() -> None:
+    """What stays for the whole session (torch, transformers, the tests) is none of the garbage collector's business."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """`ranks(n)` gives the session's pool of n gloo ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
 from hypothesis import settings
-from support.rank_pool import RankPool
+from support.rank_pool import RankPools
 from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel import init_mesh
@@ -15,15 +15,16 @@ settings.register_profile("thorough", max_examples=500, deadline=None)
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankPool]]:
-    pools: dict[int, RankPool] = {}
+def ranks() -> Iterator[RankPools]:
+    pools = RankPools()
+    yield pools
+    pools.close()
 
-    def pool(world_size: int) -> RankPool:
-        return pools.setdefault(world_size, RankPool(world_size))
 
-    yield pool
-    for started in pools.values():
-        started.close()
+@pytest.fixture(scope="module", autouse=True)
+def no_world_is_idle_for_long(ranks: RankPools) -> Iterator[None]:
+    yield
+    ranks.close_unused()
 
 
 @pytest.fixture

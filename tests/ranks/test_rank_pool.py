@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from support.rank_pool import MOST_THREADS, RankFailure
+from support.rank_pool import MOST_THREADS, RankFailure, RankPools
 
 
 def add_ranks(offset: int) -> float:
@@ -51,3 +51,16 @@ def test_a_failing_rank_is_named_and_the_pool_recovers(ranks):
 def test_a_hanging_rank_is_ended(ranks):
     with pytest.raises(RankFailure, match="gave no answer within"):
         ranks(2)(time.sleep, 600, timeout_s=1.0)
+
+
+def test_a_world_that_is_not_asked_for_is_closed():
+    pools = RankPools()
+    try:
+        before = pools(1)(make_groups, 0)
+        pools.close_unused()
+        assert pools(1)(make_groups, 0) == before
+        pools.close_unused()
+        pools.close_unused()
+        assert pools(1)(make_groups, 0) != before
+    finally:
+        pools.close()

@@ -20,11 +20,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from support.fork_server import fork_server
+from support.fork_server import fork_server, keep_what_was_loaded
 
 # Of one rank. gloo keeps a group's threads for as long as the process lives, each wakes up many times a second, and
-# every mesh that a body makes has several groups: after some hundred bodies the threads alone fill the machine.
-MOST_THREADS = 64
+# every mesh that a body makes has several groups: after some hundred bodies the threads alone fill the machine. Fewer
+# would start a world anew every few bodies, and a new rank makes all of DTensor's plans again.
+MOST_THREADS = 128
 STARTING_S = 240.0
 
 
@@ -34,6 +35,7 @@ class RankFailure(AssertionError):
 
 def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
     """Join the world, then run bodies until the pipe closes."""
+    keep_what_was_loaded()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     import torch.distributed as dist
@@ -132,3 +134,25 @@ class RankPool:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+
+
+class RankPools:
+    """A pool a world size, started when first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+        self._asked_for: set[int] = set()
+
+    def __call__(self, world_size: int) -> RankPool:
+        self._asked_for.add(world_size)
+        return self._pools.setdefault(world_size, RankPool(world_size))
+
+    def close_unused(self) -> None:
+        """Close the worlds that nobody asked for since the last call: idle ranks' threads still wake up."""
+        for world_size in self._pools.keys() - self._asked_for:
+            self._pools[world_size].close()
+        self._asked_for.clear()
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()

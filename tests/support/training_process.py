@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from support.fork_server import fork_server
+from support.fork_server import fork_server, keep_what_was_loaded
 
 TRAIN = "fourfold.launch.train"
 
@@ -121,6 +121,7 @@ def _run(
     log: Path,
     before: Callable[[], None] | None,
 ) -> None:
+    keep_what_was_loaded()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
