@@ -1,18 +1,27 @@
-"""Every command of the README and of docs/ runs as it stands there; those that `make` starts are .ci/run's."""
+"""Every command of the README and of docs/ runs as it stands there; those that `make` starts are .ci/run's.
+
+The ranks that layout-advisor starts come from the fork server: that it starts them for real, test_faults.py and
+test_training_file.py see.
+"""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.tiny_config import CONFIG
+from support.training_process import start_forked_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
+from fourfold.launch.cli import app
+from fourfold.launch.commands import launch, profile
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
@@ -29,6 +38,7 @@ def commands_of(text: str) -> list[str]:
 
 
 COMMANDS = commands_of(README)
+STARTS_RANKS = {"launch", "profile", "train"}
 SHORT_TRAINING = """
 model = "launch/data/byte-llama.json"
 data = "text.txt"
@@ -51,37 +61,48 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
-def test_command(command, tmp_path):
+def test_command(command, tmp_path, run):
     (tmp_path / "run").mkdir()
     write_layout_file(tmp_path / "run" / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
-    run(command, tmp_path)
+    run(command)
 
 
 @pytest.mark.parametrize("guide", [guide for guide in GUIDES if commands_of(guide.read_text())], ids=lambda p: p.stem)
-def test_a_guides_commands_one_after_the_other(guide, tmp_path):
+def test_a_guides_commands_one_after_the_other(guide, tmp_path, run):
     for folder in ("launch", "examples"):  # as in the root, where the guide's reader is
         (tmp_path / folder).symlink_to(ROOT / folder)
     # The training file that stands in a guide names texts and weights of its reader's; this one has its own.
     (tmp_path / "text.txt").write_text("One line of text after the other.\n" * 400)
     (tmp_path / "train.toml").write_text(SHORT_TRAINING)
     for command in commands_of(guide.read_text()):
-        run(command, tmp_path)
+        run(command)
 
 
-def run(command: str, folder: Path) -> None:
-    words = shlex.split(command)
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Runs a command in the test's folder; it must end well."""
     bin_folder = Path(sys.executable).parent
-    if words[0] == "mpiexec" and not (bin_folder / "mpiexec").exists():
-        pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
-    if words[0] == "layout-advisor" and not (bin_folder / words[0]).exists():  # run from the source tree
-        words[:1] = [sys.executable, "-m", "fourfold.launch.cli"]
-    environment = os.environ | {
-        "PATH": os.pathsep.join([str(bin_folder), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(bin_folder), os.environ["PATH"]]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for module in (launch, profile):
+        monkeypatch.setattr(module, "start_ranks", start_forked_ranks)
+
+    def started(command: str) -> None:
+        words = shlex.split(command)
+        if words[0] == "mpiexec" and not (bin_folder / "mpiexec").exists():
+            pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
+        if words[0] == "layout-advisor" and words[1] in STARTS_RANKS:
+            told = CliRunner().invoke(app, words[1:])
+            assert told.exit_code == 0, f"{command}\n{told.output}{told.exception}"
+            return
+        if words[0] == "layout-advisor" and not (bin_folder / words[0]).exists():  # run from the source tree
+            words[:1] = [sys.executable, "-m", "fourfold.launch.cli"]
+        result = subprocess.run(words, capture_output=True, text=True, timeout=280)
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+
+    return started
 
 
 def readme_example() -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """A newcomer's job: own text, tokenizer and weights, in one file and one command; what leaves is what was reported."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.one_loss import tiny_model
+from support.training_process import start_forked_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from fourfold.launch.cli import app
+from fourfold.launch.commands import launch
 from fourfold.launch.train_options import TrainOptions
 from fourfold.launch.training.async_loop import AsynchronousModel, held_out_loss_asynchronously
 from fourfold.launch.training.build import build, exported_loss
@@ -85,16 +88,20 @@ def loss_of(folder: Path, rows: torch.Tensor) -> float:
     return model(rows, labels=rows).loss.item()
 
 
-def test_a_newcomers_job(desk):
+def test_a_newcomers_job(desk, monkeypatch):
     assert len(JOB.splitlines()) <= 25
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def train(*words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "fourfold.launch.cli", "train", "train.toml", *words]
-        return subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, timeout=280)
+        return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
-    first = train("--steps", "2")
-    assert first.returncode == 0, first.stderr
+    with monkeypatch.context() as forked:  # the second run's are started for real
+        forked.setattr(launch, "start_ranks", start_forked_ranks)
+        first = CliRunner().invoke(app, ["train", "train.toml", "--steps", "2"])
+    assert first.exit_code == 0, first.exception
     second = train()  # goes on where the first has stopped
     assert second.returncode == 0, second.stderr
     result = json.loads((desk / "run" / "result.json").read_text())
