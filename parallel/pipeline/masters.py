@@ -258,14 +258,23 @@ class MasterWeights:
         self._note_places()
 
     @torch.no_grad()
-    def take_changes_of_others(self) -> None:
-        """After `take_changes`, before a run: take what was set in the optimizers of other replicas; every one calls.
+    def take_all_changes(self) -> None:
+        """`take_changes`, and what was set in the optimizers of other replicas; every one calls before a run.
 
-        Where it was also set in the module here, it stays, to be refused as unlike on all replicas.
+        Where a weight was also set in the module here, it stays, to be refused as unlike on all replicas.
+
+        Raises:
+            ValueError: as `take_changes`, of any replica.
         """
         if self.shards is None:
+            self.take_changes()
             return
-        elsewhere = {name for names in self.shards.told(sorted(self._set_in_optimizer)) for name in names}
+
+        def take() -> list[str]:
+            self.take_changes()
+            return sorted(self._set_in_optimizer)
+
+        elsewhere = {name for names in self.shards.do_together(take) for name in names}
         if not elsewhere:
             return
         present = self.shards.gathered(self.masters, self.live)

@@ -55,29 +55,29 @@ class Shards:
         """This one's number."""
         return self._group.rank()
 
-    def make_together(self, make: Callable[[], Made], names_of: Callable[[], list[str]]) -> Made:
-        """Make something on every replica, or nothing on any; then all know every replica's order of its parameters.
+    def do_together(self, work: Callable[[], Made]) -> list[Made]:
+        """Do something on every replica; returns what each has of it, small objects.
 
-        Args:
-            names_of: the names of this replica's parameters in the order of its optimizers, once they are made.
         Raises:
-            ValueError: it could not be made on another replica.
+            ValueError: it failed on another replica; here, what it raised.
         """
-        made, failure = None, None
+        done, failure = None, None
         try:
-            made = make()
+            done = work()
         except Exception as error:
             failure = error
-        told = None if failure is None else f"{type(failure).__name__}: {failure}"
-        outcomes = self.told(("", names_of()) if told is None else (told, []))
+        outcomes = self.told(("" if failure is None else f"{type(failure).__name__}: {failure}", done))
         if failure is not None:
             raise failure
         for number, (words, _) in enumerate(outcomes):
             if words:
                 rank = dist.get_process_group_ranks(self._group)[number]
-                raise ValueError(f"stage {self._stage}: its replica on rank {rank} has no optimizer: {words}")
-        self._set([names for _, names in outcomes])
-        return made  # type: ignore[return-value]
+                raise ValueError(f"stage {self._stage}: its replica on rank {rank} has failed: {words}")
+        return [each for _, each in outcomes]  # type: ignore[misc]
+
+    def follow(self, names: list[list[str]]) -> None:
+        """Take the order of each replica's parameters from it: that of its optimizers."""
+        self._set(names)
 
     def told(self, own: Made) -> list[Made]:
         """What every replica tells, a small object each. Raises PipelineError: a replica is gone."""

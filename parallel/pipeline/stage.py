@@ -136,8 +136,7 @@ class PipelineStage:
         """
         if not torch.is_grad_enabled():
             raise ValueError("run trains, but gradients are off (torch.no_grad or inference_mode): use evaluate there")
-        self.weights.take_changes()
-        self.weights.take_changes_of_others()
+        self.weights.take_all_changes()
         self.weights.drop_gradients()  # of the user's own backwards, or of a run that failed
         self.gradients.begin(under_way)
         self.meter.begin(num_updates)

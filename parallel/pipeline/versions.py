@@ -22,15 +22,20 @@ def attach(
         ValueError: as MasterWeights.own and DelayedOptimizer; on every replica, where the optimizer is sharded.
     """
 
-    def make() -> DelayedOptimizer:
-        return DelayedOptimizer(masters.own(factory), part=masters.shards is not None, **delayed)  # type: ignore[arg-type]
+    made: list[DelayedOptimizer] = []
+
+    def make() -> list[str]:
+        """Returns the parameters' names in the order of the optimizers."""
+        made.append(DelayedOptimizer(masters.own(factory), part=masters.shards is not None, **delayed))  # type: ignore[arg-type]
+        return masters.own_names
 
     if masters.shards is None:
-        optimizer = make()
+        make()
     else:
-        optimizer = masters.shards.make_together(make, lambda: masters.own_names)
+        masters.shards.follow(masters.shards.do_together(make))
         masters.follow_owners()
-        check_turned(masters.shards.told(optimizer.kinds))
+        check_turned(masters.shards.told(made[0].kinds))
+    optimizer = made[0]
     masters.separate = masters.separate or separate or optimizer.predicts or optimizer.corrects
     masters.share()
     return optimizer

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fourfold.parallel import PipelinedBackprop, PipelinedBackpropEmulator
-from fourfold.parallel.pipeline import ClipNorm
+from fourfold.parallel.pipeline import ClipNorm, PipelineError
 from fourfold.parallel.pipeline.optimizer import NamedParameters
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -317,6 +317,34 @@ def test_hooks_and_void_micro_batches(ranks):
         assert whole[1] > 1, f"rank {rank}"
 
 
+def failing_as_a_run_begins() -> str:
+    """What a rank raises where a weight was set in two ways on replica 1 of stage 0, which alone can see it."""
+    pipeline, peers, replica, stage = replicas()
+    modules = pipeline_models.stages(2)
+    made = PipelinedBackprop(modules, group=pipeline, dp_group=peers, shard_optimizer=True, **OPTIONS)
+    made.run(pipeline_models.batches(3))
+    if (replica, stage) == (1, 0):
+        dict(modules[0].named_parameters())[made.stage.weights.own_names[0]].data.mul_(0.5)
+        made.stage.weights.masters[0].data.mul_(2.0)
+    try:
+        made.run(pipeline_models.batches(3))
+    except (ValueError, PipelineError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_replica_that_cannot_begin_ends_all(ranks):
+    pool = ranks(4)
+    try:
+        results = pool(failing_as_a_run_begins, timeout_s=60.0)  # the group's own timeout is 120 s
+    finally:
+        pool.close()
+    assert "otherwise, in the optimizer: set it in one of them" in results[2]
+    assert "ValueError: stage 0: its replica on rank 2 has failed: ValueError: stage 0: weight" in results[0]
+    for rank in (1, 3):
+        assert results[rank].startswith("PipelineError"), f"rank {rank}: {results[rank]}"
+
+
 def faulty(case: str) -> tuple[str, str]:
     """What a rank raises where replica 1 of stage 1 cannot make its optimizer, in one way or another."""
     pipeline, peers, replica, stage = replicas()
@@ -342,17 +370,13 @@ def faulty(case: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(("case", "words"), [("factory", "no such optimizer"), ("list", "missing: ")])
 def test_a_factory_that_fails_on_one_replica_fails_on_all_of_its_stage(ranks, case, words):
-    pool = ranks(4)
-    try:
-        results = pool(faulty, case)
-    finally:
-        pool.close()
+    results = ranks(4)(faulty, case)
     assert [kind for kind, _ in results] == [
         "",
         "ValueError",
         "",
         "RuntimeError" if case == "factory" else "ValueError",
     ]
-    assert "stage 1: its replica on rank 3 has no optimizer: " in results[1][1]
+    assert "stage 1: its replica on rank 3 has failed: " in results[1][1]
     assert words in results[1][1]
     assert words in results[3][1]
