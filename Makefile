@@ -11,8 +11,8 @@ run: setup ## measure, plan, launch, train, report
 	$(BIN)/layout-advisor demo --out $(OUT)
 
 # Two workers: while the ranks of one wait for each other, the other's compute. The tests of a module share a worker, and
-# so the trainings and models that its fixtures make. Not the modules of most tests first, but in their folders' order:
-# those that start processes come early, and the many short ones of tests/unit fill both workers up to the end.
+# so the trainings and models that its fixtures make. Not the modules of most tests first, but in the order that
+# tests/conftest.py gives: the many short ones of tests/unit fill both workers up to the end.
 test: setup-test ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.order import spread
 
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 PUBLISHED_RUNS = Path(__file__).resolve().parents[2] / "shared" / "published-runs"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = spread(items, lambda item: item.nodeid.split("::")[0], lambda module: "/ranks/launch/" in module)
 
 
 def pytest_collection_finish() -> None:
