@@ -5,6 +5,9 @@ TRL calls the base model itself, gives it no labels, and has a head of its own.
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,19 +104,33 @@ def own_accelerator():
     AcceleratorState._reset_state(True)
 
 
+def start(name: str, model: nn.Module, tokenizer: Any, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TRAINERS[name](model, tokenizer, folder)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tokenizer, tmp_path_factory) -> Callable[[str], tuple[list[float], list[nn.Parameter]]]:
+    """Losses and weights of a trainer around a model that does not stream, for both orders."""
+
+    @cache
+    def trained(name: str) -> tuple[list[float], list[nn.Parameter]]:
+        model = decoder(name)
+        losses = run(start(name, model, tokenizer, tmp_path_factory.mktemp("plain")))
+        return losses, list(model.parameters())
+
+    return trained
+
+
 @pytest.mark.parametrize("order", ["streaming first", "trainer first"])
 @pytest.mark.parametrize("name", TRAINERS)
-def test_every_layer_streams_and_losses_are_the_plain_runs(name, order, tokenizer, tmp_path):
-    def start(model: nn.Module) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return TRAINERS[name](model, tokenizer, tmp_path)
-
-    plain_model, model = (decoder(name) for _ in range(2))
-    plain = run(start(plain_model))
+def test_every_layer_streams_and_losses_are_the_plain_runs(name, order, tokenizer, plain_run, tmp_path):
+    plain, plain_weights = plain_run(name)
+    model = decoder(name)
     if order == "streaming first":
         stream_backprop(model, **CHUNKS)
-    trainer = start(model)
+    trainer = start(name, model, tokenizer, tmp_path)
     if order == "trainer first":
         stream_backprop(model, **CHUNKS)
     checkpointing = pytest.warns(UserWarning, match="streaming replaces it")
@@ -121,5 +138,5 @@ def test_every_layer_streams_and_losses_are_the_plain_runs(name, order, tokenize
         streamed = run(trainer)
     assert len(layers) == 2 * STEPS * trainer.args.gradient_accumulation_steps
     assert streamed == pytest.approx(plain, rel=LOSS_TOLERANCE, abs=1e-6)
-    for (key, mine), theirs in zip(model.named_parameters(), plain_model.parameters(), strict=True):
+    for (key, mine), theirs in zip(model.named_parameters(), plain_weights, strict=True):
         assert (mine - theirs).norm() <= LOSS_TOLERANCE * theirs.norm(), key
