@@ -68,12 +68,20 @@ def resolve_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    mesh: DeviceMesh,
+    *,
+    max_norm: float,
+    counted_elsewhere: nn.Parameter | None = None,
+) -> Tensor:
     """Scale all gradients so that their 2-norm over the whole model is at most `max_norm`.
 
     Args:
         parameters: this rank's parameters, as the layout left them: plain, or DTensors on axes of `mesh`.
         mesh: (dp, pp, cp, tp); every rank of it must call.
+        counted_elsewhere: one of `parameters` whose gradient another pipeline stage has too, and counts: it is scaled
+            with the rest.
     Returns:
         The norm before clipping, a float64 scalar, the same on every rank.
     Raises:
@@ -86,6 +94,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, max_
     replicas = mesh.size() // mesh["pp"].size()
     total = torch.zeros((), dtype=torch.float64, device=mesh.device_type)
     for parameter in parameters:
+        if parameter is counted_elsewhere:
+            continue
         gradient = local_gradient(parameter)
         assert gradient is not None
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)  # no copy of the gradient

@@ -100,6 +100,21 @@ def pipeline_seconds(pricing: Pricing) -> Column:
     return np.where(layouts.pp > 1, 2.0 * layouts.vp * send, 0.0)
 
 
+def tied_ends_seconds(pricing: Pricing) -> Column:
+    """Once a step, the first and the last stage exchange gradients of an embedding that is the head's weight too.
+
+    It comes after both have been reduced, with nothing to hide behind, and every stage waits for the two. Where ZeRO
+    shards optimizer states, a shard each. Activations are gone by then: its buffer is not at the peak.
+    """
+    layouts, model = pricing.layouts, pricing.model
+    if not model.tied_embeddings or not pricing.software.tied_ends:
+        return np.zeros(len(layouts))
+    size = model.vocab_size * model.hidden_size / layouts.tp * pricing.software.grad_bytes
+    size = size / np.where(layouts.zero_stage >= 1, layouts.shards, 1)
+    seconds = pricing.network.send_s(size, layouts.pp, pricing.distance.pp)  # over nodes where the pipeline is
+    return np.where(layouts.drains, seconds, 0.0)
+
+
 def reduction_seconds(pricing: Pricing, backward: Column) -> Column:
     """Gradient reduction and weight gathering of a step that compute could not hide; [3, candidates].
 

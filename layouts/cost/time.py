@@ -20,6 +20,7 @@ from fourfold.layouts.cost.communication import (
     reduction_seconds,
     ring_seconds,
     tensor_parallel_seconds,
+    tied_ends_seconds,
 )
 from fourfold.layouts.cost.layer import Times, attention_times, recomputed, saved_bytes, stream_overhead_s
 from fourfold.layouts.cost.measured_layers import (
@@ -150,7 +151,7 @@ def time_of(pricing: Pricing) -> StepTime:
         tp_communication=times * on_slowest(one.tp_communication),
         cp_communication=times * on_slowest(one.cp_communication),
         ep_communication=times * on_slowest(one.ep_communication),
-        pp_communication=times * on_slowest(one.pp_communication),
+        pp_communication=times * on_slowest(one.pp_communication) + tied_ends_seconds(pricing),
         dp_communication=on_slowest(update.reduction),
         bubble=bubble,
         optimizer=on_slowest(update.optimizer),

@@ -138,6 +138,9 @@ class Software:
     """Where it compiles them: the same runtime without a compiler."""
     compiled_as: str = ""
     """The software that runs those layouts whose layers this one compiles unasked; "": it compiles none."""
+    tied_ends: bool = False
+    """Whether two stages' exchange of a tied embedding's gradients is priced by itself. Other software does it too, and
+    its constants were fitted to whole steps, the exchange included."""
     launched: bool = True
     """Operators run behind the host (CUDA); else the host itself computes."""
 

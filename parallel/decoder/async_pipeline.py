@@ -96,7 +96,9 @@ def decoder_stages(
     ends = cut.get("embedding_counts_as", 0), cut.get("head_counts_as", 0)
     chosen = as_number("checkpointing", checkpointing)
     compiled, stream = cut.get("compile"), cut.get("stream")
-    layout = Choice(pp=num_stages, checkpointing=chosen, compile=bool(compiled))
+    # Which schedule they will run under is not known yet, but that it never drains; 2bw refuses least.
+    late = as_number("schedule", "2bw" if num_stages > 1 else "1f1b")
+    layout = Choice(pp=num_stages, checkpointing=chosen, schedule=late, compile=bool(compiled))
     check_decoder(model, layout)
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")

@@ -61,7 +61,9 @@ def cut_decoder_into_stages(
             would update one weight, each without the other's gradient); a sliding window without ring attention,
             unless the stages stream.
     """
-    check_decoder(model, Choice(pp=num_stages, checkpointing=as_number("checkpointing", checkpointing)))
+    # Which schedule they will run under is not known yet, but that it never drains; 2bw refuses least.
+    late = as_number("schedule", "2bw" if num_stages > 1 else "1f1b")
+    check_decoder(model, Choice(pp=num_stages, checkpointing=as_number("checkpointing", checkpointing), schedule=late))
     if checkpointing != "stream":  # whose chunks know windows themselves
         check_windows(model)
     config: Any = model.config

@@ -111,15 +111,25 @@ class BatchAgreement:
         # torch's fake group, of a dry run, sums nothing.
         self._alone = mesh.size() == 1 or dist.get_backend(self._group) == "fake"
 
-    def num_targets(self, input_ids: Tensor, labels: Tensor, trouble: str, document_ids: Tensor | None = None) -> int:
+    def num_targets(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        trouble: str,
+        document_ids: Tensor | None = None,
+        *,
+        frozen_end: bool = False,
+    ) -> int:
         """Targets of the global batch; every rank of the mesh calls.
 
         Args:
             input_ids, labels, document_ids: [B, S], this rank's rows.
             trouble: what `trouble_with` said of them.
+            frozen_end: whether this rank holds one of two copies of tied embeddings, and does not train it.
         Raises:
-            ValueError: on every rank, where a rank has trouble (it is named) or peers have different rows.
-        Cost: one all-reduce of 24 bytes; beyond that only where something is wrong.
+            ValueError: on every rank, where a rank has trouble (it is named), peers have different rows, or some of the
+                copies are frozen and others not.
+        Cost: one all-reduce of 32 bytes; beyond that only where something is wrong.
         """
         if self._alone:
             if trouble:
@@ -129,11 +139,17 @@ class BatchAgreement:
         if not trouble:
             count = int((labels[:, 1:] != IGNORED_LABEL).sum()) if self._is_first_peer else 0
             product = checksum(input_ids, labels, document_ids) * self._weight
-        values = torch.tensor([count, product, bool(trouble)], dtype=torch.int64, device=self._device)
+        values = torch.tensor([count, product, bool(trouble), frozen_end], dtype=torch.int64, device=self._device)
         dist.all_reduce(values, group=self._group)
-        total, difference, num_refusing = values.tolist()
+        total, difference, num_refusing, num_frozen = values.tolist()
         if num_refusing or difference:
             self._refuse(trouble, 0 if trouble else checksum(input_ids, labels, document_ids))
+        num_copies = 2 * self._mesh.size() // self._mesh["pp"].size()
+        if num_frozen not in (0, num_copies):
+            raise ValueError(
+                f"the tied embedding is frozen on {num_frozen} of the {num_copies} ranks that hold it: set "
+                "requires_grad of model.embed_tokens.weight alike on the first and the last pipeline stage"
+            )
         return int(total)
 
     def _refuse(self, trouble: str, mine: int) -> None:

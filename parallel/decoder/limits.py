@@ -9,7 +9,7 @@ not import torch, because the planner must answer without it.
 
     SHAPES    what any software needs to cut a decoder: heads that tp divides, a layer a stage
     FORMS     what makes a layout one at all, whatever the model: a batch that divides, an asynchronous stage kept whole
-    RUNTIME   what fourfold's own runtime has: four families, no experts, no tied embeddings across stages
+    RUNTIME   what fourfold's own runtime has: four families, no experts, no tied embeddings in asynchronous stages
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -272,11 +272,12 @@ RUNTIME: tuple[Limit, ...] = (
     ),
     WHOLE_VOCABULARY,
     Limit(
-        fields=("pp",),
-        # Each of two stages would update one weight, without the other's gradient.
-        allows=lambda model, layout: (not model.tied_embeddings) | (layout.pp == 1),
-        reason="tied embeddings need pp=1 in this runtime",
-        message="tie_word_embeddings=true with pp={layout.pp}: the first and the last stage would each hold a copy; "
+        fields=("pp", "schedule"),
+        # The two stages see a micro-batch at different times, so at no update is there a gradient of both.
+        allows=lambda model, layout: (not model.tied_embeddings) | (layout.pp == 1) | drains(layout.schedule),
+        reason="tied embeddings in a pipeline that never drains",
+        message="tie_word_embeddings=true with pp={layout.pp} and schedule={layout.schedule_word!r}: the first and the "
+        "last stage update one weight with gradients of different micro-batches; choose schedule='1f1b' (parallelize), "
         "use pp=1 or untie them (set tie_word_embeddings=False)",
     ),
     *INTERLEAVING,

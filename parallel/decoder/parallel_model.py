@@ -29,6 +29,7 @@ from fourfold.parallel.decoder.draining_pipeline import Pipeline
 from fourfold.parallel.decoder.precision import Precision
 from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.decoder.tied_ends import TiedEnd
 from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
 from fourfold.parallel.ring.options import AgreedLength
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence, take
@@ -121,6 +122,7 @@ class ParallelModel:
                 zero_bubble=options.schedule == "zero-bubble",
             )  # fmt: skip
         self._loss_dtype = torch.promote_types(torch.float32, options.precision.weights)
+        self._tied_end = TiedEnd(stage, mesh)
         self._agreement = BatchAgreement(mesh)
         self._loss_scale = 1.0
 
@@ -145,21 +147,21 @@ class ParallelModel:
                 holds an id or label that is no token; or where the ranks of one dp rank have different rows. The
                 message names the rank. Likewise document_ids that are in pieces; or under cp > 1 with pp > 1 or
                 sequence_parallel, where the ranks' shares of packed rows are not of one length.
-        Cost: one forward and backward pass; the layout's collectives, and three of 8 to 24 bytes for count and loss.
+        Cost: one forward and backward pass; the layout's collectives, and three of 8 to 32 bytes for count and loss.
             A batch on the host is checked there; one on a GPU has to be waited for. document_ids cost a mask of
             micro_batch x S^2 bytes where attention is neither a ring's nor streamed.
         """
         rows = self._prepare(input_ids, labels, document_ids, trains=True)
-        with self._loss_context():
+        with self._tied_end.gradients_summed(), self._loss_context():
             if self._pipeline is not None:
                 losses = self._pipeline.step(rows, self._micro_batch or 1)
             else:
                 losses = list(self._accumulate(rows))
-        parameters = list(self.stage.parameters())
-        resolve_partial_gradients(parameters)
-        if self._averages_own_gradients:
-            assert self._replica_group is not None
-            average_gradients(parameters, self._replica_group)
+            parameters = list(self.stage.parameters())
+            resolve_partial_gradients(parameters)
+            if self._averages_own_gradients:
+                assert self._replica_group is not None
+                average_gradients(parameters, self._replica_group)
         return self._mean_loss(losses)
 
     def evaluate(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
@@ -201,7 +203,8 @@ class ParallelModel:
 
         Raises ValueError where `max_norm` is negative or no number: it would turn gradients round.
         """
-        return clip_gradients(self.parameters(), self.mesh, max_norm=max_norm)
+        copy = self._tied_end.counted_elsewhere
+        return clip_gradients(self.parameters(), self.mesh, max_norm=max_norm, counted_elsewhere=copy)
 
     def batch_rows(self, global_batch: int) -> slice:
         """Which rows of a global batch of `global_batch` sequences this rank's `forward_backward` takes.
@@ -268,7 +271,8 @@ class ParallelModel:
         trouble = trouble or self._trouble_with_length(input_ids) or self._trouble_with_documents(document_ids)
         if document_ids is not None and not trouble:
             labels = without_first_tokens(labels, document_ids)
-        num_targets = self._agreement.num_targets(input_ids, labels, trouble, document_ids)
+        frozen = trains and self._tied_end.frozen
+        num_targets = self._agreement.num_targets(input_ids, labels, trouble, document_ids, frozen_end=frozen)
         # Divided in fp32, as transformers' mean over the targets is: an fp64 model then takes the very same step.
         self._loss_scale = (self._num_replicas / torch.tensor(max(num_targets, 1))).item()
         # This rank's tokens.

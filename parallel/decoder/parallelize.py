@@ -32,6 +32,7 @@ from fourfold.parallel.decoder.precision import Precision, chosen_precision
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, has_sliding_window
 from fourfold.parallel.decoder.taken_over import mark_replaced, refuse_taken_over, take_over
 from fourfold.parallel.decoder.tensor_parallel import cut_ends, cut_layer
+from fourfold.parallel.decoder.tied_ends import check_ends_alike, copy_to_last_stage
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.gradients import copy_weights
 from fourfold.parallel.grid import AXES, interleaved_ranges, layer_ranges
@@ -100,9 +101,10 @@ def parallelize(
         A ParallelModel that holds this rank's part.
     Raises:
         ValueError: what cannot be exact (decoder.limits): another model family, heads that tp does not divide, fewer
-            layers than stages, tied embeddings with pp > 1, streaming with tp > 1; a precision or a compiler that is
-            none; a model that was parallelized or compiled before; adapters with tp, or of another kind.
-    Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others.
+            layers than stages, streaming with tp > 1; a precision or a compiler that is none; stages of unlike tied
+            embeddings; a model that was parallelized or compiled before; adapters with tp, or of another kind.
+    Cost: weights that were not drawn here travel once, from the first dp x cp rank to the others; a tied embedding once
+        from the first pipeline stage to the last.
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
@@ -252,6 +254,8 @@ def _place(
     copies_weights = replicas.size() > 1 and not drawn_alike
     if replicas.size() > 1:
         _check_alike(stage, how.seed, device, replicas.get_group())
+    if mesh["pp"].size() > 1:
+        check_ends_alike(model, mesh, dtype=how.precision.weights, device=device)
     products = how.precision.products
     policy = MixedPrecisionPolicy(param_dtype=products, reduce_dtype=torch.float32 if products is not None else None)
 
@@ -273,13 +277,17 @@ def _place(
         if how.backend is not None:
             compile_layer(layer, how.backend)
         sharded(layer)
+    tied = cast(Any, model).config.tie_word_embeddings
     for name, part in stage.ends():
+        if tied and name == "lm_head":  # the embedding's weight was made before, under its own name
+            stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
         made(part, name)
     if tp_mesh.size() > 1:
         cut_ends(stage, tp_mesh, sequence_parallel=how.sequence_parallel)
     if copies_weights:
-        copy_weights((weight for _, part in stage.ends() for weight in part.parameters()), replicas.get_group())
-    if cast(Any, model).config.tie_word_embeddings:  # each step above makes parameters anew
-        stage.lm_head.weight = cast(Any, stage.model).embed_tokens.weight
+        of_ends = (weight for _, part in stage.ends() for weight in part.parameters())
+        copy_weights(dict.fromkeys(of_ends), replicas.get_group())
+    if tied and mesh["pp"].size() > 1:
+        copy_to_last_stage(stage, mesh)
     for run in runs:
         sharded(run)

@@ -83,7 +83,8 @@ def _parts(stage: DecoderStage, wanted: Callable[[str], bool]) -> list[dict[str,
     for name, part in stage.named_parts():
         every = {f"{name}.{path}": parameter for path, parameter in part.named_parameters()}
         own = {path: parameter for path, parameter in every.items() if wanted(path)}
-        if own and not (tied and name == "lm_head"):  # which is the embedding again
+        elsewhere = name == "lm_head" or (name == "model.embed_tokens" and not stage.is_first)
+        if own and not (tied and elsewhere):  # the first stage's embedding again
             named[name] = own
     first = [named.pop("model.embed_tokens")] if "model.embed_tokens" in named else []
     last = named.pop("model.norm", {}) | named.pop("lm_head", {})

@@ -72,6 +72,9 @@ def check_windows(model: nn.Module) -> None:
 class DecoderStage(nn.Module):
     """Layers `layers` of `model`, with the embedding on the first stage and the norm and head on the last.
 
+    Where the head is the embedding's weight, the last stage holds the embedding too, without running it: the weight has
+    one name on both (see decoder.tied_ends).
+
     Args:
         model: a causal language model that passed `check_decoder`. Its modules are shared, not copied.
         layers: the decoder layers of this stage, ascending. With gaps between them, where a rank has several runs, the
@@ -115,7 +118,7 @@ class DecoderStage(nn.Module):
         self.model = nn.Module()
         self.model.rotary_emb = whole.model.rotary_emb
         self.model.layers = nn.ModuleDict({str(index): whole.model.layers[index] for index in layers})
-        if self.is_first:
+        if self.is_first or (self.is_last and whole.config.tie_word_embeddings):
             self.model.embed_tokens = whole.model.embed_tokens
         if self.is_last:
             self.model.norm = whole.model.norm

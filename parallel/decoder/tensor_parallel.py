@@ -82,6 +82,12 @@ def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh, *, sequence_parallel: boo
     if stage.is_last:
         head = ColwiseParallel(input_layouts=between)
         parallelize_module(stage, tp_mesh, {"model.norm": _AsDTensor(between), "lm_head": head})
+        if stage.config.tie_word_embeddings:  # both are Shard(0), and one weight again
+            embedding = cast(Any, stage.model).embed_tokens
+            if stage.is_first:
+                stage.lm_head.weight = embedding.weight
+            else:  # which is not run here, so was not cut
+                embedding.weight = stage.lm_head.weight
 
 
 def _between(sequence_parallel: bool) -> Placement:

@@ -95,6 +95,7 @@ STREAM = {"checkpointing": "stream"}
         ({"pp": 2}, {}, {"use_rslora": True}),
         ({"pp": 2}, STREAM | {"zero_stage": 3}, {}),
         ({"pp": 2}, {"vp": 2, "zero_stage": 1}, {}),
+        ({"pp": 2}, {"checkpointing": "full"}, {"model": {"tie_word_embeddings": True}}),
         ({"pp": 2}, {"vp": 2, "schedule": "zero-bubble"}, {}),
         ({"pp": 2}, {"micro_batch": 2}, {"layers_to_transform": [3]}),  # a stage and an embedding that are frozen
         ({"dp": 2}, {}, {"layers_to_transform": [2]}),

@@ -129,6 +129,10 @@ def test_documents_and_windows(ranks, mesh_shape, options):
     assert_documents(ranks, mesh_shape, options, WINDOW)
 
 
+def test_documents_and_tied_embeddings(ranks):
+    assert_documents(ranks, {"pp": 2}, {"micro_batch": 2}, {"tie_word_embeddings": True})
+
+
 def assert_documents(ranks, mesh_shape: dict, options: dict, model_options: dict) -> None:
     world = 1
     for size in mesh_shape.values():

@@ -27,6 +27,12 @@ def saved(mesh_shape: dict, options: dict, model_options: dict, folder: str, dty
     return loss, str(again.value)
 
 
+def index_of(folder) -> tuple[dict, list[str]]:
+    """The bytes of all weights, and their names."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return index["metadata"], sorted(index["weight_map"])
+
+
 @pytest.mark.parametrize(
     ("mesh_shape", "options", "model_options"),
     [
@@ -41,7 +47,9 @@ def saved(mesh_shape: dict, options: dict, model_options: dict, folder: str, dty
         ({"pp": 2}, {"zero_stage": 3, "checkpointing": "stream"}, {"family": "qwen3"}),
         ({"dp": 2, "pp": 2}, {"zero_stage": 1, "vp": 2}, {"family": "qwen3"}),
         ({"dp": 2, "tp": 2}, {"zero_stage": 3}, {"tie_word_embeddings": True}),
+        ({"pp": 2}, {"vp": 2}, {"tie_word_embeddings": True}),
         ({"pp": 4}, {}, {}),
+        ({"pp": 2, "tp": 2}, {"zero_stage": 3}, {"tie_word_embeddings": True}),
         ({"pp": 2, "tp": 2}, {}, {}),
         ({"dp": 2, "pp": 2}, {"zero_stage": 3}, {}),
     ],
@@ -61,6 +69,7 @@ def test_the_folder_has_the_trained_model(ranks, tmp_path, mesh_shape, options, 
     truth = AutoModelForCausalLM.from_pretrained(tmp_path / "alone").state_dict()
     found = loaded.state_dict()
     assert found.keys() == truth.keys()
+    assert index_of(tmp_path / "model") == index_of(tmp_path / "alone")  # a weight of two stages is written once
     # One AdamW step of lr 3e-3 turns rounding of a gradient that is nearly zero into a step's sign, on single weights.
     errors = {name: relative_error(value, truth[name]) for name, value in found.items()}
     assert max(errors.values()) < 1e-3, errors

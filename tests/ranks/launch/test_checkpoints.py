@@ -20,11 +20,17 @@ TEXT = torch.randint(64, (2, 4000), generator=torch.Generator().manual_seed(3)).
 
 
 def run(
-    axes: dict, options: dict, folder: str, resume: bool, num_layers: int = 2, adapters: bool = False
+    axes: dict,
+    options: dict,
+    folder: str,
+    resume: bool,
+    num_layers: int = 2,
+    adapters: bool = False,
+    tied: bool = False,
 ) -> list[float]:
     layout = Layout(global_batch=4, seq_len=24, micro_batch=1, **axes)
     mesh = init_mesh(**axes, device_type="cpu")
-    whole = tiny_model(num_hidden_layers=num_layers)
+    whole = tiny_model(num_hidden_layers=num_layers, tie_word_embeddings=tied)
     if adapters:
         from peft import LoraConfig, get_peft_model
 
@@ -82,6 +88,23 @@ def test_adapters_go_on_under_another_layout(ranks, tmp_path):
     losses = ranks(2)(run, {"dp": 2}, {"zero_stage": 3}, folder, False, *model)[0]
     again = ranks(2)(resume_from_step_two, {"pp": 2}, {"vp": 2}, folder, *model)[0]
     assert again == pytest.approx(losses[2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (({"pp": 2}, {}), ({"dp": 2}, {"zero_stage": 3})),
+        (({"tp": 2}, {}), ({"pp": 2}, {"vp": 2})),
+        (({"pp": 2, "tp": 2}, {"zero_stage": 1}), ({"dp": 2, "pp": 2}, {"zero_stage": 3})),
+    ],
+    ids=str,
+)
+def test_a_weight_of_two_stages_goes_on_under_another_layout(ranks, tmp_path, written, read):
+    folder, model = str(tmp_path / "checkpoints"), (4, False, True)
+    world = 4 if len(written[0]) == 2 else 2
+    losses = ranks(world)(run, *written, folder, False, *model)[0]
+    again = ranks(world)(resume_from_step_two, *read, folder, *model)[0]
+    assert again == pytest.approx(losses[2:], rel=1e-5)  # fp32's rounding, as above
 
 
 def test_nothing_to_resume_from(ranks, tmp_path):

@@ -165,6 +165,13 @@ def test_weights_go_in_and_out_under_every_layout(ranks, desk, fields):
     assert AutoTokenizer.from_pretrained(desk / "again").eos_token == "<end>"
 
 
+def test_tied_weights_go_in_and_out_of_two_stages(ranks, desk):
+    """One weight in the folder, a copy on either stage."""
+    tiny_model(num_hidden_layers=2, vocab_size=320, tie_word_embeddings=True).save_pretrained(desk / "pretrained")
+    test_weights_go_in_and_out_under_every_layout(ranks, desk, {"pp": 2})
+    assert "lm_head.weight" not in (desk / "again" / "model.safetensors.index.json").read_text()
+
+
 def corpus_of(folder: str, vocab_size: int, keys: dict[str, Any]) -> Corpus:
     sources = found_sources(TrainOptions(out=folder, **keys))
     return read_corpus(sources, Path(folder), vocab_size, Activity())

@@ -16,6 +16,7 @@ from fourfold.layouts.cost.memory import _normal_cdf, memory_of
 from fourfold.layouts.cost.price import price
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.stages import ends_in_cut, stage_params, stages_of
+from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Link, LinkOperation, load_cluster
 from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.layout import Layout
@@ -70,6 +71,27 @@ def test_stage_parameters_add_up():
         assert whole - norms == pytest.approx(LLAMA.num_params, rel=1e-12) or pp == 1
         if pp == 1:
             assert shared[0, 0] == LLAMA.num_params
+
+
+def test_a_weight_of_two_stages_is_held_twice_and_its_gradients_exchanged_once_a_step():
+    tied, batch = replace(LLAMA, tied_embeddings=True), {"global_batch": 8, "seq_len": 64}
+    weight = LLAMA.vocab_size * LLAMA.hidden_size
+    assert tied.num_params == LLAMA.num_params - weight
+    for axes, part in (
+        ({"pp": 2}, weight), ({"pp": 4, "tp": 2}, weight / 2), ({"pp": 2, "dp": 2, "zero_stage": 1}, weight / 2),
+    ):  # fmt: skip
+        layouts = Candidates.of([Layout(**axes, **batch)])
+        pricing = pricing_of(layouts, RUNTIME_CUDA, tied)
+        assert np.array_equal(pricing.held_params, pricing_of(layouts, RUNTIME_CUDA).held_params)
+        exchange = time_of(pricing).pp_communication - time_of(pricing_of(layouts, RUNTIME_CUDA)).pp_communication
+        link, share = A100.links[0].send, load_constants().inner_link
+        assert exchange == pytest.approx(link.latency_s + 4 * part / (link.bandwidth_bytes_per_s * share), rel=1e-9)
+    alone = pricing_of(Candidates.of([Layout(**batch)]), RUNTIME_CUDA, tied)
+    assert alone.held_params[0][0, 0] == tied.num_params
+    assert time_of(alone).pp_communication == 0
+    layouts = Candidates.of([Layout(pp=2, **batch)])
+    apart, included = (time_of(pricing_of(layouts, MEGATRON, model)) for model in (LLAMA, tied))
+    assert apart.pp_communication == included.pp_communication
 
 
 @pytest.mark.parametrize(
