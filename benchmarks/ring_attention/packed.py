@@ -11,6 +11,7 @@ reads are sent. A ring that passes every key around, as published ones do, sends
 import argparse
 from pathlib import Path
 
+from benchmarks.arguments import count
 from benchmarks.ring_attention.shardings import SHARDINGS, few_long_many_short
 from benchmarks.rows import measurement, write_rows
 
@@ -43,12 +44,15 @@ def counted(name: str, size: int, seq_len: int, cu_seqlens: tuple[int, ...]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64])
-    parser.add_argument("--seq-len", type=int, default=1 << 18)
+    parser.add_argument("--ranks", type=count, nargs="+", default=[8, 64])
+    parser.add_argument("--seq-len", type=count, default=1 << 18)
     parser.add_argument("--no-write", action="store_true", help="leave packed.csv as it is")
     arguments = parser.parse_args()
     seq_len = arguments.seq_len
-    cu_seqlens = few_long_many_short(seq_len)
+    try:
+        cu_seqlens = few_long_many_short(seq_len)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"{seq_len} tokens, {len(cu_seqlens) - 1} documents, causal, H_kv {KV_HEADS}, D {HEAD_SIZE}, bf16")
     print(f"{'ranks':>6}  {'cut':26}{'pairs, busiest':>15}{'tokens, fullest':>16}{'GB sent, most':>15}{'mean':>8}")
     rows = []

@@ -49,6 +49,8 @@ def longest(
         num_devices=gpus, global_batch=global_batch, seq_len=1, space=space, fix=parse_fix(fix or [])
     )
     host = Host(bytes_per_device=number(host_gib, "--host-gib", zero=True, most=1e9) * GIB)
+    if pcie and not host_gib:
+        raise ValueError(f"--pcie {pcie:g} without --host-gib: nothing is offloaded; give the host memory a device has")
     found = find_longest(load_model(config), machine, request, host=host, software=_software(software))
     if as_json:
         typer.echo(json.dumps({"seq_len": found.seq_len, "host_gib": found.host_bytes / GIB} | describe(found.priced)))

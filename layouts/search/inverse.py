@@ -76,10 +76,11 @@ def longest(
         request: its seq_len is not read.
         host: memory for what is offloaded.
     Raises:
-        ValueError: not even SHORTEST tokens fit.
+        ValueError: not even SHORTEST tokens fit; offloading that is asked for without host memory.
     Cost: some 20 searches.
     """
-
+    if request.fix.get("offload") and not host.bytes_per_device:
+        raise ValueError("offload=true without host memory: say how much a device has (--host-gib), or leave it out")
     kinds = (False, True) if host.bytes_per_device else (False,)
 
     def answer(size: int) -> Longest | None:
@@ -105,8 +106,8 @@ def longest(
     if found is None:
         rank_layouts(model, cluster, replace(request, seq_len=SHORTEST), top=1, software=software)  # or why not
         raise ValueError(
-            f"not even a sequence of {SHORTEST} tokens fits on {request.num_devices} devices: give more of them, or a "
-            "smaller model"
+            f"not even a sequence of {SHORTEST} tokens fits on {request.num_devices} devices: give more of them, a "
+            "smaller model, or on CUDA precision=bf16, which halves what a parameter takes"
         )
     return found
 

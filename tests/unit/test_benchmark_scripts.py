@@ -84,6 +84,8 @@ REFUSED = {
     (RING, *HERE, "--tokens", "3"): "at least 128 tokens",
     (RING, *HERE, "--tokens", "128", "--repeats", "0"): "whole number of at least 1",
     (RING, "--print", "--samples", "pyproject.toml"): "has other columns",
+    ("ring_attention.packed", "--ranks", "0"): "whole number of at least 1",
+    ("ring_attention.packed", "--seq-len", "3"): "at least 128 tokens",
     (PROFILING, *HERE, "--steps", "-3"): "whole number of at least 1",
     (PROFILING, *HERE, "--model", "none.json"): "none.json: no such file",
     (PROFILING, "--print", "--out", "pyproject.toml"): "has other columns",
