@@ -16,6 +16,7 @@ from fourfold.layouts.cost.layer import active_ffn, output_gradient_bytes, saved
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.shares import owned_params, owns_a_share
 from fourfold.layouts.cost.stages import Stages
+from fourfold.parallel.stream.work_space import PieceSizes, Shape, Work
 
 SCORES_SPREAD = 0.2
 """`memory_spread` where an attention kernel stores its scores: what it holds while it works is not counted."""
@@ -173,7 +174,11 @@ def _changing(pricing: Pricing) -> _Changing:
         put_off = np.where(layouts.zero_bubble, (stages.index + 1) / layouts.vp, 0.0)
         activations = activations + put_off * stages.layers * output_gradient_bytes(pricing)
     chunks = np.where(layouts.checkpointing == STREAM, layouts.stream_chunks, 1)
-    logits = stages.has_head * _loss_bytes(pricing) / chunks
+    loss = _loss_bytes(pricing) / chunks
+    streams = layouts.checkpointing == STREAM
+    if streams.any():  # whose head holds some tiles of logits at most, however few chunks the layers have
+        loss = np.where(streams, np.minimum(loss, _streamed_loss_bytes(pricing)), loss)
+    logits = stages.has_head * loss
     # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
     width = model.hidden_size + np.where(checkpointed, active_ffn(model) / layouts.tp, 0.0)
     work = (np.where(checkpointed, kept, 0.0) + 2.0 * layouts.tokens * width * software.compute_bytes) / chunks
@@ -190,6 +195,29 @@ def _loss_bytes(pricing: Pricing) -> Column:
     norm_kept = 0 if software.fused_norm else software.norm_kept_bytes
     norm = layouts.tokens * model.hidden_size * (2.0 * software.compute_bytes + norm_kept)
     return entries * (software.logits_bytes + gather) + norm
+
+
+def _streamed_loss_bytes(pricing: Pricing) -> Column:
+    """What StreamBP's head holds beside the layers' inputs: the last hidden states, their gradient, some logits.
+
+    By the closed form of the runtime's own streaming.
+    """
+    model, layouts, software = pricing.model, pricing.layouts, pricing.software
+    shape = Shape(
+        layers=model.num_layers, hidden=model.hidden_size, intermediate=model.ffn_size, heads=model.num_heads,
+        kv_heads=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size, tied=model.tied_embeddings,
+    )  # fmt: skip
+    whole = PieceSizes(groups=0, chunk=1, mlp_chunk=1)  # of layers, which are not asked for here
+    work = Work(shape=shape, sizes=whole, batch=1, itemsize=software.compute_bytes, keeps=False)
+    tokens, places = np.unique(layouts.tokens, return_inverse=True)
+    held = []
+    for count in tokens.tolist():
+        a_token, fixed = work.head(
+            count, "auto", pricing.cluster.device.type, wide_sums=software.weight_bytes < 4
+        )  # fmt: skip
+        held.append(count * a_token + fixed)
+    streamed: Column = np.array(held)[places.reshape(-1)]
+    return streamed
 
 
 def _gradients(pricing: Pricing, changing: Column) -> tuple[Column, Column]:

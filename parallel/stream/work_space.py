@@ -122,8 +122,14 @@ class Work:
         """Bytes a parameter of which a gradient is being summed: those of few pieces are not widened."""
         return 0 if self.itemsize >= 4 else 4 if pieces > FEW_PIECES else self.itemsize
 
-    def head(self, tokens: int, logits_chunk: Auto, device_type: str) -> tuple[float, float]:
-        """At the end of the model, for so many tokens in all rows."""
+    def head(
+        self, tokens: int, logits_chunk: Auto, device_type: str, *, wide_sums: bool | None = None
+    ) -> tuple[float, float]:
+        """At the end of the model, for so many tokens in all rows.
+
+        Args:
+            wide_sums: whether weights are narrower than fp32, and gradients summed in it; None: as activations are.
+        """
         hidden, vocabulary = self.shape.hidden, self.shape.vocabulary
         asked = None if logits_chunk == "auto" else logits_chunk
         rows = min(tokens, asked or logits_chunk_size(vocabulary, device_type))
@@ -131,7 +137,7 @@ class Work:
         tile = min(tokens, tile_tokens) * 4 * (6 * hidden + 2 * tile_rows)
         # As Head.by_tiles chooses: the sums of a tile of the vocabulary, and what the projection reads of all tokens.
         whole, tiled = 4 * vocabulary * hidden, (tokens * self.itemsize + 4 * tile_rows) * hidden
-        sums = 0 if self.itemsize >= 4 else min(whole, tiled)
+        sums = min(whole, tiled) if (self.itemsize < 4 if wide_sums is None else wide_sums) else 0
         a_token = 2 * hidden * self.itemsize + self._rotary
         return a_token, sums + max(rows * 4 * (6 * hidden + vocabulary), tile)
 

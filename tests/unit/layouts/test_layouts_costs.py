@@ -26,6 +26,8 @@ from fourfold.layouts.search.explain import draw_schedule
 from fourfold.layouts.search.rank import rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.grid import layer_ranges
+from fourfold.parallel.stream.memory import stream_memory
+from fourfold.parallel.stream.work_space import logits_tile
 
 A100 = load_cluster("A100-80GB")
 LLAMA = load_model("llama-3.1-8b")
@@ -272,6 +274,21 @@ def test_more_chunks_hold_less_and_take_longer(space_stack, cluster):
     for few, many in itertools.pairwise(prices):
         assert many.peak_bytes < few.peak_bytes
         assert many.step_s > few.step_s
+
+
+@pytest.mark.parametrize("seq_len", [16384, 65536])
+def test_a_streamed_head_holds_no_more_than_the_runtime_s_closed_form_says(seq_len):
+    """Some tiles of logits, whose size the sequence does not change; not all those of a chunk of the layers."""
+    # One thin layer, so that the peak is at the head.
+    model = replace(LLAMA, num_layers=1, hidden_size=512, ffn_size=512, num_heads=4, num_kv_heads=1)
+    streaming = Layout(checkpointing="stream", stream_chunks=16, global_batch=1, seq_len=seq_len)
+    layouts = [streaming, replace(streaming, checkpointing="full", stream_chunks=1)]
+    streamed, whole = (each.memory_parts_bytes["logits"] for each in price(model, A100, layouts))
+    config = {"hidden_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": model.vocab_size}
+    said = stream_memory(config, seq_len, itemsize=2, device_type="cuda").head_bytes
+    sums = (seq_len * 2 + 4 * logits_tile(model.vocab_size, None, "cuda")[1]) * 512  # of bf16 weights; these are fp32
+    assert streamed == pytest.approx(said - sums, rel=1e-3)
+    assert whole > 10 * streamed
 
 
 def test_offloading_hides_behind_a_layer_that_works_long_enough():
