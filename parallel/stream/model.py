@@ -52,12 +52,13 @@ def stream_backprop(
 
     Args:
         model: a transformers causal language model, or peft's wrapper of one.
-        chunk_size: queries of attention a chunk. "auto": by stream.memory.auto_chunks, 256 to 1024 on a CPU, 1024 to
-            4096 elsewhere.
+        chunk_size: queries of attention a chunk, or see head_groups. "auto": by stream.memory.auto_sizes, 256 to 1024
+            queries on a CPU; elsewhere 8192 or 32768 tokens that are projected, or 1024 to 4096 queries.
         logits_chunk: tokens whose logits exist at a time. "auto": by stream.memory, as many as fit some MiB.
         offload: "host" copies the layers' inputs, and with keep_attention attention's outputs, to pinned host memory
             and back, beside the computation. On CUDA; elsewhere they stay where they are.
-        mlp_chunk: tokens a chunk of all that follows attention. "auto": with chunk_size, at most that.
+        mlp_chunk: tokens a chunk of all that follows attention. "auto": with chunk_size, on a CPU at most that;
+            elsewhere 2048 to 8192, all rows together.
         keep_attention: True keeps every layer's attention output and lse, B*T*(heads*head_dim + 2*heads) numbers a
             layer, and never computes attention's forward twice; a number keeps those of the last so many layers.
         backend: an attention backend's name, see attention.py; None chooses.
