@@ -13,10 +13,10 @@ from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.constants import Constants, load_constants
-from fourfold.layouts.inputs.layout import PRECISIONS, Layout, check
+from fourfold.layouts.inputs.layout import PRECISIONS, Layout, check, facts_of
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.software import MEGATRON, RUNTIME_COMPILING, RUNTIME_CPU, Software, load_software
-from fourfold.parallel.decoder.limits import FORMS, RUNTIME, Choice, DecoderFacts
+from fourfold.parallel.decoder.limits import FORMS, RUNTIME, Choice, DecoderFacts, broken
 
 GIB = float(1 << 30)
 FITS, SAFE = 0.5, 0.95
@@ -55,8 +55,15 @@ class PricedLayout:
     """Model FLOPs (6 N + 12 L q S a token) over peak x devices x step."""
     tokens_per_s: float
     software: Software
-    """What runs it."""
+    """What was priced as running it."""
+    facts: DecoderFacts = field(default_factory=DecoderFacts, repr=False)
+    """Of the model, for what the runtime takes."""
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def runnable(self) -> bool:
+        """Whether fourfold's own runtime launches this layout of this model; the rest is for export to other tools."""
+        return not any(broken(RUNTIME, self.facts, Choice.of(self.layout)))
 
     @property
     def fits(self) -> bool:
@@ -189,7 +196,7 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
     by_stage, probability = memory.by_stage, memory.fit_probability
     low, high = step_interval(pricing, time)
     doubt = TENTH * np.take_along_axis(np.broadcast_to(memory.spread, by_stage.shape), worst[None], 0)[0]
-    result = []
+    facts, result = facts_of(pricing.model), []
     for row in range(len(pricing.layouts)):
         layout = pricing.layouts.layout(row)
         seconds = float(step[row])
@@ -215,6 +222,7 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
                 mfu=mfu_of(pricing.model, layout, seconds, pricing.cluster.device.peak_flops_per_s),
                 tokens_per_s=layout.global_batch * layout.seq_len / seconds,
                 software=pricing.software,
+                facts=facts,
             )
         )
     return result

@@ -25,7 +25,7 @@ def describe(priced: PricedLayout) -> dict[str, Any]:
     row: dict[str, Any] = {"layout": str(priced.layout)}
     row |= priced.layout.as_dict()
     row |= {
-        "num_micro_batches": priced.layout.num_micro_batches, "runnable": priced.layout.runnable,
+        "num_micro_batches": priced.layout.num_micro_batches, "runnable": priced.runnable,
         "step_s": priced.step_s, "mfu": priced.mfu, "tokens_per_s": priced.tokens_per_s,
         "tokens_per_s_per_device": priced.tokens_per_s / priced.layout.world_size,
         "compute_s": priced.compute_s, "exposed_communication_s": priced.exposed_communication_s,

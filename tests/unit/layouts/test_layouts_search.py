@@ -9,9 +9,10 @@ import pytest
 
 from fourfold.layouts.cost.price import price
 from fourfold.layouts.inputs.cluster import load_cluster
-from fourfold.layouts.inputs.layout import check
+from fourfold.layouts.inputs.layout import check, check_runnable
 from fourfold.layouts.inputs.model import load_model
 from fourfold.layouts.inputs.software import MEGATRON
+from fourfold.layouts.output.tables import describe
 from fourfold.layouts.search.explain import neighbours
 from fourfold.layouts.search.rank import advice, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
@@ -232,3 +233,22 @@ def test_sequence_parallelism_and_interleaving_do_what_they_are_for():
     assert one(pp=8, vp=4).bubble_s == pytest.approx(one(pp=8).bubble_s / 4, rel=0.05)  # type: ignore[attr-defined]
     assert one(pp=8, vp=4).peak_bytes > one(pp=8).peak_bytes  # type: ignore[attr-defined]
     assert np.isfinite(one(tp=2, cp=4, dp=2, cp_heads=2).step_s)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "words"), [("gpt2", "model_type"), ("qwen3-4b", "tie_word_embeddings")])
+def test_a_plan_marks_as_runnable_what_the_runtime_launches_of_this_very_model(name, words):
+    """Another family, or tied embeddings across stages, are no matter of the layout alone."""
+    model = load_model(name)
+    request = SearchRequest(num_devices=4, global_batch=4, seq_len=512, space="full")
+    plan = rank_layouts(model, A100, request)
+    refused = []
+    for priced in plan.layouts:
+        try:
+            check_runnable(priced.layout, model)
+        except ValueError as error:
+            refused.append(str(error))
+            assert not describe(priced)["runnable"], priced.layout
+        else:
+            assert describe(priced)["runnable"], priced.layout
+    assert any(words in message for message in refused), refused[:3]
+    assert any(priced.layout.runnable and not priced.runnable for priced in plan.layouts)
