@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fourfold.parallel.stream.attention import RowMask
 from fourfold.parallel.stream.kept_inputs import weights_are_sharded
 from fourfold.parallel.stream.patching import (
     Patches,
@@ -251,3 +252,28 @@ def _module_of(hook: Callable[..., Any]) -> str:
     while isinstance(hook, partial):
         hook = hook.func
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+def check_padding(masks: Sequence[RowMask], targets: Tensor, attention: nn.Module) -> None:
+    """Refuse a loss at padding that sees no token, where the model's own attention is "eager".
+
+    What such padding attends is arbitrary: kernels give zeros, as streaming does, and eager attention the mean of all
+    values. A plain loss then has another number in it. With attention sinks both give zeros.
+
+    Args:
+        targets: [B, T], negative where none is.
+        attention: a layer's.
+    Raises:
+        ValueError: a row begins with padding whose last token is asked for the row's first.
+    """
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation != "eager" or getattr(attention, "sinks", None) is not None:
+        return
+    for mask in masks:
+        first = mask.keys[0][0] if mask.keys else targets.shape[1]
+        if first and bool((targets[slice(*mask.rows), :first] >= 0).any()):
+            raise ValueError(
+                f"rows {mask.rows[0]} to {mask.rows[1] - 1} begin with {first} tokens of padding, of which one is to "
+                "predict a label: with attn_implementation='eager' its loss is that of the mean of all values; give "
+                "-100 as the label of each row's first token, pad on the right, or use attn_implementation='sdpa'"
+            )
