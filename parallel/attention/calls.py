@@ -22,6 +22,7 @@ from torch import Tensor
 from fourfold.parallel.attention.backends import attend_block, attend_block_backward, padded, unpadded
 from fourfold.parallel.attention.blocks import Block, Shape, Span
 from fourfold.parallel.attention.kernels import AttentionBackend, Gradients, PackedKernel, Packing, SavedAttention
+from fourfold.parallel.sequence.tensors import on_device
 
 # Operations, forward, below which a kernel mostly waits for its launch: 20 microseconds at 400 TFLOP/s, about what
 # starting a kernel from Python takes. An estimate, not measured.
@@ -182,7 +183,7 @@ def _tokens(spans: tuple[Span, ...], reverse: bool, device: torch.device) -> Tok
     if not reverse and all(first[1] == second[0] for first, second in pairwise(spans)):
         return spans[0][0], spans[-1][1]
     indices = torch.cat([torch.arange(*span) for span in spans])
-    return (indices.flip(0) if reverse else indices).to(device)
+    return on_device(indices.flip(0) if reverse else indices, device)
 
 
 @lru_cache(maxsize=256)
@@ -190,7 +191,7 @@ def _packing(call: Call, rows: int, device: torch.device) -> Packing:
     blocks: Iterable[Block] = reversed(call.blocks) if call.shape == "anticausal" else call.blocks
     lengths = [(block.q[1] - block.q[0], block.k[1] - block.k[0]) for block in blocks]
     queries, keys = ([*sizes] * rows for sizes in zip(*lengths, strict=True))
-    starts = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys)]
+    starts = [on_device(torch.tensor([0, *accumulate(sizes)], dtype=torch.int32), device) for sizes in (queries, keys)]
     return Packing(
         starts[0], starts[1], max(queries), max(keys), call.shape != "full", call.blocks[0].window or None
     )  # fmt: skip

@@ -6,7 +6,7 @@ of different sentences, and its embedding takes an id beyond the vocabulary for 
 of targets anyway; the same all-reduce carries a checksum of the rows and the number of ranks that refuse theirs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 from zlib import crc32
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fourfold.parallel.decoder.documents import trouble_with_documents
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, on_device
 
 _CHECKSUM_BITS, _WEIGHT_BITS = 30, 16
 """A product has 46 bits, so that the sum over 2^16 ranks stays below 2^63."""
@@ -34,6 +34,10 @@ class LocalRows:
     inputs: Tensor
     targets: Tensor
     document_ids: Tensor | None = None
+
+    def on(self, device: torch.device) -> "LocalRows":
+        """The same, inputs and targets on `device`; document_ids stay where they are."""
+        return replace(self, inputs=on_device(self.inputs, device), targets=on_device(self.targets, device))
 
     def cut(self, micro_batch: int) -> "list[LocalRows]":
         """Micro-batches of so many rows."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourfold.parallel.ring.options import AgreedLength, RingSettings
 from fourfold.parallel.sequence.sharding import Shard, shard_length, shard_ranges
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_positions
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, on_device, shard_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def packed_rows(document_ids: Tensor, *, ring: RingSettings | None, streams: boo
         return PackedRows(
             positions[None], {"ring_seq_len": AgreedLength(tokens), "ring_cu_seqlens": torch.tensor(ends)}
         )
-    document_ids = document_ids.to(device)
+    document_ids = on_device(document_ids, device)
     positions = document_positions(document_ids)
     return PackedRows(positions, {} if streams else {"attention_mask": seen_tokens(None, document_ids)})
 

@@ -275,21 +275,21 @@ class ParallelModel:
         num_targets = self._agreement.num_targets(input_ids, labels, trouble, document_ids, frozen_end=frozen)
         # Divided in fp32, as transformers' mean over the targets is: an fp64 model then takes the very same step.
         self._loss_scale = (self._num_replicas / torch.tensor(max(num_targets, 1))).item()
-        # This rank's tokens.
+        # This rank's tokens: cut where the batch is, and sent to the device without waiting for it.
         seq_len = input_ids.shape[1]
-        input_ids, labels = (x.to(self.device, torch.int64) for x in (input_ids, labels))
+        input_ids, labels = input_ids.to(torch.int64), labels.to(torch.int64)
         if document_ids is not None:
             # The ring and streaming read documents on the host, a mask is made on the device.
             on_host = self._ring is not None or self.stage.checkpointing == "stream"
-            document_ids = document_ids.to("cpu" if on_host else self.device, torch.int64)
-            return LocalRows(input_ids, shard_labels(labels, (0, 1)), document_ids)
+            document_ids = document_ids.to("cpu" if on_host else document_ids.device, torch.int64)
+            return LocalRows(input_ids, shard_labels(labels, (0, 1)), document_ids).on(self.device)
         place = (0, 1) if self._ring is None else self._ring  # without a ring this rank has the whole sequence
         positions = shard_positions(seq_len, place, device=self.device)
         for run in self._runs:
             run.position_ids = positions[None]
             if self._ring is not None:
                 run.attention_arguments["ring_seq_len"] = AgreedLength(seq_len)
-        return LocalRows(shard_sequence(input_ids, place, dim=1), shard_labels(labels, place))
+        return LocalRows(shard_sequence(input_ids, place, dim=1), shard_labels(labels, place)).on(self.device)
 
     def _trouble_with_length(self, input_ids: Tensor) -> str:
         """What is wrong with a sequence that sequence parallelism has to cut evenly; empty where nothing is."""

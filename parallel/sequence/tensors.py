@@ -28,6 +28,16 @@ def document_ends(cu_seqlens: Documents) -> tuple[int, ...] | None:
     return tuple(int(value) for value in values)
 
 
+def on_device(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """x on `device`. On its way to CUDA it passes through pinned memory, so that the host does not wait for the copy.
+
+    Cost: a copy on the host, in memory that torch keeps pinned for the next one.
+    """
+    if x.device.type == "cpu" and device is not None and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def shard_sequence(
     x: Tensor, group: Group, *, dim: int, sharding: str = "zigzag", cu_seqlens: Documents = None
 ) -> Tensor:
@@ -95,7 +105,7 @@ def shard_positions(
     shard = shard_ranges(seq_len, size, sharding, ends)[rank]
     if ends is None:
         return _indices(shard, device)
-    return torch.tensor(positions(shard, ends), dtype=torch.int64, device=device)
+    return on_device(torch.tensor(positions(shard, ends), dtype=torch.int64), device)
 
 
 def shard_labels(
@@ -121,7 +131,8 @@ def shard_labels(
     shifted[:, :-1] = labels[:, 1:]
     ends = document_ends(cu_seqlens)
     if ends is not None:
-        shifted[:, [end - 1 for end in ends if end > 0]] = ignored
+        last = torch.tensor([end - 1 for end in ends if end > 0], dtype=torch.int64)
+        shifted.index_fill_(1, on_device(last, labels.device), ignored)
         shifted[:, ends[-1] :] = ignored
     return shard_sequence(shifted, group, dim=1, sharding=sharding, cu_seqlens=ends)
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents, on_device
 
 # What a call may ask for that does not exist when logits and whole layers never do.
 REFUSED_ARGUMENTS = {
@@ -129,7 +129,10 @@ class LabelledCall(BaseCall):
     def weight(self, targets: Tensor) -> Tensor:
         """What the sum of the tokens' losses is multiplied by, a fp64 scalar on the targets' device."""
         count = targets.ge(0).sum() if self.num_items_in_batch is None else self.num_items_in_batch
-        items = torch.as_tensor(count, device=targets.device).to(torch.float64)
+        if isinstance(count, Tensor):
+            items = on_device(count, targets.device).to(torch.float64)
+        else:
+            items = torch.full((), count, dtype=torch.float64, device=targets.device)
         if items.numel() != 1:
             raise ValueError(f"num_items_in_batch of shape {tuple(items.shape)}: give one number, of the whole batch")
         return 1 / items.reshape(())

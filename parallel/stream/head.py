@@ -109,18 +109,20 @@ class HeadStatistics(torch.autograd.Function):
                 result.view(-1)[index] = part.squeeze(-1)
         ctx.save_for_backward(hidden, targets, rows, *results[3:])
         ctx.head, ctx.parameters = head, parameters
+        ctx.set_materialize_grads(False)
         return tuple(results[:3])
 
     @staticmethod
     @once
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, rows, highest, total = (x.flatten(0, 1) if x.dim() > 1 else x for x in ctx.saved_tensors)
-        logprob, lse, mean = (grad.reshape(-1, 1) for grad in grads)
+        # Of what nobody used there is none, which for the mean saves work.
+        nothing = torch.zeros_like(total).unsqueeze(-1)
+        logprob, lse = (nothing if grad is None else grad.reshape(-1, 1) for grad in grads[:2])
+        mean = None if grads[2] is None else grads[2].reshape(-1, 1)
         head: Head = ctx.head
         grad_hidden = torch.zeros_like(ctx.saved_tensors[0])
-        tokens = TokenGradients(
-            highest.unsqueeze(-1), (lse - logprob) / total.unsqueeze(-1), logprob, mean if bool(mean.any()) else None
-        )
+        tokens = TokenGradients(highest.unsqueeze(-1), (lse - logprob) / total.unsqueeze(-1), logprob, mean)
         tiled = head.by_tiles(len(rows))
         with head_sums(head, ctx.parameters, in_backward=True) as sums:
             for index in torch.split(rows, head.tile[0]):

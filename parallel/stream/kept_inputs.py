@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fourfold.parallel.stream.gradients import gradient_in_place
+from fourfold.parallel.stream.patching import num_changes
 
 # Tokens whose looked-up rows are compared at a time, so that the comparison needs little memory.
 COMPARED_TOKENS = 1024
@@ -27,19 +28,27 @@ class Lookup:
     def __init__(self, module: nn.Embedding) -> None:
         self._weight, self._padding = module.weight, module.padding_idx
         self._tokens: Tensor | None = None
+        self._found: tuple[Tensor, int] | None = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         self._tokens = tokens
         out: Tensor = _Lookup.apply(tokens, self._weight, self._padding)  # type: ignore[no-untyped-call]
+        self._found = out, num_changes(out)
         return out
 
     def sources(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """(tokens, table) if x is what a lookup gives now; asked once, by the first layer that runs.
 
-        The values are compared: a hook may have changed what was looked up, and a model may scale it.
+        A hook may have changed what was looked up, and a model may scale it: unless x is that very tensor, the values
+        are compared on a CPU. On another device the host would have to wait for them, and x is kept.
         """
-        tokens, self._tokens = self._tokens, None
+        tokens, found = self._tokens, self._found
+        self._tokens = self._found = None
         if tokens is None or x.dtype != self._weight.dtype or x.shape[:-1] != tokens.shape:
+            return None
+        if found is not None and x is found[0] and num_changes(x) == found[1]:
+            return tokens, self._weight
+        if x.device.type != "cpu":
             return None
         with torch.no_grad():
             for start in range(0, tokens.shape[1], COMPARED_TOKENS):

@@ -1,0 +1,38 @@
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+static thread_local StreamId current = 0;
+static Stream stream() { return Stream(Stream::UNSAFE, Device(DeviceType::CUDA, 0), current); }
+struct Guard final : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device exchangeDevice(Device) const override { return getDevice(); }
+  Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
+  Stream getStream(Device) const noexcept override { return stream(); }
+  Stream getDefaultStream(Device d) const override { return Stream(Stream::DEFAULT, d); }
+  Stream exchangeStream(Stream s) const noexcept override { auto old = stream(); current = s.id(); return old; }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeDevice(const DeviceIndex) const override {}
+  void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
+};
+struct Hooks final : at::CUDAHooksInterface {
+  void init() const override {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+};
+extern "C" {
+void pretend(bool on) {
+  static Guard guard;
+  static Hooks ours;
+  auto& hooks = *reinterpret_cast<void**>(const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks()));
+  static void* theirs = hooks;
+  hooks = on ? *reinterpret_cast<void**>(&ours) : theirs;
+  impl::device_guard_impl_registry[1].store(on ? &guard : nullptr);
+}
+long stream_id() { return current; }
+void set_stream(long id) { current = id; }
+}
