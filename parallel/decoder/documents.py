@@ -29,10 +29,12 @@ class PackedRows:
     Attributes:
         position_ids: [B, S], or around a ring [1, S_local], counted from each document's start.
         arguments: of the attention function.
+        read: position_ids where document_ids were given, for layers that stream: the host reads them.
     """
 
     position_ids: Tensor
     arguments: dict[str, Any]
+    read: Tensor | None = None
 
 
 def packed_rows(document_ids: Tensor, *, ring: RingSettings | None, streams: bool, device: torch.device) -> PackedRows:
@@ -53,9 +55,11 @@ def packed_rows(document_ids: Tensor, *, ring: RingSettings | None, streams: boo
         return PackedRows(
             positions[None], {"ring_seq_len": AgreedLength(tokens), "ring_cu_seqlens": torch.tensor(ends)}
         )
+    if streams:
+        positions = document_positions(document_ids)
+        return PackedRows(on_device(positions, device), {}, read=positions)
     document_ids = on_device(document_ids, device)
-    positions = document_positions(document_ids)
-    return PackedRows(positions, {} if streams else {"attention_mask": seen_tokens(None, document_ids)})
+    return PackedRows(document_positions(document_ids), {"attention_mask": seen_tokens(None, document_ids)})
 
 
 def first_tokens(document_ids: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ class DecoderStage(nn.Module):
                 **told.arguments,
             }
             if self.checkpointing == "stream":
-                return self._streamed(hidden, arguments, targets, packed=document_ids is not None)
+                return self._streamed(hidden, arguments, targets, told.read)
             for layer in self.layers.values():
                 hidden = self._run(layer, hidden, arguments)
             if self.is_last:
@@ -203,12 +203,14 @@ class DecoderStage(nn.Module):
         ring = getattr(next(iter(self.layers.values())).self_attn, "ring_settings", None)
         return packed_rows(document_ids, ring=ring, streams=self.checkpointing == "stream", device=device)
 
-    def _streamed(self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None, *, packed: bool) -> Tensor:
+    def _streamed(
+        self, hidden: Tensor, arguments: dict[str, Any], targets: Tensor | None, read: Tensor | None
+    ) -> Tensor:
         layers = list(self.layers.values())
         cu_seqlens = arguments.pop("ring_cu_seqlens", None)
         shared = stage_run(
             self._stream, self.config, layers[0], hidden,
-            RowsOfStage(arguments["position_ids"] if packed else None, arguments.get("ring_seq_len"), cu_seqlens),
+            RowsOfStage(read, arguments.get("ring_seq_len"), cu_seqlens),
         )  # fmt: skip
         hidden = stream_layers(self._stream, layers, hidden, arguments, shared)
         if not self.is_last or self.gives_hidden:

@@ -76,13 +76,12 @@ def on_both(documents: torch.Tensor | None, options: dict[str, Any]) -> tuple[An
     [
         ({"micro_batch": 1}, None),
         ({}, DOCUMENTS),
-        ({"checkpointing": "selective"}, None),
         ({"checkpointing": "full", "zero_stage": 3}, None),
         ({"checkpointing": "stream", "stream": BY_HEADS}, DOCUMENTS),
         ({"checkpointing": "stream", "stream": KEPT}, None),
         ({"checkpointing": "stream", "stream": BY_QUERIES}, None),
     ],
-    ids=["plain", "documents", "selective", "full, zero 3", "heads, documents", "heads, kept", "queries, kept"],
+    ids=["plain", "documents", "full, zero 3", "heads, documents", "heads, kept", "queries, kept"],
 )
 def test_a_step_is_the_cpu_s_and_waits_for_nothing(rank, options, documents):
     there, here, waits, faults = rank(on_both, documents, {"precision": "fp32", **options})[0]
