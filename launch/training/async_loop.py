@@ -100,6 +100,7 @@ class AsynchronousModel:
             clip=late_clipping(layout, settings),
             checkpointing=layout.checkpointing,
             stream=chunks_of(layout),
+            sequence_parallel=layout.sequence_parallel,
             compile=layout.compile,
             precision=precision_of(layout, settings),
             seed=settings.seed,
@@ -256,7 +257,8 @@ class _StepClock:
         mean = self._model.average_over_replicas((torch.stack(self._losses).double() * counts).mean()).item()
         settings = self._model.settings
         if not math.isfinite(mean):
-            where = first_not_finite_of_stage(self._model.stage, self._model.last_input)
+            parts = partial(self._model.pipeline.stage.parts.all, device=self._model.device)
+            where = first_not_finite_of_stage(self._model.stage, self._model.last_input, parts)
             raise FloatingPointError(
                 f"loss {mean} at step {self._step}{', ' if where else ''}{where}: "
                 f"lower the learning rate {settings.learning_rate:.2g}"

@@ -3,6 +3,7 @@
 Run once, after a step has failed: the same batch goes forward again with a hook on every module.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,18 +55,21 @@ def first_not_finite(
     return ""
 
 
-def first_not_finite_of_stage(stage: DecoderStage, value: Any) -> str:
+def first_not_finite_of_stage(
+    stage: DecoderStage, value: Any, on_all: Callable[[bool], bool] = lambda finite: finite
+) -> str:
     """The same for one stage of a pipeline that never drains, without the others: empty where nothing is found.
 
     Args:
         value: what the stage was last called with.
+        on_all: whether something holds on all ranks that share the stage's matrices, each of which calls.
     Cost: one forward pass of the stage.
     """
-    for name, weight in stage.named_parameters():
-        if not _finite(weight):
-            return f"the weights of {name} hold no numbers already"
+    wrong = next((name for name, weight in stage.named_parameters() if not _finite(weight)), "")
+    if not on_all(not wrong):
+        return f"the weights of {wrong or 'another tp rank'} hold no numbers already"
     parts = list(value.values()) if isinstance(value, dict) else [value]
-    if not all(_finite(part) for part in parts if isinstance(part, Tensor)):
+    if not on_all(all(_finite(part) for part in parts if isinstance(part, Tensor))):
         return "first in a stage before the last"
     found: list[str] = []
     modules = [(name, module) for name, module in stage.named_modules() if name and not list(module.children())]

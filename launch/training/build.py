@@ -163,10 +163,11 @@ def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: 
         replace(layout, embedding_counts_as=0, head_counts_as=0),
     )
     if layout.asynchronous:
-        layout = replace(layout, seq_len=4)
+        layout = replace(layout, seq_len=4 * layout.tp)
     tiny = _parallel_model(layout, {**model.config, **small}, mesh, settings)
     if isinstance(tiny, AsynchronousModel):
-        tiny.pipeline.run(tiny.micro_batches(lambda: torch.zeros(layout.global_batch // layout.dp, 4).long()))
+        rows = torch.zeros(layout.global_batch // layout.dp, layout.seq_len, dtype=torch.int64)
+        tiny.pipeline.run(tiny.micro_batches(lambda: rows))
     else:
         optimizers = make_optimizers(tiny, settings)
         tiny.forward_backward(torch.zeros(layout.micro_batch, 4 * layout.cp * layout.tp, dtype=torch.int64))

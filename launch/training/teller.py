@@ -49,7 +49,8 @@ class Teller:
         self._options, self._layout, self._settings, self._gauge = options, layout, settings, gauge
         self._tokens = layout.global_batch * layout.seq_len
         self._out = Path(options.out) if options.out is not None else None
-        tells_steps = dist.get_rank() == (layout.pp - 1 if layout.asynchronous else 0)
+        first_of_last_stage = (layout.pp - 1) * layout.cp * layout.tp
+        tells_steps = dist.get_rank() == (first_of_last_stage if layout.asynchronous else 0)
         self._display: Display | None = None
         self._metrics: Metrics | None = None
         self._log: Log | None = None

@@ -31,6 +31,11 @@ def check_in_flight(layout: Layout, settings: TrainSettings) -> None:
         raise ValueError(
             f"checkpoints_in_flight with schedule={layout.schedule!r}, which drains at every step: leave it out"
         )
+    if layout.tp > 1:
+        raise ValueError(
+            f"checkpoints_in_flight with tp={layout.tp}: that such a run goes on to the bit has not been shown; choose "
+            "tp=1, or leave checkpoints_in_flight out"
+        )
     every, schedule = settings.checkpoint_every, schedule_of(layout)
     if every == 0:
         raise ValueError(

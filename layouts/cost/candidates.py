@@ -110,6 +110,11 @@ class Candidates:
         return self.global_batch // (self.dp * self.micro_batch)
 
     @property
+    def rotates(self) -> bool:
+        """Whether the mitigation of those that never drain turns whole matrices."""
+        return "rotate" in self.mitigation.split("+")
+
+    @property
     def any_asynchronous(self) -> bool:
         return not self.drains.all()
 

@@ -119,6 +119,11 @@ class Layout:
         return not drains(as_number("schedule", self.schedule))
 
     @property
+    def rotates(self) -> bool:
+        """Whether its mitigation turns whole matrices (basis rotation)."""
+        return self.asynchronous and "rotate" in self.mitigation.split("+")
+
+    @property
     def updates_per_step(self) -> int:
         """Optimizer updates in `global_batch` sequences."""
         return self.num_micro_batches if self.schedule in ("lockstep", "1f1b-async") else 1

@@ -104,11 +104,11 @@ class _Space:
     """
 
     def __init__(
-        self, model: DecoderFacts, limits: Sequence[Limit], columns: _Columns, *, global_batch: int, seq_len: int
+        self, model: DecoderFacts, limits: Sequence[Limit], columns: _Columns, given: Mapping[str, Any]
     ) -> None:
         self.columns, self.reasons = columns, dict[str, int]()
         self._model, self._pending = model, list(limits)
-        self._given = {"global_batch": global_batch, "seq_len": seq_len}
+        self._given = dict(given)
         self.restrict()
 
     @property
@@ -171,7 +171,9 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
         if not held.all():
             reasons[f"{axis} is not the fixed {fix[axis]}"] = int((~held).sum())
             columns = {key: column[held] for key, column in columns.items()}
-    table = _Space(facts, limits, columns, global_batch=global_batch, seq_len=seq_len)
+    mitigation = fix.get("mitigation", MITIGATION)
+    given = {"global_batch": global_batch, "seq_len": seq_len, "rotates": "rotate" in mitigation.split("+")}
+    table = _Space(facts, limits, columns, given)
 
     def expand(name: str, values: Sequence[Any]) -> None:
         table.expand(name, [as_number(name, fix[name])] if name in fix else values)
@@ -197,7 +199,6 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
         expand("schedule", range(len(SCHEDULES)))
     if full and "schedule" not in fix:
         _expand_zero_bubble(table)
-    mitigation = fix.get("mitigation", MITIGATION)
     candidates = Candidates.from_columns(
         {name: column for name, column in table.columns.items() if name != "compile"},
         global_batch=global_batch,

@@ -1,12 +1,14 @@
 """A Hugging Face decoder as stages of pipelined backpropagation, on the mesh that the synchronous layouts use.
 
-parallelize.py puts a decoder on all four axes and drains its pipeline at every step; here the axes are dp and pp only,
-a stage is one rank with all of its weights, and the pipeline never drains. Cut, weights and loss are the same: layers
-by grid.layer_ranges, weights drawn by name, the mean over the targets of what an update sees.
+parallelize.py puts a decoder on all four axes and drains its pipeline at every step; here the axes are dp, pp and tp,
+and the pipeline never drains. Cut, weights and loss are the same: layers by grid.layer_ranges, matrices by
+tensor_parallel.py, weights drawn by name, the mean over the targets of what an update sees. With tp a stage is a group
+of ranks, each with its part of the matrices and in a pipeline of its own.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Required, TypedDict, Unpack, cast
 
 import torch
@@ -19,6 +21,8 @@ from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
 from fourfold.parallel.decoder.precision import chosen_precision
 from fourfold.parallel.decoder.stage import check_decoder, check_windows, has_sliding_window
+from fourfold.parallel.decoder.taken_over import mark_replaced, refuse_taken_over, take_over
+from fourfold.parallel.decoder.tensor_parallel import cut_cross_entropy, cut_ends, cut_layer
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.pipeline.mitigation import Mitigation
@@ -54,8 +58,12 @@ class CutOptions(TypedDict, total=False):
 
 
 class DecoderPipelineOptions(CutOptions, total=False):
-    """CutOptions, and those of PipelineSettings that a decoder does not set itself."""
+    """CutOptions, and those of PipelineSettings that a decoder does not set itself.
 
+    sequence_parallel: with tp, as for parallelize.
+    """
+
+    sequence_parallel: bool
     optimizer: Required[OptimizerFactory]
     schedule: str | PipelineSchedule
     mitigation: str | Mitigation
@@ -92,6 +100,24 @@ def decoder_stages(
         ValueError: another family, fewer layers than stages, embeddings tied to the head across stages, a sliding
             window without ring attention (pipeline_decoder sets it).
     """
+    return _stages(model, num_stages, seq_len, _Made(only=only, device=device), cut)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Made:
+    """Which stages are made, and where.
+
+    Attributes:
+        tp_mesh: that matrices are cut over; None for whole ones.
+    """
+
+    only: int | None
+    device: torch.device | None
+    tp_mesh: DeviceMesh | None = None
+    sequence_parallel: bool = False
+
+
+def _stages(model: nn.Module, num_stages: int, seq_len: int, made: _Made, cut: CutOptions) -> list[nn.Module | None]:
     checkpointing = cut.get("checkpointing", "none")
     ends = cut.get("embedding_counts_as", 0), cut.get("head_counts_as", 0)
     chosen = as_number("checkpointing", checkpointing)
@@ -103,7 +129,7 @@ def decoder_stages(
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     whole = cast(Any, model)
-    device = device or torch.device("cpu")
+    device = made.device or torch.device("cpu")
     stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, device.type)
     backend = chosen_backend(compiled, device.type, layout)
     windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
@@ -113,7 +139,7 @@ def decoder_stages(
         whole.set_attn_implementation("sdpa")
     stages: list[nn.Module | None] = []
     for index, layers in enumerate(layer_ranges(whole.config.num_hidden_layers, num_stages, *ends)):
-        if only not in (None, index):
+        if made.only not in (None, index):
             stages.append(None)
             continue
         stage = AsyncDecoderStage(
@@ -121,6 +147,11 @@ def decoder_stages(
         )
         for name, part in stage.named_parts():
             materialise(part, name, model, seed=cut.get("seed", 0), device=device, dtype=stored.weights)
+        if made.tp_mesh is not None:
+            for layer in stage.layers.values():
+                cut_layer(layer, made.tp_mesh, sequence_parallel=made.sequence_parallel)
+            cut_ends(stage, made.tp_mesh, sequence_parallel=made.sequence_parallel)
+            stage.sequence_shards = made.tp_mesh.size() if made.sequence_parallel else 1
         stage.position_ids = torch.arange(seq_len, device=device)[None]
         stage.windowed = windows
         for layer in stage.layers.values() if backend is not None else ():
@@ -132,21 +163,26 @@ def decoder_stages(
 def pipeline_decoder(
     model: nn.Module, mesh: DeviceMesh, *, seq_len: int, **options: Unpack[DecoderPipelineOptions]
 ) -> PipelinedBackprop:
-    """Put a decoder on a (dp, pp) mesh as an asynchronous pipeline; every rank calls.
+    """Put a decoder on a (dp, pp, tp) mesh as an asynchronous pipeline; every rank calls.
 
     Its `run` takes (token ids [B, S] int64, shifted targets [B, S], -100 where there is none), this replica's
     micro-batches; or (a dict for padded or packed rows, targets), see AsyncDecoderStage.forward. An update takes the
     mean over the targets of all micro-batches and replicas that it sees, however they are spread.
 
     Args:
-        mesh: from init_mesh, with cp and tp of 1. Replicas average gradients at every update.
+        mesh: from init_mesh, with cp of 1. Replicas average gradients at every update. With tp, all ranks of a stage
+            take the same micro-batches and the first one's weights, and the model's parameters are replaced.
         seq_len: as for decoder_stages.
         options: optimizer, schedule, mitigation, scheduler, master_dtype, clip, skip_nonfinite, on_gradients, observe
-            and shard_optimizer (`zero_stage=1` of a layout) as PipelineSettings has them; what CutOptions has.
+            and shard_optimizer (`zero_stage=1` of a layout) as PipelineSettings has them;
+            sequence_parallel; what CutOptions has.
     Raises:
-        ValueError: a mesh that cuts the sequence or the matrices, or has one stage only; spectrain or pipemare-dc
-            in bf16-mixed; as decoder_stages.
+        ValueError: a mesh that cuts the sequence, or has one stage only; spectrain or pipemare-dc in bf16-mixed; with
+            tp an optimizer whose step needs whole matrices, basis rotation, or StreamBP; as decoder_stages.
+    Cost: with tp, tensor_parallel's collectives at every micro-batch, and parts.py's.
     """
+    sequence_parallel = options.pop("sequence_parallel", False)
+    refuse_taken_over(model)
     cut = {key: options.pop(key) for key in CutOptions.__annotations__ if key in options}  # type: ignore[misc]
     schedule = options.get("schedule", "lockstep")
     mitigation = options.get("mitigation", "lwpv+sc")
@@ -156,9 +192,16 @@ def pipeline_decoder(
     name = schedule if isinstance(schedule, str) else schedule.name
     late = as_number("schedule", name) if name in SCHEDULES[1:] else LOCKSTEP
     checkpointing = as_number("checkpointing", cut.get("checkpointing", "none"))
-    zero_stage = int(options.get("shard_optimizer", False))
-    choice = Choice(**sizes, checkpointing=checkpointing, schedule=late, compile=bool(cut.get("compile")))
-    check_decoder(model, replace(choice, zero_stage=zero_stage))
+    layout = Choice(
+        **sizes,
+        checkpointing=checkpointing,
+        schedule=late,
+        compile=bool(cut.get("compile")),
+        sequence_parallel=sequence_parallel,
+        zero_stage=int(options.get("shard_optimizer", False)),
+        seq_len=seq_len,
+    )
+    check_decoder(model, layout)
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
     stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, mesh.device_type)
     if stored.products is not None and (chosen.spectrain or chosen.correction > 0):
@@ -169,36 +212,44 @@ def pipeline_decoder(
     cuda = mesh.device_type == "cuda"
     if has_sliding_window(model) and cut.get("checkpointing") != "stream":
         use_ring_attention(model, mesh.get_group("cp"))
-    stages = decoder_stages(
-        model,
-        sizes["pp"],
-        seq_len=seq_len,
+    tp_mesh = mesh["tp"] if sizes["tp"] > 1 else None
+    made = _Made(
         only=mesh.get_local_rank("pp"),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device(mesh.device_type),
-        **cut,  # type: ignore[typeddict-item]
+        tp_mesh=tp_mesh,
+        sequence_parallel=sequence_parallel,
     )
+    before = list(model.parameters())
+    stages = _stages(model, sizes["pp"], seq_len, made, cast(CutOptions, cut))
     own = stages[mesh.get_local_rank("pp")]
     assert isinstance(own, AsyncDecoderStage)
+    if tp_mesh is not None:  # each step of the cut makes parameters anew
+        kept = {id(parameter) for parameter in model.parameters()}
+        mark_replaced(parameter for parameter in before if id(parameter) not in kept)
+        take_over(model)
     own.gives_hidden = own.checkpointing == "stream"
     return PipelinedBackprop(
         stages,
         group=mesh.get_group("pp"),
         dp_group=mesh.get_group("dp") if sizes["dp"] > 1 else None,
-        loss_fn=own.streamed_loss if own.gives_hidden else next_token_loss,
+        loss_fn=own.streamed_loss if own.gives_hidden else partial(next_token_loss, tp_mesh=tp_mesh),
         loss_weight=num_targets,
         **options,  # type: ignore[misc]
     )
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, targets: Tensor, tp_mesh: DeviceMesh | None = None) -> Tensor:
     """Mean cross-entropy in fp32 (fp64 for fp64 logits); logits [B, S, vocab], targets [B, S] int64, -100 ignored.
 
-    A micro-batch without any target has a loss of 0, and no gradient.
+    With `tp_mesh` logits are this rank's part of the vocabulary, [B, S, vocab / tp], and every rank of it must call. A
+    micro-batch without any target has a loss of 0, and no gradient.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
     if not (targets != IGNORED_LABEL).any():
         return logits.sum() * 0
+    if tp_mesh is not None:
+        return cut_cross_entropy(logits, targets, tp_mesh) / num_targets(targets)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
 
 

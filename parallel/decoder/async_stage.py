@@ -31,16 +31,19 @@ class AsyncDecoderStage(DecoderStage):
         """Run the stage.
 
         Args:
-            x: [B, S] int64 token ids on the first stage, else [B, S, hidden]; S may differ from call to call. Or a dict
+            x: [B, S] int64 token ids on the first stage, else [B, S, hidden] (under sequence parallelism this rank's
+                [B, S / tp, hidden]); S may differ from call to call. Or a dict
                 with "input_ids" on the first stage, "hidden" on the others, and any of
                     "attention_mask"  [B, S], 0 for padding, as a tokenizer gives it
                     "document_ids"    [B, S] int64; a token sees those of its own document only
                     "position_ids"    [B, S] int64; by default 0..S-1, in packed rows from each document's start
             document_ids: the same as in the dict; not handed on.
         Returns:
-            [B, S, vocab] logits on the last stage; else [B, S, hidden], in a dict with the rest where x is one.
+            [B, S, vocab] logits on the last stage (under tensor parallelism this rank's part of the vocabulary); else
+            hidden states as x would be, in a dict with the rest where x is one.
         Raises:
-            ValueError: ids that are no [B, S] integers, another key or shape, masks for layers that take none.
+            ValueError: ids that are no [B, S] integers, another key or shape, masks for layers that take none; an S
+                that tp does not divide, under sequence parallelism.
         Cost: a mask is built anew by each stage: B S^2 bytes.
         """
         batch = dict(x) if isinstance(x, dict) else {}
@@ -49,10 +52,10 @@ class AsyncDecoderStage(DecoderStage):
         if document_ids is not None:
             batch["document_ids"] = document_ids
         self._check(value, batch, name)
-        shape, device = value.shape[:2], value.device
+        shape, device = self._tokens(value), value.device
         positions = batch.get("position_ids")
         if positions is None:
-            positions = torch.arange(int(shape[1]), device=device)[None]
+            positions = torch.arange(shape[1], device=device)[None]
             if "document_ids" in batch:
                 positions = document_positions(batch["document_ids"])
         self.position_ids = positions
@@ -77,18 +80,28 @@ class AsyncDecoderStage(DecoderStage):
             total = stream_loss(self._stream, shared, self.config, norm, self.lm_head, hidden, targets)
         return total / (targets >= 0).sum().clamp(min=1)
 
+    def _tokens(self, value: Tensor) -> tuple[int, int]:
+        """[B, S] of a micro-batch, from token ids or from hidden states that may be cut along the sequence."""
+        return int(value.shape[0]), int(value.shape[1]) * (1 if self.is_first else self.sequence_shards)
+
     def _check(self, value: Any, batch: dict[str, Any], name: str) -> None:
         if not isinstance(value, Tensor) or value.ndim != (2 if self.is_first else 3):
             what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} is {what}: give a tensor {'[B, S]' if self.is_first else '[B, S, hidden]'}")
         if self.is_first and (value.is_floating_point() or value.dtype == torch.bool):
             raise ValueError(f"input_ids are {value.dtype}: give integers")
+        tokens = self._tokens(value)
+        if tokens[1] % self.sequence_shards:
+            raise ValueError(
+                f"a sequence of {tokens[1]} tokens cannot be cut evenly over tp={self.sequence_shards} with "
+                f"sequence_parallel=True: give a multiple of {self.sequence_shards}, or sequence_parallel=False"
+            )
         for key, each in batch.items():
             if key not in _KEYS:
                 raise ValueError(f"a decoder stage knows no {key!r}: choose among {name}, {', '.join(_KEYS)}")
-            if not isinstance(each, Tensor) or each.shape != value.shape[:2]:
+            if not isinstance(each, Tensor) or each.shape != tokens:
                 what = f"shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
-                raise ValueError(f"{key} is {what}: give a tensor [B, S] = {list(value.shape[:2])}")
+                raise ValueError(f"{key} is {what}: give a tensor [B, S] = {list(tokens)}")
         if (self.windowed or self.checkpointing == "stream") and ("attention_mask" in batch or "document_ids" in batch):
             raise ValueError(
                 "attention_mask and document_ids need layers without sliding windows and without "

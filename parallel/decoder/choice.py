@@ -1,7 +1,10 @@
 """A layout as the table of limits reads it: words as numbers, each field one value or a numpy column; without torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
+
+from fourfold.parallel.decoder.facts import DecoderFacts
 
 CHECKPOINTING = ("none", "selective", "full", "stream")
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
@@ -28,7 +31,8 @@ def drains(schedule: Any) -> Any:
 class Choice:
     """A layout as the predicates read it: every field one value, or all those that vary a numpy column.
 
-    `checkpointing` and `schedule` are indices of their words. None is a value that is not known yet.
+    `checkpointing` and `schedule` are indices of their words, `rotates` is whether a mitigation of late gradients turns
+    whole matrices (Mitigation.rotate_every). None is a value that is not known yet.
     """
 
     dp: Any = 1
@@ -52,6 +56,7 @@ class Choice:
     schedule: Any = DRAINED
     sharded_accumulation: Any = False
     compile: Any = False
+    rotates: Any = False
 
     @classmethod
     def of(cls, layout: Any) -> "Choice":
@@ -86,6 +91,32 @@ class Choice:
     def stages(self) -> str:
         """pp=8, or pp=8 x vp=2."""
         return f"pp={self.pp}" + (f" x vp={self.vp}" if self.vp > 1 else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """One thing that cannot be.
+
+    Attributes:
+        fields: of the layout, that the predicate reads; none where it is about the model alone.
+        allows: (model, layout) -> whether it can be: a bool, or a column of them.
+        reason: the same in a few words, under which a plan counts what it ruled out. `{model.num_heads}` and the like
+            are filled in, and of the layout what is one for all: `{layout.global_batch}`, `{layout.seq_len}`.
+        message: the refusal of a single layout, with its values and the mend.
+    """
+
+    fields: tuple[str, ...] = ()
+    allows: Callable[[DecoderFacts, Choice], Any]
+    reason: str
+    message: str
+
+    def counted_as(self, model: DecoderFacts, layout: Choice) -> str:
+        """The reason, filled in."""
+        return self.reason.format(model=model, layout=layout)
+
+    def told(self, model: DecoderFacts, layout: Choice) -> str:
+        """The message, filled in."""
+        return self.message.format(model=model, layout=layout)
 
 
 def as_number(name: str, value: Any) -> Any:

@@ -8,12 +8,11 @@ torch has no such table: each of its parts refuses for itself, mostly after the 
 not import torch, because the planner must answer without it.
 
     SHAPES    what any software needs to cut a decoder: heads that tp divides, a layer a stage
-    FORMS     what makes a layout one at all, whatever the model: a batch that divides, an asynchronous stage kept whole
+    FORMS     what makes a layout one at all, whatever the model: a batch that divides, late stages that are not sharded
     RUNTIME   what fourfold's own runtime has: four families, no experts, no tied embeddings in asynchronous stages
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from fourfold.parallel.decoder.choice import CHECKPOINTING as CHECKPOINTING
@@ -24,6 +23,7 @@ from fourfold.parallel.decoder.choice import PRECISIONS as PRECISIONS
 from fourfold.parallel.decoder.choice import SCHEDULES as SCHEDULES
 from fourfold.parallel.decoder.choice import SELECTIVE as SELECTIVE
 from fourfold.parallel.decoder.choice import Choice as Choice
+from fourfold.parallel.decoder.choice import Limit as Limit
 from fourfold.parallel.decoder.choice import as_number as as_number
 from fourfold.parallel.decoder.choice import drains as drains
 from fourfold.parallel.decoder.facts import LENGTH_DEPENDENT_ROPE
@@ -32,32 +32,6 @@ from fourfold.parallel.decoder.facts import decoder_facts as decoder_facts
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the decoders that `parallelize` cuts; a test compares each with one process."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limit:
-    """One thing that cannot be.
-
-    Attributes:
-        fields: of the layout, that the predicate reads; none where it is about the model alone.
-        allows: (model, layout) -> whether it can be: a bool, or a column of them.
-        reason: the same in a few words, under which a plan counts what it ruled out. `{model.num_heads}` and the like
-            are filled in, and of the layout what is one for all: `{layout.global_batch}`, `{layout.seq_len}`.
-        message: the refusal of a single layout, with its values and the mend.
-    """
-
-    fields: tuple[str, ...] = ()
-    allows: Callable[[DecoderFacts, Choice], Any]
-    reason: str
-    message: str
-
-    def counted_as(self, model: DecoderFacts, layout: Choice) -> str:
-        """The reason, filled in."""
-        return self.reason.format(model=model, layout=layout)
-
-    def told(self, model: DecoderFacts, layout: Choice) -> str:
-        """The message, filled in."""
-        return self.message.format(model=model, layout=layout)
 
 
 def _divides(axis: str, count: str, what: str) -> Limit:
@@ -147,13 +121,13 @@ WHOLE_VOCABULARY = _divides("tp", "vocab_size", "entries of the vocabulary")
 
 
 def _whole_stage(name: str, plain: Any) -> Limit:
-    """An asynchronous stage is a rank with all weights of its stage, and dp replicas of it."""
+    """An asynchronous stage is a rank, or a group of tp ranks, with all weights of its stage, and dp replicas of it."""
     return Limit(
         fields=(name, "schedule"),
         allows=lambda model, layout: drains(layout.schedule) | (getattr(layout, name) == plain),
         reason=f"an asynchronous stage needs {name}={str(plain).lower()}",
-        message=f"{name}={{layout.{name}}} with schedule={{layout.schedule_word!r}}: an asynchronous stage is neither "
-        f"cut nor sharded; choose {name}={str(plain).lower()}, or schedule='1f1b'",
+        message=f"{name}={{layout.{name}}} with schedule={{layout.schedule_word!r}}: an asynchronous stage is cut over "
+        f"tp alone, and not sharded; choose {name}={str(plain).lower()}, or schedule='1f1b'",
     )
 
 
@@ -190,7 +164,6 @@ FORMS: tuple[Limit, ...] = (
         "choose zero_stage=3, or false",
     ),
     _whole_stage("cp", 1),
-    _whole_stage("tp", 1),
     _whole_stage("vp", 1),
     _whole_stage("ep", 1),
     Limit(
@@ -200,7 +173,6 @@ FORMS: tuple[Limit, ...] = (
         message="zero_stage={layout.zero_stage} with schedule={layout.schedule_word!r}: replicas of an asynchronous "
         "stage share out optimizer states alone; choose zero_stage=1 or 0, or schedule='1f1b'",
     ),
-    _whole_stage("sequence_parallel", False),
     _whole_stage("offload", False),
     _whole_stage("checkpoint_every", 1),
     Limit(
@@ -230,6 +202,13 @@ FORMS: tuple[Limit, ...] = (
     ),
     _split_backward(
         "compile", lambda compiled: compiled == 0, "compile=false", "a compiled layer's backward is in one piece"
+    ),
+    Limit(
+        fields=("tp", "zero_stage", "rotates", "schedule"),
+        allows=lambda model, c: drains(c.schedule) | (c.tp == 1) | (c.zero_stage == 0) & (c.rotates == 0),
+        reason="asynchronous stages cut over tp need zero_stage=0 and no rotate",
+        message="tp={layout.tp} with schedule={layout.schedule_word!r}: ZeRO and basis rotation need whole matrices "
+        "there; choose tp=1, or zero_stage=0 and a mitigation without rotate",
     ),
     Limit(
         fields=("dp", "pp", "micro_batch", "global_batch", "schedule"),

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -29,10 +28,11 @@ from fourfold.parallel.decoder.draining_pipeline import Pipeline
 from fourfold.parallel.decoder.precision import Precision
 from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.decoder.tensor_parallel import cross_entropy_sum
 from fourfold.parallel.decoder.tied_ends import TiedEnd
 from fourfold.parallel.gradients import average_gradients, clip_gradients, resolve_partial_gradients
 from fourfold.parallel.ring.options import AgreedLength
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_labels, shard_positions, shard_sequence, take
+from fourfold.parallel.sequence.tensors import shard_labels, shard_positions, shard_sequence, take
 
 # The only buffers are rotary frequencies, the same everywhere. torch 2.13 renamed the argument.
 _DDP_ARGUMENTS = signature(DistributedDataParallel).parameters
@@ -373,10 +373,7 @@ class ParallelModel:
             logits = logits.float()
         if self._tp > 1:
             logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(2)], run_check=False)
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-        if isinstance(total, DTensor):
-            total = total.to_local()
-        return total * self._loss_scale
+        return cross_entropy_sum(logits, targets) * self._loss_scale
 
     def _mean_loss(self, losses: list[Tensor]) -> Tensor:
         """The global mean from this rank's scaled sums: none of them on stages before the last."""

@@ -16,6 +16,7 @@ matrices, and what the last ones give is summed and scattered again: as many byt
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,11 +26,13 @@ from torch.distributed.tensor.parallel import (
     ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
+    loss_parallel,
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import Placement
 
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 
 
 def cut_layer(layer: nn.Module, tp_mesh: DeviceMesh, *, sequence_parallel: bool = False) -> None:
@@ -88,6 +91,52 @@ def cut_ends(stage: DecoderStage, tp_mesh: DeviceMesh, *, sequence_parallel: boo
                 stage.lm_head.weight = embedding.weight
             else:  # which is not run here, so was not cut
                 embedding.weight = stage.lm_head.weight
+
+
+def cut_cross_entropy(logits: Tensor, targets: Tensor, tp_mesh: DeviceMesh) -> Tensor:
+    """The sum of the targets' cross-entropies, from each rank's part of the vocabulary; the same on every rank.
+
+    torch's loss_parallel must be on in the backward as well as in the forward. Here the gradient is made in the
+    forward, so that a backward may come at any time, from anywhere.
+
+    Args:
+        logits: [B, S, vocab / tp], fp32 or fp64.
+        targets: [B, S] int64, negative for none.
+        tp_mesh: one-dimensional; every rank of it must call with the same targets.
+    Cost: three all-reduces of [B S]; the gradient, as large as the logits, is kept for the backward.
+    """
+    return cast(Tensor, _CutCrossEntropy.apply(logits, targets, tp_mesh))  # type: ignore[no-untyped-call]
+
+
+class _CutCrossEntropy(torch.autograd.Function):
+    """`cut_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, tp_mesh: DeviceMesh) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(wanted), loss_parallel():
+            leaf = logits.detach().requires_grad_(wanted)
+            cut = DTensor.from_local(leaf, tp_mesh, [Shard(2)], run_check=False)
+            total = cross_entropy_sum(cut, targets)
+            if wanted:
+                ctx.save_for_backward(*torch.autograd.grad(total, leaf))
+        return total.detach()
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * weight, None, None
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the targets' cross-entropies as a plain tensor.
+
+    Args:
+        logits: [B, S, vocab], or a DTensor of that cut by the vocabulary, under loss_parallel.
+        targets: [B, S] int64, negative for none.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total.to_local() if isinstance(total, DTensor) else total
 
 
 def _between(sequence_parallel: bool) -> Placement:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fourfold.parallel.gradients import average_gradients
 from fourfold.parallel.pipeline.failure import replica_lost
 from fourfold.parallel.pipeline.masters import MasterWeights, fingerprint, local_part
+from fourfold.parallel.pipeline.parts import Parts
 from fourfold.parallel.pipeline.settings import PipelineSettings
 
 
@@ -24,15 +25,21 @@ class GradientSum:
     Args:
         weights: whose `live` parameters get gradients.
         dp_group: replicas of the stage, or None.
+        parts: the ranks that the stage's weights are cut over.
 
     A micro-batch of weight w counts w times; where all count the same, the sums and quotients are those of plain
     gradient accumulation to the bit, because weights are taken relative to the first one of a run (`unit`).
     """
 
     def __init__(
-        self, weights: MasterWeights, settings: PipelineSettings, stage: int, dp_group: dist.ProcessGroup | None
+        self,
+        weights: MasterWeights,
+        settings: PipelineSettings,
+        stage: int,
+        dp_group: dist.ProcessGroup | None,
+        parts: Parts,
     ) -> None:
-        self._weights, self._settings, self._stage = weights, settings, stage
+        self._weights, self._settings, self._stage, self._parts = weights, settings, stage, parts
         self._group = dp_group if dp_group is not None and dp_group.size() > 1 else None
         self._pending = 0.0  # weight of the micro-batches in the sum, in units
         self._unit = 0.0
@@ -48,9 +55,10 @@ class GradientSum:
         Raises:
             ValueError: on every replica, where their weights are not the same: set on some of them only, say.
             PipelineError: a replica is gone.
-        Cost: with replicas, one small all-gather, and the weights read once.
+        Cost: with replicas, one small all-gather, and the weights read once; as much for what tp ranks hold alike.
         """
         self._pending, self._unit = under_way or (0.0, 0.0)
+        self._parts.check_alike(self._weights)
         if self._group is None or not self._weights.live:
             return
         prints = [(*fingerprint(local_part(p)), int(p.requires_grad)) for p in self._weights.live]
@@ -85,8 +93,11 @@ class GradientSum:
         for p in live:
             p.grad = None
         yield
-        new = [p.grad for p in live if p.grad is not None]
+        self._parts.resolve(live)
+        new = [local_part(p.grad) for p in live if p.grad is not None]
         finite = not new or bool(torch.stack([gradient.isfinite().all() for gradient in new]).all())
+        if live:
+            finite = self._parts.all(finite, live[0].device)
         for p, kept in zip(live, before, strict=True):
             if not finite or p.grad is None:
                 p.grad = kept
@@ -109,7 +120,8 @@ class GradientSum:
                 raise ValueError(
                     f"stage {self._stage}: {name} has a sparse gradient: make its embedding with sparse=False"
                 )
-        gradients = [p.grad for p in live if p.grad is not None]
+        self._parts.resolve(live)
+        gradients = [local_part(p.grad) for p in live if p.grad is not None]
         if gradients and self._group is not None:
             if share != 1:
                 torch._foreach_mul_(gradients, share)
@@ -131,16 +143,14 @@ class GradientSum:
     def clip(self, max_norm: float, norm: float) -> None:
         """Scale the gradients by max_norm / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_."""
         scale = max_norm / (norm + 1e-6)
-        gradients = [p.grad for p in self._weights.live if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._weights.live if p.grad is not None]
         if gradients and not scale >= 1:
             torch._foreach_mul_(gradients, scale)
 
     def norm(self) -> float:
-        """The 2-norm of the stage's gradients, summed in fp64."""
-        gradients = [local_part(p.grad) for p in self._weights.in_order if p.grad is not None]
-        parts = [torch.view_as_real(each) if each.is_complex() else each for each in gradients]
-        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        """The 2-norm of the stage's gradients, of all tp ranks together, summed in fp64."""
+        found = [(p.grad, p) for p in self._weights.in_order if p.grad is not None]
+        return self._parts.norm([local_part(gradient) for gradient, _ in found], [p for _, p in found])
 
     def _agree(self, *, ended: bool = False) -> tuple[float, float]:
         """Over the replicas: the mean of their weights, and this one's share in the mean; missing gradients are zeros.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -98,6 +99,11 @@ def check_module(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | No
             raise ValueError(
                 f"stage {stage}: {name or 'the module'} is wrapped in {type(part).__name__}, which averages at every "
                 "backward, over ranks of its own: give the module inside, and the stage's replicas as dp_group"
+            )
+        if isinstance(part, FSDPModule):
+            raise ValueError(
+                f"stage {stage}: {name or 'the module'} is sharded by fully_shard, which averages at every backward, "
+                "over ranks of its own: give the module as it was before, and the stage's replicas as dp_group"
             )
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():  # type: ignore[misc]
             raise ValueError(

@@ -11,13 +11,19 @@ class PipelineError(RuntimeError):
 
 def replica_lost(stage: int, group: dist.ProcessGroup, error: RuntimeError) -> PipelineError:
     """What to raise where the replicas of `stage` could not be reached over their `group`."""
+    where = f"stage {stage} stops at averaging over its replicas"
+    return member_lost(where, f"a replica of stage {stage}", group, error)
+
+
+def member_lost(where: str, who: str, group: dist.ProcessGroup, error: RuntimeError) -> PipelineError:
+    """What to raise where a collective of `group` failed: `where`, and that `who` is gone unless something else did."""
     ranks = dist.get_process_group_ranks(group)
     cause = read_note()
     if not cause:
-        cause = f"a replica of stage {stage} is gone (one of ranks {', '.join(map(str, ranks))})"
+        cause = f"{who} is gone (one of ranks {', '.join(map(str, ranks))})"
         if "timed out" not in str(error).lower():
             leave_note(f"{cause}, says rank {dist.get_rank()}")
-    return PipelineError(f"stage {stage} stops at averaging over its replicas: {cause} ({error})")
+    return PipelineError(f"{where}: {cause} ({error})")
 
 
 def _store() -> Any:

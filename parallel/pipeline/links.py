@@ -75,6 +75,7 @@ class PipeLinks:
         timeout_s: how long a receive may wait for a stage that is alive but silent; None: the group's timeout.
 
     Attributes:
+        device: where received tensors live.
         control_group: for small tensors on the host.
         idle_s: time spent waiting for messages, so far.
     """
@@ -83,7 +84,7 @@ class PipeLinks:
         self.stage = dist.get_rank(group)
         self.num_stages = dist.get_world_size(group)
         self.idle_s = 0.0
-        self._device = device
+        self.device = device
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
         self._ranks = dist.get_process_group_ranks(group)
         self._down: Groups = (group, group)
@@ -152,7 +153,7 @@ class PipeLinks:
             if known.repeated and known.description is not None:
                 # The receiver has posted receives for tensors as before: fill them.
                 for spec in known.description[0]:
-                    self._send_tensor(torch.empty(spec.shape, dtype=spec.dtype, device=self._device), to, "down", what)
+                    self._send_tensor(torch.empty(spec.shape, dtype=spec.dtype, device=self.device), to, "down", what)
             self._send_bytes(text, to, "down", what)
             known.description, known.text, known.repeated = description, text, False
         for tensor in tensors:
@@ -258,7 +259,7 @@ class PipeLinks:
         return int(kind), int(length), number
 
     def _post_tensors(self, incoming: _Incoming, specs: Sequence[TensorSpec], stage: int, direction: str) -> None:
-        incoming.tensors = [torch.empty(spec.shape, dtype=spec.dtype, device=self._device) for spec in specs]
+        incoming.tensors = [torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
         incoming.works = [
             self._post(dist.irecv, _as_bytes(tensor), stage, (direction, "tensor"), "a message")
             for tensor in incoming.tensors

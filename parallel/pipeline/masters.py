@@ -21,10 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fourfold.parallel.pipeline.local_parts import Fingerprint as Fingerprint
+from fourfold.parallel.pipeline.local_parts import fingerprint as fingerprint
+from fourfold.parallel.pipeline.local_parts import local_part as local_part
+from fourfold.parallel.pipeline.local_parts import local_parts as local_parts
+from fourfold.parallel.pipeline.local_parts import share_storage
 from fourfold.parallel.pipeline.optimizer import NamedParameters, OptimizerFactory, make_optimizers
 from fourfold.parallel.pipeline.shards import Shards
-
-Fingerprint = tuple[int, int]
 
 
 class MasterWeights:
@@ -117,7 +120,7 @@ class MasterWeights:
         """Give the masters the module's storage, unless they must be apart."""
         if not self.apart:
             for master, p in zip(self.masters, self.live, strict=True):
-                master.data = p.data
+                share_storage(master, p)
         self.held = list(self.masters)
         if self.shards is not None:
             self.held = [p.detach().clone() for p in self.live] if self.separate else list(self.live)
@@ -173,6 +176,11 @@ class MasterWeights:
         for name, p in zip(self.names, self.live, strict=True):
             given = shown.get(name)
             if name in known and given is not known[name]:
+                if isinstance(given, Tensor) and isinstance(p, DTensor) != isinstance(given, DTensor):
+                    raise ValueError(
+                        f"stage {self._stage}: on_gradients made a {type(given).__name__} of {name}, which tensor "
+                        "parallelism cuts: change what it is called with in place, or put a DTensor in its place"
+                    )
                 if given is not None and (not isinstance(given, Tensor) or given.shape != p.shape):
                     what = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
                     raise ValueError(
@@ -211,15 +219,15 @@ class MasterWeights:
     def load(self, weights: Sequence[Tensor] | None) -> None:
         """Fill the module with `weights`; nothing for None."""
         if weights:
-            torch._foreach_copy_([p.data for p in self.live], [weight.detach() for weight in weights])
+            torch._foreach_copy_([local_part(p).data for p in self.live], local_parts(weights))
 
     def restore(self) -> None:
         """Fill the module with the present weights."""
         self.load(self.held)
 
     def present(self) -> list[Tensor]:
-        """A copy of the present weights."""
-        return [p.detach().clone() for p in self.held]
+        """A copy of the present weights, of those that are cut this rank's parts."""
+        return [local_part(p).clone() for p in self.held]
 
     @torch.no_grad()
     def take_changes(self, *, for_now: bool = False) -> None:
@@ -236,8 +244,8 @@ class MasterWeights:
         self._check_parameters()
         for master, p in zip(self.masters, self.own_live, strict=True):
             master.requires_grad_(p.requires_grad)
-            if not self.apart and master.data_ptr() != p.data_ptr():
-                master.data = p.data  # the module's storage was exchanged
+            if not self.apart and local_part(master).data_ptr() != local_part(p).data_ptr():
+                share_storage(master, p)  # the module's storage was exchanged
         for at, (name, held, p) in enumerate(zip(self.names, self.held, self.live, strict=True)):
             own, module = local_part(held), local_part(p)
             if not self.apart or held is p or torch.equal(own.to(module.dtype), module):
@@ -292,7 +300,7 @@ class MasterWeights:
             self._fingerprints = [fingerprint(local_part(p)) for p in self.live]
 
     def _note_places(self) -> None:
-        self._noted = [(p.requires_grad, p._version, p.data_ptr()) for p in self.live]
+        self._noted = [(p.requires_grad, p._version, local_part(p).data_ptr()) for p in self.live]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -341,14 +349,18 @@ class MasterWeights:
         Raises:
             ValueError: naming the parameter.
         """
-        places = [place for _, _, place in self._noted] if self.apart else [each.data_ptr() for each in self.masters]
+        places = (
+            [place for _, _, place in self._noted]
+            if self.apart
+            else [local_part(each).data_ptr() for each in self.masters]
+        )
         for name, p, place, (trains, writes, _) in zip(self.names, self.live, places, self._noted, strict=True):
             if p.requires_grad != trains:
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was {'un' if p.requires_grad else ''}frozen while a stream "
                     "runs, when other stages are at other micro-batches: freeze weights between two runs"
                 )
-            if p._version != writes or not (self.separate or p.data_ptr() == place):
+            if p._version != writes or not (self.separate or local_part(p).data_ptr() == place):
                 raise ValueError(
                     f"stage {self._stage}: weight {name} was changed while a stream runs, where it holds predicted or "
                     "past weights: change weights between two runs, or in an optimizer's hook those that it owns "
@@ -381,15 +393,3 @@ class MasterWeights:
                     f"stage {self._stage}: parameter {name} went to {p.dtype} on {p.device}, its optimizer state is "
                     f"{held.dtype} on {device}: convert and move modules before making the pipeline"
                 )
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Two sums over the bits: other weights have others, but for a coincidence."""
-    flat = tensor.contiguous().view(-1)
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
-    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))

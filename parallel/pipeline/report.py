@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fourfold.parallel.pipeline.masters import MasterWeights
+from fourfold.parallel.pipeline.masters import MasterWeights, local_parts
+from fourfold.parallel.pipeline.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +72,8 @@ def write_reports(writer: ScalarWriter, reports: Iterable[StageReport], step: in
 class Meter:
     """Gathers a stage's report; costs one more copy of the weights, and nothing where it is off."""
 
-    def __init__(self, weights: MasterWeights, on: bool) -> None:
-        self._weights, self._on = weights, on
+    def __init__(self, weights: MasterWeights, on: bool, parts: Parts) -> None:
+        self._weights, self._on, self._parts = weights, on, parts
         self.begin()
 
     def begin(self, num_updates: int = 0) -> None:
@@ -98,9 +99,9 @@ class Meter:
             return
         self._delays.append(self.num_updates - seen)
         if sample is not None:
-            present = [weight.detach() for weight in self._weights.held]
-            moved = _norm(torch._foreach_sub(sample, present))
-            self._errors.append(moved / max(_norm(present), 1e-30))
+            live, present = self._weights.live, local_parts(self._weights.held)
+            moved = self._parts.norm(torch._foreach_sub(sample, present), live)
+            self._errors.append(moved / max(self._parts.norm(present, live), 1e-30))
             self._sampling = False
 
     def update(self, norm: float) -> None:
@@ -124,9 +125,3 @@ class Meter:
 
 def _mean(values: list[float] | list[int]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> float:
-    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -137,7 +137,8 @@ class PipelinedBackprop:
 
     def evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[float]:
         """The loss of each micro-batch with the present weights, in evaluation mode; arguments as for `run`."""
-        with self._alone.running("evaluate"):
+        # In inference mode DTensor's losses fail.
+        with self._alone.running("evaluate"), torch.inference_mode(False), torch.no_grad():
             return self._guarded(lambda: self._share(self._evaluate(batches)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,7 +182,7 @@ class PipelinedBackprop:
     def _evaluate(self, batches: Iterable[tuple[Any, Any]]) -> list[Tensor]:
         stage, links = self.stage, self._links
         stage.weights.take_changes(for_now=True)
-        stream = Stream(batches, self._place.reads)
+        stream = Stream(batches, self._place)
         losses = []
         with evaluating([stage.module]):
             for micro_batch in stream:
@@ -230,6 +231,10 @@ class PipelinedBackprop:
             self._links.abort(f"stops because {error}")
             raise
         except BaseException as error:
+            lost = self.stage.parts.lost(error)
+            if lost is not None:
+                self._links.abort(f"stops because {lost}")
+                raise lost from error
             self._links.abort(f"raised {type(error).__name__}: {error}")
             raise
         return losses

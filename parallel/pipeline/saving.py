@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fourfold.parallel.pipeline.masters import local_part
+
 if TYPE_CHECKING:
     from fourfold.parallel.pipeline.stage import PipelineStage
 
@@ -55,7 +57,7 @@ def load(stage: "PipelineStage", state: dict[str, Any]) -> None:
         stage.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for master, saved in zip(stage.weights.masters, state.get("masters", stage.weights.own_live), strict=True):
-                master.data.copy_(saved.data)
+                local_part(master).data.copy_(local_part(saved))
         stage.weights.take_others_from_module()
         stage.weights.note()
     states = state["scheduler"] if len(stage.schedulers) > 1 else [state["scheduler"]] * len(stage.schedulers)

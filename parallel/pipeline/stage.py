@@ -19,8 +19,10 @@ from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
 from fourfold.parallel.pipeline.checks import check_gradients, check_module, measured_loss
 from fourfold.parallel.pipeline.graphs import check_graph, needs_any
+from fourfold.parallel.pipeline.local_parts import copy_from_first
 from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
+from fourfold.parallel.pipeline.parts import Parts
 from fourfold.parallel.pipeline.randomness import seeded
 from fourfold.parallel.pipeline.report import Meter
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
@@ -69,7 +71,8 @@ class PipelineStage:
     """What a rank of the runtime, or the emulator for each stage, does with a micro-batch.
 
     Args:
-        module: from what the stage before returned to what the next one takes; see values.call.
+        module: from what the stage before returned to what the next one takes; see values.call. Where its weights are
+            DTensors, all ranks of their mesh run this stage, on the same micro-batches.
         index: its number, from 0.
         delay: D, in updates; with `lag_updates` as DelayedOptimizer's.
         double_buffered: a micro-batch's forward and backward read the same version of the weights, not the present one.
@@ -103,12 +106,13 @@ class PipelineStage:
         self._replica = 0
         self._corrected: Weights = None  # what backwards read, where only its owners can make it
         check_module(module, index, dp_group)
+        self.parts = Parts.of(module, index)
         if dp_group is not None:
             self._replica = dist.get_rank(dp_group)
-            self._copy_from_first((*module.parameters(), *module.buffers()))
+            copy_from_first((*module.parameters(), *module.buffers()), dp_group)
         sharded = self.settings.shard_optimizer and dp_group is not None and dp_group.size() > 1
         self.weights = MasterWeights(module, index, self.settings.master_dtype, dp_group if sharded else None)
-        self.gradients = GradientSum(self.weights, self.settings, index, dp_group)
+        self.gradients = GradientSum(self.weights, self.settings, index, dp_group, self.parts)
         self.optimizer: DelayedOptimizer | None = None
         self.schedulers: list[LRScheduler] = []
         if self.weights.live:
@@ -116,9 +120,10 @@ class PipelineStage:
             self.optimizer = attach(
                 self.weights, self.settings.optimizer, delayed=delayed, separate=separate or self.stashes
             )
+            self.parts.check_optimizers(self.optimizer.optimizers, mitigation)
             made = map(self.settings.make_scheduler, self.optimizer.optimizers)
             self.schedulers = [scheduler for scheduler in made if scheduler is not None]
-        self.meter = Meter(self.weights, self.settings.observe)
+        self.meter = Meter(self.weights, self.settings.observe, self.parts)
         if self.settings.dtype is not None:
             self._check_autocast()
 
@@ -146,7 +151,7 @@ class PipelineStage:
         """At the end of a run. Once drained, replicas' buffers become those of the first, as under torch's DDP."""
         self.gradients.end()
         if self.dp_group is not None and drained:
-            self._copy_from_first(tuple(self.module.buffers()))
+            copy_from_first(tuple(self.module.buffers()), self.dp_group)
         self.weights.check_untouched()
         self.weights.note()
 
@@ -384,11 +389,6 @@ class PipelineStage:
                 f"stage {self.index}: spectrain and pipemare-dc compute backwards with weights of their own, but under "
                 "autocast the graph keeps the forward's as casts: choose stash or lwpv+sc, or leave autocast off"
             )
-
-    def _copy_from_first(self, tensors: Sequence[Tensor]) -> None:
-        assert self.dp_group is not None
-        for tensor in tensors:
-            dist.broadcast(tensor.data, group=self.dp_group, group_src=0)
 
     def _randomness(self, device: torch.device) -> AbstractContextManager[None]:
         if self.settings.seed is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fourfold.parallel.pipeline.checks import pairs
 from fourfold.parallel.pipeline.in_flight import Recipe, replayed
 from fourfold.parallel.pipeline.links import PipeLinks
+from fourfold.parallel.pipeline.local_parts import read_back, written
 from fourfold.parallel.pipeline.norms import ModelNorms
 from fourfold.parallel.pipeline.program import Program
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
@@ -97,7 +98,7 @@ class StreamRun:
         self.stage.begin(self._under_way, self._updates)
         self._take_up()
         self.place.norms.take_up(self.links)
-        self.stream = Stream(batches, self.place.reads, self._end_of_stream, first=self.first)
+        self.stream = Stream(batches, self.place, self._end_of_stream, first=self.first)
         self.losses, self._on_loss = [], on_loss
         # What is still in flight when a stream pauses has come among its last; which these are is not known before.
         self._keeps = not drain and self.place.warm_up() > 0
@@ -135,7 +136,7 @@ class StreamRun:
         """What is in flight while the stream pauses, for `restored`."""
         return {
             "first": self.first, "updates": self._updates, "under_way": self._under_way,
-            "sums": copied(self._sums),
+            "sums": None if self._sums is None else written(self._sums),
             "previous": self._previous, "arrived": self._arrived, "norms": dict(self.place.norms.parts),
             "recipes": {micro_batch: recipe.state() for micro_batch, recipe in self._recipes.items()},
         }  # fmt: skip
@@ -145,7 +146,8 @@ class StreamRun:
         """A paused stream from its state; micro-batches are computed again when it goes on."""
         run = cls(place)
         run.first, run._updates, run._under_way = state["first"], state["updates"], state["under_way"]
-        run._sums, run._previous, run._arrived = (copied(state[key]) for key in ("sums", "previous", "arrived"))
+        run._previous, run._arrived = (copied(state[key]) for key in ("previous", "arrived"))
+        run._sums = None if state["sums"] is None else read_back(state["sums"], run.stage.weights.live)
         place.norms.parts = dict(state["norms"])
         run._recipes = {micro_batch: Recipe.of(each) for micro_batch, each in state["recipes"].items()}
         run._waiting = deque(sorted(run._recipes))
@@ -279,7 +281,7 @@ class Stream(Iterator[int]):
     What this rank reads is copied when it is pulled: the iterable may fill the same tensors again.
 
     Args:
-        reads: whether this rank reads the inputs, and the targets.
+        place: of the stage, which says what this rank reads, and which ranks have the same stream.
         first: number of its first micro-batch.
         on_end: called with the length as soon as the last micro-batch has been used, before anything else is asked.
     """
@@ -287,12 +289,12 @@ class Stream(Iterator[int]):
     def __init__(
         self,
         batches: Iterable[tuple[Any, Any]],
-        reads: tuple[bool, bool],
+        place: Place,
         on_end: Callable[[int], None] | None = None,
         *,
         first: int = 0,
     ) -> None:
-        self._batches, self._reads = pairs(batches), reads
+        self._batches, self._place = pairs(batches), place
         self._numbers = count(first)
         self._on_end = on_end
         self._next = self._pull()
@@ -318,8 +320,12 @@ class Stream(Iterator[int]):
         return next(self._numbers)
 
     def _pull(self) -> tuple[Any, Any] | None:
+        pulled: tuple[Any, Any] | None = self._place.stage.parts.next_of(self._own, self._place.links.device)
+        return pulled
+
+    def _own(self) -> tuple[Any, Any] | None:
         pulled = next(self._batches, None)
         if pulled is None:
             return None
-        value, target = (copied(each) if read else None for each, read in zip(pulled, self._reads, strict=True))
+        value, target = (copied(each) if read else None for each, read in zip(pulled, self._place.reads, strict=True))
         return value, target

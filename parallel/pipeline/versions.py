@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fourfold.parallel.pipeline.masters import MasterWeights
+from fourfold.parallel.pipeline.masters import MasterWeights, local_parts
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer, OptimizerFactory, check_turned
 
 Weights = list[Tensor] | None  # None: the present ones
@@ -53,7 +53,7 @@ def weights_to_read(masters: MasterWeights, optimizer: DelayedOptimizer, *, stas
     """
     forward, shards = optimizer.forward_weights(), masters.shards
     if shards is None:
-        return forward, None
+        return None if forward is None else local_parts(forward), None
 
     def gathered(own: Sequence[Tensor] | None) -> Weights:
         return None if own is None else shards.gathered(own, masters.live)

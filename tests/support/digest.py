@@ -4,14 +4,16 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def digest(losses: list[float], state: dict[str, Any]) -> str:
-    """Every bit of a stage's weights, optimizer and losses."""
+    """Every bit of a stage's weights, optimizer and losses; of a DTensor this rank's part."""
     summary = sha256(repr(losses).encode())
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
+            value = value.to_local() if isinstance(value, DTensor) else value
             summary.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key in value:

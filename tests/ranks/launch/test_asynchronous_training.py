@@ -30,6 +30,7 @@ from fourfold.launch.training.data import held_out_rows, training_rows
 from fourfold.launch.training.loop import TrainingRun, train
 from fourfold.launch.training.memory_use import MemoryGauge
 from fourfold.launch.training.settings import TrainSettings
+from fourfold.launch.training.undrained import check_in_flight
 from fourfold.layouts.cost.asynchronous import schedule_of
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
@@ -37,6 +38,7 @@ from fourfold.parallel import PipelinedBackpropEmulator, init_mesh, parallelize
 from fourfold.parallel.decoder import decoder_stages
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
 from fourfold.parallel.pipeline import ClipNorm
+from fourfold.parallel.pipeline.masters import local_part
 from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.sequence.tensors import shard_labels
 from fourfold.parallel.testing.compare import state_differences
@@ -68,14 +70,14 @@ def layout(**fields: Any) -> Layout:
 
 
 def trained(
-    plan: Layout, folder: str, resume: bool, settings: TrainSettings = SETTINGS
+    plan: Layout, folder: str, resume: bool, settings: TrainSettings = SETTINGS, kv_heads: int = 1
 ) -> tuple[list[float], float | None, str, list[torch.Tensor], list[tuple[int, float]]]:
     """Losses, held-out loss, this stage's state and weights, and evaluations on the way, after training on ranks."""
     if resume and dist.get_rank() == 0:
         shutil.rmtree(Path(folder) / "step_00000004")
     dist.barrier()
-    mesh = init_mesh(dp=plan.dp, pp=plan.pp, device_type="cpu")
-    model = AsynchronousModel(meta_model(), plan, mesh, settings)
+    mesh = init_mesh(dp=plan.dp, pp=plan.pp, tp=plan.tp, device_type="cpu")
+    model = AsynchronousModel(meta_model(num_key_value_heads=kv_heads), plan, mesh, settings)
     gauge = MemoryGauge(torch.device("cpu"))
     evaluations: list[tuple[int, float]] = []
     run = TrainingRun(
@@ -83,13 +85,13 @@ def trained(
         on_evaluation=lambda step, loss: evaluations.append((step, loss)),
     )  # fmt: skip
     result = train_asynchronously(model, (TEXT[0], TEXT[1]), run)
-    assert result.peak_bytes > sum(4 * p.numel() for p in model.stage.parameters())
+    assert result.peak_bytes > sum(4 * local_part(p).numel() for p in model.stage.parameters())
     losses = [record.loss for record in result.records]
     state = model.pipeline.state_dict()
     kept = {name: state[name] for name in ("module", "num_forwards")}  # a scheduler also counts its own calls
     kept |= {name: state["optimizer"][name] for name in ("num_updates", "before", "drift")}
     kept["moments"] = list(state["optimizer"]["optimizer"]["state"].values())
-    weights = [p.detach().clone() for p in model.stage.parameters()]
+    weights = [local_part(p).clone() for p in model.stage.parameters()]
     return losses, result.held_out_loss, digest([], kept), weights, evaluations
 
 
@@ -162,16 +164,36 @@ def test_training_equals_the_emulator_and_resuming_equals_no_stop(ranks, tmp_pat
 )
 def test_checkpoints_and_evaluations_in_flight_leave_training_as_it_is(ranks, tmp_path, fields):
     plan, folder = layout(**fields), str(tmp_path / "checkpoints")
-    pool = ranks(2 * plan.dp)
-    alone, drained = pool(trained, plan, "", False, ALONE), pool(trained, plan, str(tmp_path / "drained"), False)
-    saved = pool(trained, plan, folder, False, IN_FLIGHT)
-    again = pool(trained, plan, folder, True, IN_FLIGHT)
+    pool, other = ranks(plan.world_size), str(tmp_path / "drained")
+    alone = pool(trained, plan, "", False, ALONE, plan.tp)
+    drained = pool(trained, plan, other, False, SETTINGS, plan.tp)
+    saved = pool(trained, plan, folder, False, IN_FLIGHT, plan.tp)
+    again = pool(trained, plan, folder, True, IN_FLIGHT, plan.tp)
     for rank, (losses, held_out, state, *_) in enumerate(alone):
         assert drained[rank][2] != state  # draining at step 2 changes training
         assert saved[rank][:3] == (losses, held_out, state)
         assert again[rank][:3] == (losses[2:], held_out, state)
         assert [step for step, _ in saved[rank][4]] == [1, 2, 3]
         assert again[rank][4] == saved[rank][4][2:] == saved[0][4][2:]
+
+
+def test_a_drained_checkpoint_goes_from_cut_stages_to_whole_ones_and_back(ranks, tmp_path):
+    cut = layout(tp=2, sequence_parallel=True, mitigation="lwpw+sc+ef")
+    plans = (cut, replace(cut, tp=1, sequence_parallel=False))
+    losses = []
+    for plan, other in (plans, plans[::-1]):
+        folder = str(tmp_path / f"tp{plan.tp}")
+        through = ranks(plan.world_size)(trained, plan, folder, False, SETTINGS, 2)
+        changed = ranks(other.world_size)(trained, other, folder, True, SETTINGS, 2)
+        assert {tuple(each[0]) for each in through} == {tuple(through[0][0])}  # one loss on every rank
+        losses += [through[0][0][2:], changed[0][0]]
+    for after in losses[1:]:
+        assert after == pytest.approx(losses[0], rel=1e-5)  # sums over tp, in fp32, in another order
+
+
+def test_checkpoints_in_flight_of_cut_stages_are_refused():
+    with pytest.raises(ValueError, match=r"checkpoints_in_flight with tp=2: .* choose tp=1"):
+        check_in_flight(layout(tp=2), IN_FLIGHT)
 
 
 def gone_on(folder: str) -> list[str]:
@@ -294,7 +316,7 @@ def refused() -> list[str]:
 
 def test_meshes_and_models_that_cannot_be_are_refused(ranks):
     for messages in ranks(2)(refused):
-        for message, words in zip(messages, ("choose tp=1", "pp of at least 2", "untie them"), strict=True):
+        for message, words in zip(messages, ("pp of at least 2", "pp of at least 2", "untie them"), strict=True):
             assert words in message
 
 

@@ -16,9 +16,16 @@ from support.fork_server import fork_server
 from support.rank_pool import STARTING_S, RankFailure
 from torch.nn import functional as F
 
-from fourfold.parallel import PipelinedBackprop
+from fourfold.parallel import PipelinedBackprop, init_mesh
+from fourfold.parallel.decoder import pipeline_decoder
 
 NUM_RANKS = 4
+
+
+def cut_decoder() -> PipelinedBackprop:
+    """2 stages of 2 tp ranks each."""
+    mesh = init_mesh(pp=2, tp=2, device_type="cpu")
+    return pipeline_decoder(pipeline_models.small_llama(), mesh, seq_len=3, optimizer=torch.optim.AdamW)
 
 
 def train_until_killed(
@@ -35,7 +42,7 @@ def train_until_killed(
         timeout=timedelta(minutes=10),
     )
     pipe.send("started")
-    num_stages = NUM_RANKS // num_replicas
+    num_stages = NUM_RANKS // max(1, num_replicas)
     pipelines = [dist.new_group(list(range(start, start + num_stages))) for start in range(0, NUM_RANKS, num_stages)]
     peers = [dist.new_group(list(range(stage, NUM_RANKS, num_stages))) for stage in range(num_stages)]
     updates: list[int] = []
@@ -51,21 +58,26 @@ def train_until_killed(
         optimizer.register_step_post_hook(killed)
         return optimizer
 
-    trainer = PipelinedBackprop(
-        pipeline_models.stages(num_stages),
-        group=pipelines[rank // num_stages],
-        dp_group=peers[rank % num_stages] if num_replicas > 1 else None,
-        shard_optimizer=in_update,  # the others then wait for the victim's weights
-        optimizer=made,
-        loss_fn=F.cross_entropy,
-        mitigation="none",
+    trainer = (
+        cut_decoder()
+        if not num_replicas
+        else PipelinedBackprop(
+            pipeline_models.stages(num_stages),
+            group=pipelines[rank // num_stages],
+            dp_group=peers[rank % num_stages] if num_replicas > 1 else None,
+            shard_optimizer=in_update,  # the others then wait for the victim's weights
+            optimizer=made,
+            loss_fn=F.cross_entropy,
+            mitigation="none",
+        )
     )
+    ids = torch.zeros(1, 3, dtype=torch.int64)
 
     def stream():
         for number in range(10**9):
             if number == 20 and rank == victim and not in_update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield pipeline_models.batches(1)[0]
+            yield pipeline_models.batches(1)[0] if num_replicas else (ids, ids)
 
     try:
         trainer.run(stream())
@@ -104,6 +116,8 @@ def test_a_silent_stage_is_given_up_in_time(ranks):
         # who only averages with it cannot know which of the replicas it was
         (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", False),
         (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", True),
+        # 0: no replicas, and a stage is two ranks, of which the other one may be the first to notice
+        (0, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 2, 3\))?", False),
     ],
 )
 def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named, in_update):

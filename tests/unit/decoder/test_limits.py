@@ -29,6 +29,7 @@ VALUES = {
     "checkpoint_every": (1, 2), "checkpointing": range(4), "offload": (False, True), "stream_chunks": (1, 4),
     "embedding_counts_as": (0, 1), "head_counts_as": (0, 2), "schedule": range(5), "global_batch": (12,),
     "seq_len": (64,), "sharded_accumulation": (False, True), "compile": (False, True),
+    "rotates": (False, True),
 }  # fmt: skip
 MODELS = [
     DecoderFacts(family="llama", num_layers=4, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64),

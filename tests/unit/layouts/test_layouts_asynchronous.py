@@ -1,6 +1,7 @@
 """Pipelines that never drain, priced next to those that do: against the schedules themselves, and only when asked."""
 
 import csv
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,40 @@ def test_passes_over_the_weights_are_those_of_the_stage(fields, first, last):
     assert passes[[0, 2], 0].tolist() == [first, last]
 
 
+def test_a_cut_stage_holds_and_updates_its_part_and_pays_for_each_micro_batch():
+    def one(**fields: object) -> Any:
+        return price(LLAMA, A100, [late(mitigation="stash+sc", **fields)])[0]
+
+    whole, cut, sequence = one(), one(tp=2), one(tp=2, sequence_parallel=True)
+    for parts in (cut.memory_parts_bytes, sequence.memory_parts_bytes):
+        for name in ("weights", "gradients", "optimizer"):  # all but the norms, which are a few thousandths
+            assert parts[name] == pytest.approx(whole.memory_parts_bytes[name] / 2, rel=0.005)
+    assert cut.optimizer_s == pytest.approx(whole.optimizer_s / 2, rel=0.005)
+    assert sequence.memory_parts_bytes["activations"] < cut.memory_parts_bytes["activations"]
+    # Its collectives are those of a stage that drains.
+    for options in ({}, {"sequence_parallel": True}):
+        drained = one(tp=2, schedule="1f1b", **options).time_parts_s["tp_communication"]
+        assert one(tp=2, **options).time_parts_s["tp_communication"] == pytest.approx(drained)
+        assert drained > 0
+    assert whole.time_parts_s["tp_communication"] == 0
+
+
+def test_a_plan_ranks_cut_stages_but_not_with_basis_rotation():
+    batch = {"num_devices": 8, **BATCH}
+    kinds = [
+        {
+            (priced.layout.tp > 1, priced.layout.sequence_parallel)
+            for priced in found.layouts
+            if priced.layout.asynchronous
+        }
+        for found in (
+            rank_layouts(LLAMA, A100, SearchRequest(asynchronous=True, fix={"mitigation": words}, **batch))
+            for words in ("ef", "ef+rotate")
+        )
+    ]
+    assert kinds == [{(False, False), (True, False), (True, True)}, {(False, False)}]
+
+
 @pytest.mark.parametrize(("mitigation", "products"), [("rotate", 6.8), ("rotate+lwpv+sc", 8.8), ("lwpv+sc", 0)])
 def test_basis_rotation_costs_products_of_matrices(mitigation, products):
     candidates = Candidates.of([late(mitigation=mitigation)])
@@ -205,7 +240,7 @@ def test_what_changes_for_learning_follows_the_schedule():
         ({"schedule": "pb"}, "choose one of 1f1b, lockstep, 1f1b-async, 2bw"),
         ({"mitigation": "hope"}, "'hope' is not among"),
         ({"pp": 1}, "choose pp of at least 2, or '1f1b'"),
-        ({"tp": 2}, "choose tp=1, or schedule='1f1b'"),
+        ({"tp": 2, "mitigation": "rotate+lwpv"}, "choose tp=1, or zero_stage=0 and a mitigation without rotate"),
         ({"cp": 2}, "choose cp=1, or schedule='1f1b'"),
         ({"dp": 2, "zero_stage": 2}, "choose zero_stage=1 or 0, or schedule='1f1b'"),
         ({"dp": 2, "zero_stage": 3}, "choose zero_stage=1 or 0, or schedule='1f1b'"),
