@@ -205,7 +205,7 @@ class ErrorFeedback(Answer):
 
     def blank(self, slots: Sequence[Slot]) -> dict[str, Weights]:
         """Zeros: the updates made of each parameter, and its last D steps."""
-        return {**super().blank(slots), "made": [torch.zeros((), dtype=torch.int64) for _ in slots]}
+        return {**super().blank(slots), "made": [torch.zeros((), dtype=torch.int64, device="cpu") for _ in slots]}
 
     def before_step(self, slots: Sequence[Slot]) -> None:
         self._old = [(slot, slot.parameter.detach().clone()) for slot in slots if slot.parameter.grad is not None]
@@ -228,7 +228,8 @@ class BasisRotation(Answer):
     A delayed step of Adam goes wrong where curvature is not along the coordinates; along the eigenvectors it is.
     For a matrix, L+ = beta2 L + (1 - beta2) g g^T and R+ likewise of g^T g; every `rotate_every` updates one step of
     power iteration, Q_L = qr(L Q_L), follows their eigenvectors, and the first moment is turned into the new basis (the
-    second, which only sizes steps, is left, as in SOAP). Sides longer than 4096 and vectors are not turned.
+    second, which only sizes steps, is left, as in SOAP). Sides longer than 4096, vectors and complex matrices
+    are not turned.
 
     Source: Jung et al. 2026 (arXiv 2602.03515); Vyas et al. 2024 (SOAP, arXiv 2409.11321).
     """
@@ -242,7 +243,8 @@ class BasisRotation(Answer):
         kept: dict[str, Weights] = {kind: [] for kind in self.kinds}
         for slot in slots:
             p = slot.parameter
-            sides = (p.shape[0], p.shape[1]) if p.ndim == 2 and slot.is_adam else (0, 0)
+            turned = p.ndim == 2 and slot.is_adam and not p.is_complex()
+            sides = (p.shape[0], p.shape[1]) if turned else (0, 0)
             rows, columns = (side if side <= self.longest_side else 0 for side in sides)
             for kind, side in zip(self.kinds, (rows, columns, rows, columns), strict=True):
                 kept[kind].append(torch.zeros(side, side, dtype=p.dtype, device=p.device))

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -88,6 +90,33 @@ def _refuse_tie(stage: int, name: str, other: int, other_name: str) -> None:
     )
 
 
+def check_pipeline(stages: Sequence[nn.Module | None], settings: PipelineSettings) -> None:
+    """Refuse what is no sequence of stages, and a pipeline without a loss.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if not isinstance(stages, Sequence | nn.Sequential | nn.ModuleList):
+        raise ValueError(f"stages is a {type(stages).__name__}: give a list of modules, one a stage")
+    for index, module in enumerate(stages):
+        if not isinstance(module, nn.Module | None):
+            raise ValueError(f"stage {index} is a {type(module).__name__}: give a torch.nn.Module")
+    if settings.loss_fn is None:
+        raise ValueError("no loss_fn: give one, (output of the last stage, target) -> scalar mean")
+
+
+def check_passable(outputs: list[Tensor], stage: int) -> list[Tensor]:
+    """Returns the outputs; refuses tensors that are not plain numbers in memory, which no other rank could be sent."""
+    for output in outputs:
+        if output.is_nested or output.layout != torch.strided:
+            what = "nested" if output.is_nested else str(output.layout)
+            raise ValueError(
+                f"stage {stage} hands on a tensor that is {what}: stages pass dense tensors; pass its parts (values, "
+                "indices, offsets) and put it together in the next stage"
+            )
+    return outputs
+
+
 def check_module(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | None) -> None:
     """Refuse a stage that averages or shards by itself, or whose weights are not made yet.
 
@@ -111,6 +140,22 @@ def check_module(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | No
                 "pipeline is made"
             )
     check_batch_norms(module, stage, dp_group)
+    _check_storage(module, stage)
+
+
+def _check_storage(module: nn.Module, stage: int) -> None:
+    """Refuse two trained parameters in one memory: each would be updated without the other's gradient."""
+    places = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for name, p in module.named_parameters()
+        if p.requires_grad and p.numel() and not p.is_meta and not hasattr(p, "to_local") and p.is_contiguous()
+    )
+    for (_, end, name), (start, _, other) in pairwise(places):
+        if start < end:
+            raise ValueError(
+                f"stage {stage}: {name} and {other} are two parameters in one memory: use one Parameter in both "
+                "places, or clone one"
+            )
 
 
 def measured_loss(settings: PipelineSettings, output: Any, target: Any) -> tuple[Tensor, float]:
@@ -121,7 +166,11 @@ def measured_loss(settings: PipelineSettings, output: Any, target: Any) -> tuple
         what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn returned {what}: give a scalar mean over the micro-batch")
     weigh = settings.loss_weight
-    weight = 1.0 if weigh is None else float(weigh(target))
+    found = 1.0 if weigh is None else weigh(target)
+    if not isinstance(found, int | float) and not (isinstance(found, Tensor) and found.numel() == 1):
+        what = str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"loss_weight returned {what}: give one number, how much the micro-batch counts")
+    weight = float(found)
     if not 0 <= weight < float("inf"):
         raise ValueError(f"loss_weight returned {weight}: how much a micro-batch counts is finite and at least 0")
     return loss, weight
@@ -154,7 +203,9 @@ def check_batch_norms(module: nn.Module, stage: int, dp_group: dist.ProcessGroup
 
 
 def pairs(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """The (input, target) micro-batches of a stream. Raises ValueError for one that is no pair."""
+    """The (input, target) micro-batches of a stream. Raises ValueError for one that is no pair, and no stream."""
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"the stream is a {type(batches).__name__}: give an iterable of pairs (input, target)")
     for pair in batches:
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise ValueError(f"the stream gave a {type(pair).__name__}: give pairs (input, target)")

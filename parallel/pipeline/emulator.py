@@ -19,6 +19,7 @@ from fourfold.parallel.pipeline.checks import (
     OneRunAtATime,
     check_model_norm,
     check_pause,
+    check_pipeline,
     check_recomputation,
     check_untied,
     evaluating,
@@ -56,18 +57,19 @@ class PipelinedBackpropEmulator:
         self, stages: Sequence[nn.Module], *, delays: Sequence[int] | None = None, **options: Unpack[PipelineOptions]
     ) -> None:
         settings = PipelineSettings(**options)
+        check_pipeline(stages, settings)
         self.schedule = resolve_schedule(settings.schedule, len(stages))
         self.mitigation = settings.chosen
         # Delays from the schedule, or those given.
         if delays is not None:
             if isinstance(self.schedule, Program):
                 raise ValueError("delays replace those of a named schedule; a Program has its own: leave delays out")
-            if len(delays) != len(stages) or min(delays) < 0:
+            if len(delays) != len(stages) or min(delays) < 0 or any(delay != int(delay) for delay in delays):
                 raise ValueError(
                     f"delays={list(delays)}: one number of updates, at least 0, for each of {len(stages)} stages"
                 )
-        self._delays = None if delays is None else list(delays)
-        steady: list[int | float] = self.schedule.delays() if delays is None else list(delays)
+        self._delays = None if delays is None else list(map(int, delays))
+        steady: list[int | float] = self.schedule.delays() if self._delays is None else list(self._delays)
         buffered = self.schedule.double_buffered and delays is None
         for module in stages:
             check_recomputation(module, steady, self.mitigation, double_buffered=buffered)
@@ -184,6 +186,8 @@ class PipelinedBackpropEmulator:
                 "these states have micro-batches in flight, which only PipelinedBackprop can hold: save after a run "
                 "with drain=True"
             )
+        if len(states) != len(self.stages):
+            raise ValueError(f"{len(states)} states for {len(self.stages)} stages: give what state_dict returned")
         self._paused = None
         for stage, state in zip(self.stages, states, strict=True):
             stage.load_state_dict(state)

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.parallel.pipeline.failure import PipelineError, leave_note, read_note
-from fourfold.parallel.pipeline.values import Structure, TensorSpec
+from fourfold.parallel.pipeline.values import Structure, TensorSpec, resolved
 
 _DATA, _END, _ABORT = 0, 1, 2
 _TAGS = {"down": (7001, 7002), "up": (7003, 7004)}  # of headers (and descriptions) and of tensors
@@ -242,7 +242,7 @@ class PipeLinks:
             raise self._error(None, what, error) from error
 
     def _expect(self, stage: int, direction: str) -> _Incoming:
-        header = torch.empty(3, dtype=torch.float64)
+        header = torch.empty(3, dtype=torch.float64, device="cpu")  # whatever torch.set_default_device says
         incoming = _Incoming(header, self._post(dist.irecv, header, stage, (direction, "header"), "a message"))
         self._receives.append(incoming)
         return incoming
@@ -267,19 +267,19 @@ class PipeLinks:
         ]
 
     def _bytes(self, length: int, stage: int, direction: str, what: str) -> bytes:
-        text = torch.empty(length, dtype=torch.uint8)
+        text = torch.empty(length, dtype=torch.uint8, device="cpu")
         self._wait(self._post(dist.irecv, text, stage, (direction, "header"), what), stage, what)
         return text.numpy().tobytes()
 
     def _send_header(self, numbers: tuple[int, int, float], stage: int, direction: str, what: str) -> None:
-        self._send(torch.tensor(numbers, dtype=torch.float64), stage, (direction, "header"), what)
+        self._send(torch.tensor(numbers, dtype=torch.float64, device="cpu"), stage, (direction, "header"), what)
 
     def _send_bytes(self, text: bytes, stage: int, direction: str, what: str) -> None:
         self._send(torch.frombuffer(bytearray(text), dtype=torch.uint8), stage, (direction, "header"), what)
 
     def _send_tensor(self, tensor: Tensor, stage: int, direction: str, what: str) -> None:
         if tensor.numel():
-            self._send(_as_bytes(tensor.contiguous()), stage, (direction, "tensor"), what)
+            self._send(_as_bytes(resolved(tensor)), stage, (direction, "tensor"), what)
 
     def _send(self, tensor: Tensor, stage: int, channel: tuple[str, str], what: str) -> None:
         while self._sends and self._sends[0][0].is_completed():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from fourfold.parallel.pipeline.values import copied
+from fourfold.parallel.pipeline.values import copied, resolved
 
 Fingerprint = tuple[int, int]
 
@@ -73,6 +73,6 @@ def share_storage(master: nn.Parameter, p: nn.Parameter) -> None:
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
     """Two sums over the bits: other weights have others, but for a coincidence."""
-    flat = tensor.contiguous().view(-1)
+    flat = resolved(tensor).view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
     return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))

@@ -26,7 +26,7 @@ from fourfold.parallel.pipeline.local_parts import fingerprint as fingerprint
 from fourfold.parallel.pipeline.local_parts import local_part as local_part
 from fourfold.parallel.pipeline.local_parts import local_parts as local_parts
 from fourfold.parallel.pipeline.local_parts import share_storage
-from fourfold.parallel.pipeline.optimizer import NamedParameters, OptimizerFactory, make_optimizers
+from fourfold.parallel.pipeline.optimizer import NamedParameters, OptimizerFactory, check_hooks, make_optimizers
 from fourfold.parallel.pipeline.shards import Shards
 
 
@@ -104,6 +104,7 @@ class MasterWeights:
             return []  # there are more replicas than parameters
         optimizers, order = make_optimizers(factory, NamedParameters(self.masters, names), self._stage)
         self._optimizers = optimizers
+        check_hooks(self.own_names, self.masters, self._stage)
         self.masters = [self.masters[at] for at in order]
         own = slice(None) if self.shards is None else self.shards.own
         self.live[own], self.names[own] = [live[at] for at in order], [names[at] for at in order]
@@ -159,7 +160,7 @@ class MasterWeights:
                 master.grad = given.to(master.dtype)
             self._given[at] = p.grad, -1 if p.grad is None else p.grad._version
 
-    def show_gradients(self, hook: Callable[[dict[str, Tensor]], None]) -> None:
+    def show_gradients(self, hook: Callable[[dict[str, Tensor]], object]) -> None:
         """Call `hook` with the module's gradients by name, and take what it changed, replaced or took out.
 
         Raises:
@@ -167,7 +168,8 @@ class MasterWeights:
         """
         shown = {name: p.grad for name, p in zip(self.names, self.live, strict=True) if p.grad is not None}
         known = dict(shown)
-        hook(shown)
+        if isinstance(returned := hook(shown), dict) and returned is not shown:
+            raise ValueError(f"stage {self._stage}: on_gradients returned another dict: change its own in place")
         if other := [name for name in shown if name not in known]:
             raise ValueError(
                 f"stage {self._stage}: on_gradients set {other[0]!r}, which had no gradient: change those that it is "
@@ -374,6 +376,7 @@ class MasterWeights:
                 f"stage {self._stage}: its optimizer has other parameters, or in another order, than when the pipeline "
                 "was made (add_param_group?): make all groups in the optimizer factory"
             )
+        check_hooks(self.own_names, self.masters, self._stage)
         there = dict(self._module.named_parameters())
         known = {id(p) for p in self.live}
         if lost := [name for name, p in zip(self.names, self.live, strict=True) if there.get(name) is not p]:

@@ -101,8 +101,11 @@ class Slot:
         if self.is_adam:
             bias, square_bias = (1 - float(beta) ** self.num_updates for beta in self.group["betas"])
             square = self.state.get("max_exp_avg_sq", self.state["exp_avg_sq"])
+            if weights.is_complex():  # real and imaginary parts are numbers of their own to an Adam
+                weights, moment, square = map(torch.view_as_real, (weights, moment, square))
             divisor = (square / square_bias).sqrt_().add_(self.group["eps"])
-            return torch.addcdiv(weights, moment, divisor, value=-rate / bias)
+            ahead = torch.addcdiv(weights, moment, divisor, value=-rate / bias)
+            return torch.view_as_complex(ahead) if self.parameter.is_complex() else ahead
         if _MUON is not None and isinstance(self.optimizer, _MUON):
             # Muon's own step on a throw-away copy whose whole gradient is the moment: its orthogonalisation, once more.
             copy = torch.nn.Parameter(weights.clone())

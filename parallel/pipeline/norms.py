@@ -76,7 +76,7 @@ class ModelNorms:
             forget(self.known, self._clipping.lag_updates)
 
     def _ask(self, update: int, norm: float, links: PipeLinks) -> None:
-        row = torch.tensor([norm], dtype=torch.float64)
+        row = torch.tensor([norm], dtype=torch.float64, device="cpu")
         rows = [torch.empty_like(row) for _ in range(links.num_stages)]
         if links.num_stages == 1:
             self.known[update] = norm
@@ -99,7 +99,7 @@ class ModelNorms:
 
 def joined(parts: Any) -> float:
     """The 2-norm of a vector whose parts, in order of the stages, have these norms."""
-    return float(torch.tensor(list(parts), dtype=torch.float64).square().sum().sqrt())
+    return float(torch.tensor(list(parts), dtype=torch.float64, device="cpu").square().sum().sqrt())
 
 
 def forget(norms: dict[int, float], lag_updates: int) -> None:

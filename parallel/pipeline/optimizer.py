@@ -132,6 +132,11 @@ class DelayedOptimizer:
         return self.optimizers[0]
 
     @property
+    def classes(self) -> list[str]:
+        """Names of the optimizers' classes."""
+        return [type(each).__name__ for each in self.optimizers]
+
+    @property
     def delay(self) -> float:
         return self._late.delay
 
@@ -248,6 +253,7 @@ class DelayedOptimizer:
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         return {
             "optimizer": states[0] if len(states) == 1 else states,
+            "classes": self.classes,
             "num_updates": self.num_updates,
             "before": None,
             "drift": None,
@@ -261,7 +267,7 @@ class DelayedOptimizer:
         remembered = {
             kind: [tensor.clone() for tensor in tensors]
             for kind, tensors in state.items()
-            if kind not in ("optimizer", "num_updates") and tensors is not None
+            if kind not in ("optimizer", "classes", "num_updates") and tensors is not None
         }
         self.go_on(state["num_updates"], remembered)
 
@@ -344,3 +350,18 @@ def _check_optimizer(optimizer: Any, mitigation: Mitigation) -> None:
         )
     if mitigation.reads_momentum or mitigation.rotate_every:
         check_moments(optimizer)
+
+
+def check_hooks(names: Sequence[str], parameters: Sequence[torch.nn.Parameter], stage: int) -> None:
+    """Refuse hooks on the optimizer's parameters, which no backward reaches: they would never run.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for name, parameter in zip(names, parameters, strict=True):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"stage {stage}: a hook on the gradient of {name} is registered on the optimizer's own parameter, "
+                "through which no backward goes: register it on the module's (stages[i].parameters()), or use "
+                "on_gradients or a pre-hook of the optimizer"
+            )

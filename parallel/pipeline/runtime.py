@@ -17,6 +17,7 @@ from fourfold.parallel.pipeline.checks import (
     OneRunAtATime,
     check_model_norm,
     check_pause,
+    check_pipeline,
     check_recomputation,
     check_untied,
     check_whole_backwards,
@@ -68,13 +69,14 @@ class PipelinedBackprop:
         assert ranks is not None
         self.group = ranks
         self.num_stages, index = dist.get_world_size(ranks), dist.get_rank(ranks)
+        settings = PipelineSettings(**options)
+        check_pipeline(stages, settings)
         # This rank's module, and whether all stages fit the group, the schedule and one another.
         if len(stages) != self.num_stages:
             raise ValueError(f"{len(stages)} stages on a group of {self.num_stages} ranks: give one stage a rank")
         module = stages[index]
         if module is None:
             raise ValueError(f"this rank runs stage {index}, but stages[{index}] is None")
-        settings = PipelineSettings(**options)
         self.schedule = resolve_schedule(settings.schedule, self.num_stages)
         self.mitigation = settings.chosen
         check_whole_backwards(module, self.schedule, index)

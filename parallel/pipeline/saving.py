@@ -41,15 +41,8 @@ def _place(stage: "PipelineStage") -> dict[str, Any] | None:
 
 
 def load(stage: "PipelineStage", state: dict[str, Any]) -> None:
-    """Raises ValueError for the state of another stage."""
-    if state["stage"] != stage.index:
-        raise ValueError(f"this is the state of stage {state['stage']}, not of stage {stage.index}")
-    if state.get("owned") != _place(stage):
-        raise ValueError(
-            f"stage {stage.index}: this is the state of {_told(state.get('owned'))}, not of {_told(_place(stage))}: "
-            "load on every replica what it saved itself, with the same shard_optimizer and as many replicas; for "
-            "others save by the parameters' names (optimizer_parameters)"
-        )
+    """Raises ValueError for the state of another stage, module, optimizer or scheduler; then nothing is loaded."""
+    _check_state(stage, state)
     stage.module.load_state_dict(state["module"])
     stage.num_forwards, stage.num_updates = state["num_forwards"], state["num_updates"]
     stage.norms = dict(state["norms"])
@@ -72,6 +65,43 @@ def _told(place: dict[str, Any] | None) -> str:
     return f"replica {place['replica']} of {place['of']}, which owns {names}"
 
 
+def _check_state(stage: "PipelineStage", state: dict[str, Any]) -> None:
+    if not isinstance(state, dict) or "stage" not in state or "module" not in state:
+        raise ValueError(f"stage {stage.index}: this is no state of a stage: give what state_dict returned")
+    if state["stage"] != stage.index:
+        raise ValueError(f"this is the state of stage {state['stage']}, not of stage {stage.index}")
+    if state.get("owned") != _place(stage):
+        raise ValueError(
+            f"stage {stage.index}: this is the state of {_told(state.get('owned'))}, not of {_told(_place(stage))}: "
+            "load on every replica what it saved itself, with the same shard_optimizer and as many replicas; for "
+            "others save by the parameters' names (optimizer_parameters)"
+        )
+    saved, own = _shapes(state["module"]), _shapes(stage.module.state_dict())
+    if unlike := [name for name in {**saved, **own} if saved.get(name) != own.get(name)]:
+        name = unlike[0]
+        raise ValueError(
+            f"stage {stage.index}: the state is of another module: {name} is {saved.get(name, 'absent')} there, "
+            f"{own.get(name, 'absent')} here"
+        )
+    theirs = None if state["optimizer"] is None else state["optimizer"].get("classes")
+    ours = None if stage.optimizer is None else stage.optimizer.classes
+    known = theirs is not None or state["optimizer"] is None  # states from before these were saved have none
+    if known and theirs != ours:
+        raise ValueError(
+            f"stage {stage.index}: the state is of the optimizers {theirs}, this stage has {ours}: make the pipeline "
+            "with the same, and the same weights frozen"
+        )
+    if (state["scheduler"] is None) != (not stage.schedulers):
+        raise ValueError(
+            f"stage {stage.index}: the state was saved {'without' if state['scheduler'] is None else 'with'} a "
+            "learning-rate scheduler: make the pipeline in the same way"
+        )
+
+
+def _shapes(module: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value.shape) if isinstance(value, Tensor) else "no tensor" for name, value in module.items()}
+
+
 def remembered(stage: "PipelineStage", *, blank: bool) -> dict[str, Tensor]:
     """What the answers to delay keep, as "kind.NAME of the parameter", and the norms to clip by.
 
@@ -87,7 +117,8 @@ def remembered(stage: "PipelineStage", *, blank: bool) -> dict[str, Tensor]:
     if lag := _lag_of(stage):
         rows = list(stage.norms.items())
         # An update is never negative: such a row is none.
-        named[f"norms{lag}"] = torch.tensor([*rows, *[(-1, 0.0)] * (lag - len(rows))][:lag], dtype=torch.float64)
+        rows += [(-1, 0.0)] * (lag - len(rows))
+        named[f"norms{lag}"] = torch.tensor(rows[:lag], dtype=torch.float64, device="cpu")
     return named
 
 

@@ -119,12 +119,35 @@ class PipelineSettings:
                 "dtype=float16 needs a GradScaler, whose scale would change between a forward and its backward: use "
                 "bfloat16"
             )
+        self._check_types()
         if isinstance(self.clip, bool | str):
             raise ValueError(f"clip={self.clip!r}: give the largest norm as a number, or a ClipNorm; None for none")
         if _has_grad_scaler(self.loss_fn):
             raise ValueError(
                 "loss_fn uses a GradScaler, and no stage would unscale its gradients: use bfloat16 without"
             )
+
+    def _check_types(self) -> None:
+        if isinstance(self.optimizer, torch.optim.Optimizer) or not callable(self.optimizer):
+            raise ValueError(
+                f"optimizer is a {type(self.optimizer).__name__}: give what makes one of a stage's parameters, "
+                "functools.partial(torch.optim.AdamW, lr=1e-3), say"
+            )
+        if isinstance(self.scheduler, LRScheduler):
+            raise ValueError(
+                f"scheduler is a {type(self.scheduler).__name__}: give what makes one of a stage's optimizer, "
+                "lambda optimizer: LambdaLR(optimizer, factor), say"
+            )
+        for name in ("loss_fn", "scheduler", "loss_weight", "on_gradients"):
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a function, or None")
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise ValueError(f"{name}={value!r} is a {type(value).__name__}: give {words}")
+        if self.master_dtype is not None and not self.master_dtype.is_floating_point:
+            raise ValueError(f"master_dtype={self.master_dtype}: weights are trained in a floating dtype")
 
     @property
     def chosen(self) -> Mitigation:
@@ -162,6 +185,17 @@ class PipelineSettings:
                 "scheduler over updates (LambdaLR, CosineAnnealingLR, ...)"
             )
         return made
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "schedule": (str, PipelineSchedule, Program),
+    "mitigation": (str, Mitigation),
+    "seed": (int, type(None)),
+    "dtype": (torch.dtype, type(None)),
+    "master_dtype": (torch.dtype, type(None)),
+    "skip_nonfinite": (bool,),
+    "observe": (bool,),
+}
 
 
 def _has_grad_scaler(function: Any) -> bool:

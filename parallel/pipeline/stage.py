@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
-from fourfold.parallel.pipeline.checks import check_gradients, check_module, measured_loss
+from fourfold.parallel.pipeline.checks import check_gradients, check_module, check_passable, measured_loss
 from fourfold.parallel.pipeline.graphs import check_graph, needs_any
 from fourfold.parallel.pipeline.local_parts import copy_from_first
 from fourfold.parallel.pipeline.masters import MasterWeights
@@ -34,6 +34,7 @@ from fourfold.parallel.pipeline.values import (
     needs_gradient,
     put_together,
     received,
+    resolved,
     take_apart,
 )
 from fourfold.parallel.pipeline.versions import Weights, attach, weights_to_read
@@ -57,7 +58,7 @@ class Flight:
     def results(self) -> list[Tensor]:
         """The outputs without their graph, marked (requires_grad) where the next stage is to give a gradient back."""
         # In one order of memory, as they would arrive from another rank: kernels may differ in the last bit by it.
-        return [output.detach().contiguous().requires_grad_(needs_gradient(output)) for output in self.outputs]
+        return [resolved(output.detach()).requires_grad_(needs_gradient(output)) for output in self.outputs]
 
     @property
     def value(self) -> Any:
@@ -185,7 +186,7 @@ class PipelineStage:
             if self.loss_fn is not None:
                 output, weight = measured_loss(self.settings, output, target)
             outputs, structure = take_apart(output, f"the output of stage {self.index}")
-            outputs = apart(outputs, self.module)
+            outputs = apart(check_passable(outputs, self.index), self.module)
         self.num_forwards += 1
         inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
         trained = any(p.requires_grad for p in self.weights.live)
@@ -345,7 +346,7 @@ class PipelineStage:
                 "so the stages before would not train (is the input detached, or used as an integer?)"
             )
         pairs = zip(flight.inputs, found, strict=True)
-        return [torch.zeros_like(leaf) if gradient is None else gradient.contiguous() for leaf, gradient in pairs]
+        return [torch.zeros_like(leaf) if gradient is None else resolved(gradient) for leaf, gradient in pairs]
 
     @contextmanager
     def _reading(self, flight: Flight) -> Iterator[None]:

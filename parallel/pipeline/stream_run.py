@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.parallel.pipeline.checks import pairs
@@ -36,6 +37,14 @@ class Place:
     links: PipeLinks
     schedule: PipelineSchedule | Program
     norms: ModelNorms
+
+    def __str__(self) -> str:
+        name = "a program of its own"
+        if isinstance(self.schedule, PipelineSchedule):
+            name = f"{self.schedule.name}:{self.schedule.update_every}"
+        group = self.stage.dp_group
+        replica = "" if group is None else f", replica {dist.get_rank(group)} of {group.size()}"
+        return f"stage {self.stage.index} of {self.schedule.num_stages} with {name}{replica}"
 
     @property
     def is_first(self) -> bool:
@@ -135,7 +144,7 @@ class StreamRun:
     def state(self) -> dict[str, Any]:
         """What is in flight while the stream pauses, for `restored`."""
         return {
-            "first": self.first, "updates": self._updates, "under_way": self._under_way,
+            "place": str(self.place), "first": self.first, "updates": self._updates, "under_way": self._under_way,
             "sums": None if self._sums is None else written(self._sums),
             "previous": self._previous, "arrived": self._arrived, "norms": dict(self.place.norms.parts),
             "recipes": {micro_batch: recipe.state() for micro_batch, recipe in self._recipes.items()},
@@ -143,7 +152,16 @@ class StreamRun:
 
     @classmethod
     def restored(cls, place: Place, state: dict[str, Any]) -> "StreamRun":
-        """A paused stream from its state; micro-batches are computed again when it goes on."""
+        """A paused stream from its state; micro-batches are computed again when it goes on.
+
+        Raises:
+            ValueError: the state is of another schedule, or of another replica or number of them.
+        """
+        if state["place"] != str(place):
+            raise ValueError(
+                f"this has micro-batches in flight of {state['place']}, here is {place}: go on there; what was saved "
+                "after a run with drain=True goes on anywhere"
+            )
         run = cls(place)
         run.first, run._updates, run._under_way = state["first"], state["updates"], state["under_way"]
         run._previous, run._arrived = (copied(state[key]) for key in ("previous", "arrived"))

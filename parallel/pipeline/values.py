@@ -116,6 +116,11 @@ def apart(outputs: Sequence[Tensor], module: nn.Module) -> list[Tensor]:
     return [each.clone() if each.untyped_storage().data_ptr() in own else each for each in outputs]
 
 
+def resolved(tensor: Tensor) -> Tensor:
+    """`tensor` with its numbers as they stand in memory, in one order: conjugation and negation are lazy in torch."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def describe(tensors: Sequence[Tensor]) -> list[TensorSpec]:
     return [TensorSpec(tensor.dtype, tuple(tensor.shape), needs_gradient(tensor)) for tensor in tensors]
 

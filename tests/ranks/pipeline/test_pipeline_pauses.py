@@ -116,6 +116,11 @@ def refusals() -> list[str]:
         with pytest.raises(ValueError) as error:  # noqa: PT011
             refused()
         messages.append(str(error.value))
+    # What is in flight goes on only where it was.
+    for options in ({"schedule": "2bw"}, {"schedule": "paci:2"}):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            made(options, 2, None).load_state_dict(state)
+        messages.append(str(error.value))
     # What comes out otherwise than it did is noticed.
     if dist.get_rank() == 0:
         recipe = next(iter(state["in_flight"]["recipes"].values()))
@@ -138,7 +143,7 @@ def test_what_cannot_pause_is_refused(ranks):
     expected = (
         "evaluate after a run with drain=False", "state_dict after a run", "only PipelinedBackprop can hold",
         "drain=False with '1f1b'", *["choose lag_updates=2 with first_wait=False, scope='stage', or drain=True"] * 3,
-        "comes out otherwise now",
+        *["has micro-batches in flight of stage"] * 2, "comes out otherwise now",
     )  # fmt: skip
     for rank, messages in enumerate(results):
         assert len(messages) == len(expected), f"rank {rank}"

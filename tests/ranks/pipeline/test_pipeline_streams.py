@@ -175,6 +175,9 @@ WRITTEN_BY_HAND = (
 )
 
 
+LATE_NORM = ClipNorm(max_norm=0.5, scope="model", lag_updates=4, first_wait=False)
+
+
 def sum_of_targets(target: Tensor) -> float:
     return float(target.sum()) % 3
 
@@ -204,6 +207,42 @@ def sum_of_targets(target: Tensor) -> float:
 )
 def test_rules_and_answers_are_those_of_the_emulator(ranks, options, model):
     assert all(ranks(4)(alike, 4, options, model)[0])
+
+
+class Conjugates(nn.Module):
+    """Hands on numbers whose conjugation, and a sign, torch has noted and not yet computed; so are some gradients."""
+
+    def __init__(self, columns: int, *, last: bool = False) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(6, columns, dtype=torch.complex64)), last
+
+    def forward(self, given: Any) -> Any:
+        x = given if isinstance(given, Tensor) else given[0].conj() + given[1]
+        product = x.to(torch.complex64) @ self.weight
+        return product.abs() if self.last else (product.conj(), product.conj().imag)
+
+
+def conjugated() -> bool:
+    """Trained on ranks, with a default device that is not the host, and in the emulator."""
+    found = []
+    for kind, rank in ((PipelinedBackprop, {"group": None}), (PipelinedBackpropEmulator, {})):
+        torch.manual_seed(1)
+        stages = [Conjugates(6), Conjugates(6), Conjugates(3, last=True)]
+        options: dict[str, Any] = {"optimizer": SGD, "loss_fn": F.cross_entropy, "clip": LATE_NORM}
+        made = kind(stages, **options, **rank)
+        data = pipeline_models.batches(9, last=2)
+        torch.set_default_device("meta" if rank else None)
+        try:
+            losses = [*made.run(data), *made.evaluate(data[:3])]
+        finally:
+            torch.set_default_device(None)
+        state = made.state_dict()
+        found.append(digest(losses, state if isinstance(state, dict) else state[dist.get_rank()]))
+    return found[0] == found[1]
+
+
+def test_numbers_arrive_as_they_are_meant_not_as_they_stand_in_memory(ranks):
+    assert all(ranks(3)(conjugated))
 
 
 def by_hand(text: str, mitigation: str) -> bool:
