@@ -50,7 +50,7 @@ class Recipe:
         Cost: copies of the input and the buffers, and of the weights where the forward reads the present ones.
         """
         tensors, structure = take_apart(value)
-        device = next((p.device for p in stage.weights.live), torch.device("cpu"))
+        device = _device_of(stage)
         on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(
             tensors=[each.detach().clone() for each in tensors],
@@ -90,11 +90,13 @@ def replayed(stage: PipelineStage, recipe: Recipe, micro_batch: int) -> Flight:
     leaves = [
         tensor.detach().clone().requires_grad_(want) for tensor, want in zip(recipe.tensors, recipe.wanted, strict=True)
     ]
-    with torch.random.fork_rng() if recipe.random is not None else nullcontext():
+    device = _device_of(stage)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices) if recipe.random is not None else nullcontext():
         if recipe.random is not None:
             torch.set_rng_state(recipe.random[0])
             if recipe.random[1] is not None:
-                torch.cuda.set_rng_state(recipe.random[1])
+                torch.cuda.set_rng_state(recipe.random[1], device)
         flight = stage.forward(put_together(recipe.structure, leaves), None, recipe.weights, recipe.seen)
     stage.weights.load(present)
     _set_buffers(stage, kept[0])
@@ -107,6 +109,11 @@ def replayed(stage: PipelineStage, recipe: Recipe, micro_batch: int) -> Flight:
             "or device is another; save after a run with drain=True"
         )
     return flight
+
+
+def _device_of(stage: PipelineStage) -> torch.device:
+    """Where its weights are; the CPU where it has none."""
+    return next((p.device for p in stage.weights.live), torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -72,7 +72,9 @@ class PipeLinks:
     Args:
         group: one rank a stage, in order.
         device: where received tensors live.
-        timeout_s: how long a receive may wait for a stage that is alive but silent; None: the group's timeout.
+        timeout_s: how long a receive may wait for a stage that is alive but silent; None: the group's timeout. Under
+            NCCL only headers are waited for on the host: with a limit NCCL would let the host wait for tensors too,
+            which follow their header, and its own watchdog ends a process whose tensors do not come.
 
     Attributes:
         device: where received tensors live.
@@ -90,7 +92,8 @@ class PipeLinks:
         self._down: Groups = (group, group)
         self._up: Groups = (group, group)
         self.control_group = group
-        if self.num_stages > 1 and has_nccl(group):
+        self._tensors_on_host = not has_nccl(group)
+        if self.num_stages > 1 and not self._tensors_on_host:
             made = [dist.new_group(self._ranks, use_local_synchronization=True) for _ in range(3)]
             self._down, self._up = (group, made[0]), (made[1], made[2])
             self.control_group = dist.new_group(self._ranks, backend="gloo", use_local_synchronization=True)
@@ -298,12 +301,12 @@ class PipeLinks:
 
     def _wait_all(self, works: Sequence[Any], stage: int, what: str) -> None:
         for work in works:
-            self._wait(work, stage, what)
+            self._wait(work, stage, what, limited=self._tensors_on_host)
 
-    def _wait(self, work: Any, stage: int | None, what: str) -> None:
+    def _wait(self, work: Any, stage: int | None, what: str, *, limited: bool = True) -> None:
         start = time.perf_counter()
         try:
-            work.wait(self._timeout) if self._timeout is not None else work.wait()
+            work.wait(self._timeout) if limited and self._timeout is not None else work.wait()
         except RuntimeError as error:
             raise self._error(stage, what, error) from error
         finally:
