@@ -66,6 +66,15 @@ def init_mesh(
     return mesh
 
 
+def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that hold the same weights and different tokens: dp and cp in one axis."""
+    if mesh["cp"].size() == 1:
+        return mesh["dp"]
+    if mesh["dp"].size() == 1:
+        return mesh["cp"]
+    return mesh["dp", "cp"]._flatten("dp_cp")
+
+
 def _start(device_type: str, timeout: timedelta | None) -> None:
     device = None
     if device_type == "cuda":

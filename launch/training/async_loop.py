@@ -257,8 +257,8 @@ class _StepClock:
         mean = self._model.average_over_replicas((torch.stack(self._losses).double() * counts).mean()).item()
         settings = self._model.settings
         if not math.isfinite(mean):
-            parts = partial(self._model.pipeline.stage.parts.all, device=self._model.device)
-            where = first_not_finite_of_stage(self._model.stage, self._model.last_input, parts)
+            of_all = self._model.pipeline.stage.joint.told
+            where = first_not_finite_of_stage(self._model.stage, self._model.last_input, of_all)
             raise FloatingPointError(
                 f"loss {mean} at step {self._step}{', ' if where else ''}{where}: "
                 f"lower the learning rate {settings.learning_rate:.2g}"

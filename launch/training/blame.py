@@ -56,20 +56,19 @@ def first_not_finite(
 
 
 def first_not_finite_of_stage(
-    stage: DecoderStage, value: Any, on_all: Callable[[bool], bool] = lambda finite: finite
+    stage: DecoderStage, value: Any, of_all: Callable[[Any], list[Any]] = lambda told: [told]
 ) -> str:
     """The same for one stage of a pipeline that never drains, without the others: empty where nothing is found.
 
     Args:
         value: what the stage was last called with.
-        on_all: whether something holds on all ranks that share the stage's matrices, each of which calls.
+        of_all: what each rank tells that computes the stage together with this one (JointRanks.told); all of them call.
     Cost: one forward pass of the stage.
     """
-    wrong = next((name for name, weight in stage.named_parameters() if not _finite(weight)), "")
-    if not on_all(not wrong):
-        return f"the weights of {wrong or 'another tp rank'} hold no numbers already"
+    if wrong := _first(of_all([name for name, weight in stage.named_parameters() if not _finite(weight)])):
+        return f"the weights of {wrong} hold no numbers already"
     parts = list(value.values()) if isinstance(value, dict) else [value]
-    if not on_all(all(_finite(part) for part in parts if isinstance(part, Tensor))):
+    if not all(of_all(all(_finite(part) for part in parts if isinstance(part, Tensor)))):
         return "first in a stage before the last"
     found: list[str] = []
     modules = [(name, module) for name, module in stage.named_modules() if name and not list(module.children())]
@@ -80,7 +79,13 @@ def first_not_finite_of_stage(
     finally:
         for hook in hooks:
             hook.remove()
-    return f"first in the output of {found[0]}" if found else ""
+    output = _first(of_all(found))
+    return f"first in the output of {output}" if output else ""
+
+
+def _first(names: list[list[str]]) -> str:
+    """The first of the names that ranks tell, each in its order; empty where there are none."""
+    return next((name for told in names for name in told), "")
 
 
 def _looking(name: str, found: list[str]) -> Any:

@@ -163,7 +163,7 @@ def _warm_up(layout: Layout, model: ModelConfig, settings: TrainSettings, mesh: 
         replace(layout, embedding_counts_as=0, head_counts_as=0),
     )
     if layout.asynchronous:
-        layout = replace(layout, seq_len=4 * layout.tp)
+        layout = replace(layout, seq_len=4 * layout.cp * layout.tp)
     tiny = _parallel_model(layout, {**model.config, **small}, mesh, settings)
     if isinstance(tiny, AsynchronousModel):
         rows = torch.zeros(layout.global_batch // layout.dp, layout.seq_len, dtype=torch.int64)

@@ -69,10 +69,10 @@ def check_packing(options: TrainOptions, layout: Layout, model: nn.Module) -> No
         refuse(PACKED, decoder_facts(model.config.to_dict()), Choice.of(layout))  # type: ignore[union-attr, operator]
     except ValueError as error:
         raise ValueError(f"packing=true: {error}") from None
-    if layout.asynchronous and has_sliding_window(model):
+    if layout.asynchronous and layout.cp == 1 and has_sliding_window(model):
         raise ValueError(
             f"packing=true with schedule={layout.schedule!r} and a sliding window: its attention takes no documents "
-            "there; use schedule='1f1b', or packing=false"
+            "there without a ring; use cp of at least 2, schedule='1f1b', or packing=false"
         )
 
 

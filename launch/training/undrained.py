@@ -55,6 +55,8 @@ def check_in_flight(layout: Layout, settings: TrainSettings) -> None:
 def name_in_flight(layout: Layout, mesh: DeviceMesh) -> str:
     """What a checkpoint calls this rank's micro-batches in flight."""
     place = f"dp{mesh.get_local_rank('dp')}.pp{mesh.get_local_rank('pp')}"
+    if layout.cp > 1:  # the ranks of a ring have each their share
+        place += f"-cp{mesh.get_local_rank('cp')}"
     return f"{_PREFIX}{layout}, {layout.global_batch} rows of {layout.seq_len}.{place}"
 
 

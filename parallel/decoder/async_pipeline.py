@@ -1,9 +1,11 @@
 """A Hugging Face decoder as stages of pipelined backpropagation, on the mesh that the synchronous layouts use.
 
-parallelize.py puts a decoder on all four axes and drains its pipeline at every step; here the axes are dp, pp and tp,
-and the pipeline never drains. Cut, weights and loss are the same: layers by grid.layer_ranges, matrices by
-tensor_parallel.py, weights drawn by name, the mean over the targets of what an update sees. With tp a stage is a group
-of ranks, each with its part of the matrices and in a pipeline of its own.
+parallelize.py puts a decoder on all four axes and drains its pipeline at every step; here the axes are dp, pp and
+either tp or cp, and the pipeline never drains. Cut, weights and loss are the same: layers by grid.layer_ranges,
+matrices by tensor_parallel.py, weights drawn by name, the mean over the targets of what an update sees. With tp a stage
+is a group of ranks, each with its part of the matrices and in a pipeline of its own. With cp it is one of ranks that
+share every sequence around a ring, each with all weights and in a pipeline of its own; for gradients they are replicas
+with other tokens.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fourfold.parallel.communication import place_in
+from fourfold.parallel.decoder.async_shards import LossOfShare
 from fourfold.parallel.decoder.async_stage import AsyncDecoderStage
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
@@ -25,12 +29,13 @@ from fourfold.parallel.decoder.taken_over import mark_replaced, refuse_taken_ove
 from fourfold.parallel.decoder.tensor_parallel import cut_cross_entropy, cut_ends, cut_layer
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.grid import AXES, layer_ranges
+from fourfold.parallel.mesh import replica_mesh
 from fourfold.parallel.pipeline.mitigation import Mitigation
 from fourfold.parallel.pipeline.optimizer import OptimizerFactory
 from fourfold.parallel.pipeline.runtime import PipelinedBackprop
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
 from fourfold.parallel.pipeline.settings import ClipNorm, SchedulerFactory
-from fourfold.parallel.ring.transformers import use_ring_attention
+from fourfold.parallel.ring.transformers import stop_ring_attention, use_ring_attention
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL
 from fourfold.parallel.stream.settings import StreamSettings
 
@@ -87,7 +92,8 @@ def decoder_stages(
 ) -> list[nn.Module | None]:
     """Cut a decoder into `num_stages` stages from token ids [B, S] to logits [B, S, vocab].
 
-    Padded and packed rows: AsyncDecoderStage.forward.
+    Padded and packed rows: AsyncDecoderStage.forward. A model that attends around a ring of several ranks
+    (use_ring_attention) does so in its stages, each of which is then given whole rows and computes this rank's share.
 
     Args:
         model: a causal language model of the families in decoder.stage; its modules are shared. On the meta device
@@ -133,9 +139,10 @@ def _stages(model: nn.Module, num_stages: int, seq_len: int, made: _Made, cut: C
     stored = chosen_precision(cut.get("precision"), cut.get("dtype"), model, device.type)
     backend = chosen_backend(compiled, device.type, layout)
     windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
+    ring = getattr(whole.model.layers[0].self_attn, "ring_settings", None)
     if windows:
         check_windows(model)
-    else:
+    elif ring is None or place_in(ring.group).size == 1:
         whole.set_attn_implementation("sdpa")
     stages: list[nn.Module | None] = []
     for index, layers in enumerate(layer_ranges(whole.config.num_hidden_layers, num_stages, *ends)):
@@ -163,23 +170,27 @@ def _stages(model: nn.Module, num_stages: int, seq_len: int, made: _Made, cut: C
 def pipeline_decoder(
     model: nn.Module, mesh: DeviceMesh, *, seq_len: int, **options: Unpack[DecoderPipelineOptions]
 ) -> PipelinedBackprop:
-    """Put a decoder on a (dp, pp, tp) mesh as an asynchronous pipeline; every rank calls.
+    """Put a decoder on a (dp, pp, tp) or (dp, pp, cp) mesh as an asynchronous pipeline; every rank calls.
 
     Its `run` takes (token ids [B, S] int64, shifted targets [B, S], -100 where there is none), this replica's
-    micro-batches; or (a dict for padded or packed rows, targets), see AsyncDecoderStage.forward. An update takes the
-    mean over the targets of all micro-batches and replicas that it sees, however they are spread.
+    micro-batches; or (a dict for padded or packed rows, targets), see AsyncDecoderStage.forward. With cp they are whole
+    rows on each of its ranks, as for parallelize. An update takes the mean over the targets of all micro-batches and
+    replicas that it sees, however they are spread; the loss of a micro-batch is the mean over all of its targets.
 
     Args:
-        mesh: from init_mesh, with cp of 1. Replicas average gradients at every update. With tp, all ranks of a stage
-            take the same micro-batches and the first one's weights, and the model's parameters are replaced.
+        mesh: from init_mesh, with cp or tp of 1. The ranks of dp and cp average gradients at every update. With tp, all
+            ranks of a stage take the same micro-batches and the first one's weights, and the model's parameters are
+            replaced.
         seq_len: as for decoder_stages.
         options: optimizer, schedule, mitigation, scheduler, master_dtype, clip, skip_nonfinite, on_gradients, observe
             and shard_optimizer (`zero_stage=1` of a layout) as PipelineSettings has them;
             sequence_parallel; what CutOptions has.
     Raises:
-        ValueError: a mesh that cuts the sequence, or has one stage only; spectrain or pipemare-dc in bf16-mixed; with
-            tp an optimizer whose step needs whole matrices, basis rotation, or StreamBP; as decoder_stages.
-    Cost: with tp, tensor_parallel's collectives at every micro-batch, and parts.py's.
+        ValueError: a mesh that cuts both the sequence and the matrices, or has one stage only; spectrain or pipemare-dc
+            in bf16-mixed; with tp an optimizer whose step needs whole matrices, basis rotation, or StreamBP; as
+            decoder_stages. `run`: on all tp or cp ranks of a stage, where they are given different micro-batches.
+    Cost: with tp, tensor_parallel's collectives at every micro-batch, and those of parts.py; with tp or cp those of
+        joint_ranks.py.
     """
     sequence_parallel = options.pop("sequence_parallel", False)
     refuse_taken_over(model)
@@ -189,7 +200,7 @@ def pipeline_decoder(
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"the mesh has axes {mesh.mesh_dim_names}, not {AXES}: make it with init_mesh")
     sizes = {axis: mesh[axis].size() for axis in AXES}
-    name = schedule if isinstance(schedule, str) else schedule.name
+    name = (schedule if isinstance(schedule, str) else schedule.name).partition(":")[0]
     late = as_number("schedule", name) if name in SCHEDULES[1:] else LOCKSTEP
     checkpointing = as_number("checkpointing", cut.get("checkpointing", "none"))
     layout = Choice(
@@ -199,7 +210,7 @@ def pipeline_decoder(
         compile=bool(cut.get("compile")),
         sequence_parallel=sequence_parallel,
         zero_stage=int(options.get("shard_optimizer", False)),
-        seq_len=seq_len,
+        seq_len=seq_len if sequence_parallel else None,  # a ring's shares may be uneven
     )
     check_decoder(model, layout)
     chosen = Mitigation.named(mitigation) if isinstance(mitigation, str) else mitigation
@@ -210,8 +221,10 @@ def pipeline_decoder(
             "keeps the forward's as casts: choose stash or lwpv+sc, or precision='fp32'"
         )
     cuda = mesh.device_type == "cuda"
-    if has_sliding_window(model) and cut.get("checkpointing") != "stream":
+    if sizes["cp"] > 1 or (has_sliding_window(model) and cut.get("checkpointing") != "stream"):
         use_ring_attention(model, mesh.get_group("cp"))
+    else:
+        stop_ring_attention(model)
     tp_mesh = mesh["tp"] if sizes["tp"] > 1 else None
     made = _Made(
         only=mesh.get_local_rank("pp"),
@@ -228,11 +241,13 @@ def pipeline_decoder(
         mark_replaced(parameter for parameter in before if id(parameter) not in kept)
         take_over(model)
     own.gives_hidden = own.checkpointing == "stream"
+    loss = own.streamed_loss if own.gives_hidden else partial(next_token_loss, tp_mesh=tp_mesh)
+    replicas = replica_mesh(mesh)
     return PipelinedBackprop(
         stages,
         group=mesh.get_group("pp"),
-        dp_group=mesh.get_group("dp") if sizes["dp"] > 1 else None,
-        loss_fn=own.streamed_loss if own.gives_hidden else partial(next_token_loss, tp_mesh=tp_mesh),
+        dp_group=replicas.get_group() if replicas.size() > 1 else None,
+        loss_fn=LossOfShare(own, loss) if sizes["cp"] > 1 else loss,
         loss_weight=num_targets,
         **options,  # type: ignore[misc]
     )

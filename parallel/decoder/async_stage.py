@@ -2,17 +2,21 @@
 
 decoder.stage.DecoderStage has one length and no mask, which its callers know beforehand. An asynchronous stream may
 bring another length with every micro-batch, and what a later stage must know (positions, padding, documents) has to
-travel with the activation. So the first stage also takes a dict, and stages hand a dict on.
+travel with the activation. So the first stage also takes a dict, and stages hand a dict on. Around a ring of several
+ranks (cp) each of them is given the whole rows; the first stage cuts its share out of them, the last one its targets.
 """
 
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from fourfold.parallel.communication import place_in
+from fourfold.parallel.decoder.async_shards import shard_rows, share_of_attention
 from fourfold.parallel.decoder.documents import document_positions, seen_tokens
 from fourfold.parallel.decoder.stage import DecoderStage
-from fourfold.parallel.ring.options import AgreedLength
+from fourfold.parallel.ring.options import AgreedLength, RingSettings
 from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_loss
 
 _KEYS = ("position_ids", "attention_mask", "document_ids")
@@ -26,6 +30,20 @@ class AsyncDecoderStage(DecoderStage):
     """
 
     windowed = False
+    rows: dict[str, Any]
+    """Around a ring of several ranks: what stages hand on beside hidden states, of the last forward."""
+
+    @property
+    def ring(self) -> RingSettings | None:
+        """The ring by which several ranks share every sequence; None where a rank has whole ones."""
+        found: RingSettings | None = getattr(next(iter(self.layers.values())).self_attn, "ring_settings", None)
+        return found if found is not None and place_in(found.group).size > 1 else None
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup | None:
+        """The ranks of that ring, for PipelineStage."""
+        ring = self.ring
+        return None if ring is None else ring.group or dist.group.WORLD
 
     def forward(self, x: Any, targets: Tensor | None = None, document_ids: Tensor | None = None) -> Any:
         """Run the stage.
@@ -40,10 +58,12 @@ class AsyncDecoderStage(DecoderStage):
             document_ids: the same as in the dict; not handed on.
         Returns:
             [B, S, vocab] logits on the last stage (under tensor parallelism this rank's part of the vocabulary); else
-            hidden states as x would be, in a dict with the rest where x is one.
+            hidden states as x would be, in a dict with the rest where x is one. Around a ring of several ranks S is
+            this rank's share from the first stage's output on ([1, S_local] of all rows together, where there are
+            documents), and stages always hand a dict on.
         Raises:
             ValueError: ids that are no [B, S] integers, another key or shape, masks for layers that take none; an S
-                that tp does not divide, under sequence parallelism.
+                that tp does not divide, under sequence parallelism; around a ring, rows too short for its ranks.
         Cost: a mask is built anew by each stage: B S^2 bytes.
         """
         batch = dict(x) if isinstance(x, dict) else {}
@@ -51,6 +71,9 @@ class AsyncDecoderStage(DecoderStage):
         value = batch.pop(name, None) if isinstance(x, dict) else x
         if document_ids is not None:
             batch["document_ids"] = document_ids
+        ring = self.ring
+        if ring is not None:
+            return self._forward_share(ring, value, batch, name)
         self._check(value, batch, name)
         shape, device = self._tokens(value), value.device
         positions = batch.get("position_ids")
@@ -66,6 +89,16 @@ class AsyncDecoderStage(DecoderStage):
         self.attention_arguments = arguments if mask is None else {**arguments, "attention_mask": mask}
         output = super().forward(value, targets)
         return output if self.is_last or not isinstance(x, dict) else {"hidden": output, **batch}
+
+    def _forward_share(self, ring: RingSettings, value: Any, batch: dict[str, Any], name: str) -> Any:
+        if self.is_first:
+            self._check(value, batch, name)
+            value, batch = shard_rows(ring, value, batch, self.vocab_size)
+        self.rows = batch
+        self.position_ids, arguments = share_of_attention(ring, batch, value.device)
+        self.attention_arguments = {**self.attention_arguments, **arguments}
+        output = super().forward(value, None, batch.get("document_ids"))
+        return output if self.is_last else {"hidden": output, **batch}
 
     def streamed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of what the last stage returns where it `gives_hidden`, without whole logits.
@@ -102,7 +135,8 @@ class AsyncDecoderStage(DecoderStage):
             if not isinstance(each, Tensor) or each.shape != tokens:
                 what = f"shape {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
                 raise ValueError(f"{key} is {what}: give a tensor [B, S] = {list(tokens)}")
-        if (self.windowed or self.checkpointing == "stream") and ("attention_mask" in batch or "document_ids" in batch):
+        masked = "attention_mask" in batch or "document_ids" in batch
+        if masked and self.ring is None and (self.windowed or self.checkpointing == "stream"):
             raise ValueError(
                 "attention_mask and document_ids need layers without sliding windows and without "
                 "checkpointing='stream': there attention takes no mask; use rows without padding, one document each"

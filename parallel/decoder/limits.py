@@ -121,13 +121,13 @@ WHOLE_VOCABULARY = _divides("tp", "vocab_size", "entries of the vocabulary")
 
 
 def _whole_stage(name: str, plain: Any) -> Limit:
-    """An asynchronous stage is a rank, or a group of tp ranks, with all weights of its stage, and dp replicas of it."""
+    """An asynchronous stage is a rank, or a group of tp or cp ranks, with all its weights, and dp replicas of it."""
     return Limit(
         fields=(name, "schedule"),
         allows=lambda model, layout: drains(layout.schedule) | (getattr(layout, name) == plain),
         reason=f"an asynchronous stage needs {name}={str(plain).lower()}",
         message=f"{name}={{layout.{name}}} with schedule={{layout.schedule_word!r}}: an asynchronous stage is cut over "
-        f"tp alone, and not sharded; choose {name}={str(plain).lower()}, or schedule='1f1b'",
+        f"tp or cp alone, and not sharded; choose {name}={str(plain).lower()}, or schedule='1f1b'",
     )
 
 
@@ -163,9 +163,15 @@ FORMS: tuple[Limit, ...] = (
         message="sharded_accumulation=true with zero_stage={layout.zero_stage}: gradients are sharded with ZeRO 3; "
         "choose zero_stage=3, or false",
     ),
-    _whole_stage("cp", 1),
     _whole_stage("vp", 1),
     _whole_stage("ep", 1),
+    Limit(
+        fields=("cp", "tp", "schedule"),
+        allows=lambda model, c: drains(c.schedule) | (c.cp == 1) | (c.tp == 1),
+        reason="asynchronous stages need cp=1 or tp=1",
+        message="cp={layout.cp} and tp={layout.tp} with schedule={layout.schedule_word!r}: an asynchronous stage "
+        "shares sequences or is cut, not both; choose cp=1 or tp=1, or schedule='1f1b'",
+    ),
     Limit(
         fields=("zero_stage", "schedule"),
         allows=lambda model, layout: drains(layout.schedule) | (layout.zero_stage <= 1),
@@ -335,8 +341,8 @@ RUNTIME: tuple[Limit, ...] = (
 
 PACKED: tuple[Limit, ...] = (
     Limit(
-        fields=("cp", "pp"),
-        allows=lambda model, layout: (layout.cp == 1) | (layout.pp == 1),
+        fields=("cp", "pp", "schedule"),
+        allows=lambda model, layout: (layout.cp == 1) | (layout.pp == 1) | (drains(layout.schedule) == 0),
         reason="packed rows with cp and pp",
         message="packed rows with cp={layout.cp} and pp={layout.pp}: a ring's shares of them are of many lengths, and "
         "a pipeline's buffers of one; choose cp=1 or pp=1, or rows of one document",
@@ -350,11 +356,12 @@ PACKED: tuple[Limit, ...] = (
         "document",
     ),
     Limit(
-        fields=("checkpointing", "schedule"),
-        allows=lambda model, layout: drains(layout.schedule) | (layout.checkpointing != STREAM),
-        reason="packed rows in an asynchronous stage that streams",
+        fields=("checkpointing", "schedule", "cp"),
+        allows=lambda model, layout: drains(layout.schedule) | (layout.checkpointing != STREAM) | (layout.cp > 1),
+        reason="packed rows in an asynchronous stage that streams without a ring",
         message="packed rows with checkpointing='stream' and schedule={layout.schedule_word!r}: there attention takes "
-        "no documents; choose checkpointing='none' or 'full', or rows of one document",
+        "no documents but around a ring; choose checkpointing='none' or 'full', cp of at least 2, or rows of one "
+        "document",
     ),
 )
 """What a layout cannot be whose rows hold several documents."""

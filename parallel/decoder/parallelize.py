@@ -36,6 +36,7 @@ from fourfold.parallel.decoder.tied_ends import check_ends_alike, copy_to_last_s
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.gradients import copy_weights
 from fourfold.parallel.grid import AXES, interleaved_ranges, layer_ranges
+from fourfold.parallel.mesh import replica_mesh
 from fourfold.parallel.ring.transformers import use_ring_attention
 from fourfold.parallel.stream.settings import StreamSettings
 
@@ -165,7 +166,7 @@ def parallelize(
     stage = runs[0] if vp == 1 else stage_of([layer for run in held for layer in run])
     # Their weights, and what becomes of the model around them.
     before = list(stage.parameters())
-    replicas = _replica_mesh(mesh)
+    replicas = replica_mesh(mesh)
     placement = _Placement(
         replicas=replicas,
         zero_stage=zero_stage,
@@ -197,15 +198,6 @@ def _layers_of_rank(model: nn.Module, mesh: DeviceMesh, layout: Choice) -> list[
     if layout.vp > 1:
         return interleaved_ranges(num_layers, layout.pp, layout.vp)[rank]
     return [layer_ranges(num_layers, layout.pp, layout.embedding_counts_as, layout.head_counts_as)[rank]]
-
-
-def _replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The ranks that hold the same weights and different tokens: dp and cp in one axis."""
-    if mesh["cp"].size() == 1:
-        return mesh["dp"]
-    if mesh["dp"].size() == 1:
-        return mesh["cp"]
-    return mesh["dp", "cp"]._flatten("dp_cp")
 
 
 def _check_alike(stage: DecoderStage, seed: int, device: torch.device, group: dist.ProcessGroup) -> None:

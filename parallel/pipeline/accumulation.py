@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fourfold.parallel.gradients import average_gradients
 from fourfold.parallel.pipeline.failure import replica_lost
+from fourfold.parallel.pipeline.joint_ranks import JointRanks
 from fourfold.parallel.pipeline.masters import MasterWeights, fingerprint, local_part
 from fourfold.parallel.pipeline.parts import Parts
 from fourfold.parallel.pipeline.settings import PipelineSettings
@@ -26,6 +27,7 @@ class GradientSum:
         weights: whose `live` parameters get gradients.
         dp_group: replicas of the stage, or None.
         parts: the ranks that the stage's weights are cut over.
+        joint: those that compute each micro-batch together: `parts`, or some of dp_group.
 
     A micro-batch of weight w counts w times; where all count the same, the sums and quotients are those of plain
     gradient accumulation to the bit, because weights are taken relative to the first one of a run (`unit`).
@@ -38,8 +40,10 @@ class GradientSum:
         stage: int,
         dp_group: dist.ProcessGroup | None,
         parts: Parts,
+        joint: JointRanks,
     ) -> None:
-        self._weights, self._settings, self._stage, self._parts = weights, settings, stage, parts
+        self._weights, self._settings, self._stage = weights, settings, stage
+        self._parts, self._joint = parts, joint
         self._group = dp_group if dp_group is not None and dp_group.size() > 1 else None
         self._pending = 0.0  # weight of the micro-batches in the sum, in units
         self._unit = 0.0
@@ -97,7 +101,7 @@ class GradientSum:
         new = [local_part(p.grad) for p in live if p.grad is not None]
         finite = not new or bool(torch.stack([gradient.isfinite().all() for gradient in new]).all())
         if live:
-            finite = self._parts.all(finite, live[0].device)
+            finite = self._joint.all(finite, live[0].device)
         for p, kept in zip(live, before, strict=True):
             if not finite or p.grad is None:
                 p.grad = kept

@@ -118,7 +118,7 @@ def check_passable(outputs: list[Tensor], stage: int) -> list[Tensor]:
 
 
 def check_module(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | None) -> None:
-    """Refuse a stage that averages or shards by itself, or whose weights are not made yet.
+    """Refuse a stage that averages or shards by itself, whose weights are not made yet, or whose cp ranks train apart.
 
     Raises:
         ValueError: naming the part.
@@ -141,6 +141,15 @@ def check_module(module: nn.Module, stage: int, dp_group: dist.ProcessGroup | No
             )
     check_batch_norms(module, stage, dp_group)
     _check_storage(module, stage)
+    cp_group = getattr(module, "cp_group", None)
+    if cp_group is not None:
+        replicas = [dist.get_rank()] if dp_group is None else dist.get_process_group_ranks(dp_group)
+        missing = sorted(set(dist.get_process_group_ranks(cp_group)) - set(replicas))
+        if missing:
+            raise ValueError(
+                f"stage {stage}: its module computes each micro-batch together with ranks {missing}, which are not in "
+                "dp_group, so that they would train as several models: give dp_group the ranks of dp and cp together"
+            )
 
 
 def _check_storage(module: nn.Module, stage: int) -> None:

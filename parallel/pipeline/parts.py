@@ -2,14 +2,12 @@
 
 Each of these ranks is in a pipeline of its own, and all of them do the same actions in the same order. Most of an
 update is element by element, so that every rank does its part alone, and what they hold alike stays alike. The rest is
-here: a norm over all parts, one decision about a gradient that is no number, and the refusal of what would make the
-ranks differ (streams, weights, optimizers whose step needs whole matrices).
+here: a norm over all parts, and the refusal of what would make the ranks differ (weights, optimizers whose step needs
+whole matrices). What they read and what they leave out they agree on in joint_ranks.py.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from inspect import unwrap
-from typing import Any
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -31,31 +29,18 @@ from torch.optim import (
 )
 
 from fourfold.parallel.gradients import resolve_partial_gradients
-from fourfold.parallel.pipeline.failure import PipelineError, member_lost
+from fourfold.parallel.pipeline.joint_ranks import JointRanks, RingRanks
 from fourfold.parallel.pipeline.masters import MasterWeights, fingerprint, local_part
 from fourfold.parallel.pipeline.mitigation import Mitigation
-from fourfold.parallel.pipeline.values import take_apart
 
 _ELEMENTWISE: tuple[type[Optimizer], ...] = (
     SGD, NAdam, AdamW, Adam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Rprop, ASGD,
 )  # fmt: skip
 """Those of torch whose step of a weight reads nothing but that weight's gradient and state; subclasses come first."""
 
-_GOES_ON, _ENDED, _RAISED = range(3)
 
-
-class Parts:
-    """The ranks that hold the parts of one stage's weights.
-
-    Args:
-        group: every rank of it runs this stage; None, or a group of one, where the stage is whole: then nothing is sent
-            and nothing is refused.
-        stage: its number, for errors.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, stage: int) -> None:
-        self.group = group if group is not None and group.size() > 1 else None
-        self._stage = stage
+class Parts(JointRanks):
+    """The ranks that hold the parts of one stage's weights; a group of None where the stage is whole."""
 
     @classmethod
     def of(cls, module: nn.Module, stage: int) -> "Parts":
@@ -72,6 +57,20 @@ class Parts:
                 + ": cut all weights of a stage over one mesh of one axis, and give replicas as dp_group"
             )
         return cls(meshes[0][0].get_group() if meshes else None, stage)
+
+    def or_ring(self, module: nn.Module) -> JointRanks:
+        """These, or of a module that shares sequences the ranks of its `cp_group`.
+
+        Raises:
+            ValueError: it does both.
+        """
+        ring = RingRanks(getattr(module, "cp_group", None), self._stage)
+        if ring.group is not None and self.group is not None:
+            raise ValueError(
+                f"stage {self._stage} is cut over tp={self.group.size()} and shares sequences over "
+                f"cp={ring.group.size()}, which no pipeline that never drains does at once: choose tp=1 or cp=1"
+            )
+        return self if ring.group is None else ring
 
     def norm(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
         """The 2-norm of all parts together, summed in fp64; those that every rank holds whole count once.
@@ -90,44 +89,6 @@ class Parts:
             total += norm.square() / (1 if _is_cut(parameter) else self.group.size())
         self._collective(lambda: dist.all_reduce(total, group=self.group))
         return float(total.sqrt())
-
-    def all(self, holds: bool, device: torch.device) -> bool:
-        """Whether something holds on every rank. Cost: one all-reduce of 8 bytes."""
-        if self.group is None:
-            return holds
-        number = torch.tensor(float(holds), dtype=torch.float64, device=device)
-        self._collective(lambda: dist.all_reduce(number, dist.ReduceOp.MIN, group=self.group))
-        return bool(number)
-
-    def next_of(self, pull: Callable[[], Any], device: torch.device) -> Any:
-        """What `pull` gives, or None at the stream's end: on every rank the same, or an error on every rank.
-
-        Raises:
-            ValueError: the ranks' streams are of different lengths, or what this stage reads of them is not the same.
-            PipelineError: another rank's stream has raised, or a rank is gone.
-        Cost: one all-gather of 24 bytes, and what is read is read once more.
-        """
-        if self.group is None:
-            return pull()
-        try:
-            pulled = pull()
-        except Exception:
-            self._gathered([_RAISED, 0, 0], device)
-            raise
-        mine = [_ENDED, 0, 0] if pulled is None else [_GOES_ON, *_digest(pulled)]
-        rows = self._gathered(mine, device)
-        ranks = dist.get_process_group_ranks(self.group)
-        if failed := [rank for rank, row in zip(ranks, rows, strict=True) if row[0] == _RAISED]:
-            raise PipelineError(f"stage {self._stage} stops because the stream of rank {failed[0]} has raised an error")
-        for rank, row in zip(ranks, rows, strict=True):
-            if row == rows[0]:
-                continue
-            what = "has another length" if row[0] != rows[0][0] else "has another micro-batch"
-            raise ValueError(
-                f"stage {self._stage}: the stream of rank {rank} {what} than that of rank {ranks[0]}, which holds "
-                f"other parts of the same weights: give ranks {ranks} the same micro-batches"
-            )
-        return pulled
 
     def resolve(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients that each rank knows a part of only (gradients.resolve_partial_gradients)."""
@@ -177,40 +138,7 @@ class Parts:
                     f"{', '.join(kind.__name__ for kind in _ELEMENTWISE)}, or tp=1"
                 )
 
-    def lost(self, error: BaseException) -> PipelineError | None:
-        """What to raise for an error of a collective inside the module; None for an error of another kind."""
-        text = str(error)
-        ours = isinstance(error, dist.DistError) or "gloo" in text or "Connection closed" in text
-        if self.group is None or isinstance(error, PipelineError) or not isinstance(error, RuntimeError) or not ours:
-            return None
-        where = f"stage {self._stage} stops at its tensor parallelism"
-        return member_lost(where, f"a rank of stage {self._stage}", self.group, error)
-
-    def _gathered(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-        """The whole numbers of every rank, in order."""
-        assert self.group is not None
-        row = torch.tensor(numbers, dtype=torch.int64, device=device)
-        rows = [torch.empty_like(row) for _ in range(self.group.size())]
-        self._collective(lambda: dist.all_gather(rows, row, group=self.group))
-        return [each.tolist() for each in rows]
-
-    def _collective(self, action: Callable[[], Any]) -> None:
-        try:
-            action()
-        except RuntimeError as error:
-            raise self.lost(error) or error from error
-
 
 def _is_cut(parameter: Tensor) -> bool:
     """Whether each rank holds another part of it."""
     return isinstance(parameter, DTensor) and any(placement.is_shard() for placement in parameter.placements)
-
-
-def _digest(value: Any) -> tuple[int, int]:
-    """Two numbers that differ between micro-batches, but for a coincidence."""
-    tensors, structure = take_apart(value)
-    first = second = crc32(repr((structure, [(each.shape, each.dtype) for each in tensors])).encode())
-    for number, each in enumerate(tensors, 1):
-        one, other = fingerprint(each)
-        first, second = first + number * one, second + number * other
-    return first % 2**62, second % 2**62

@@ -42,7 +42,7 @@ class PipelinedBackprop:
             and dicts of tensors (see values.call). This rank uses its own only; the others may be None.
         group: one rank a stage, in order; None for all ranks.
         dp_group: this stage's replicas; their gradients are averaged at every update, and their weights and buffers
-            start as those of the group's first rank.
+            start as those of the group's first rank. Ranks that share each sequence (cp) are among them.
         timeout_s: how long to wait for a stage that is alive but silent; None: the group's timeout.
         options: optimizer and loss_fn, and what else PipelineSettings has: schedule, mitigation, scheduler, seed,
             dtype, clip, ...
@@ -233,7 +233,7 @@ class PipelinedBackprop:
             self._links.abort(f"stops because {error}")
             raise
         except BaseException as error:
-            lost = self.stage.parts.lost(error)
+            lost = self.stage.joint.lost(error)
             if lost is not None:
                 self._links.abort(f"stops because {lost}")
                 raise lost from error

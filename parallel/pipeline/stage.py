@@ -79,7 +79,7 @@ class PipelineStage:
         double_buffered: a micro-batch's forward and backward read the same version of the weights, not the present one.
         separate: keep the masters apart from the module's storage even where no mitigation asks for it (the emulator).
         dp_group: replicas of this stage; gradients are averaged over it, and with shard_optimizer=True each of it has
-            the optimizer of a part of the weights.
+            the optimizer of a part of the weights. Among them are those of the module's cp_group (RingRanks).
         options: the keywords of PipelineSettings; `loss_fn` on the last stage only.
     """
 
@@ -103,17 +103,17 @@ class PipelineStage:
         self.norms: dict[int, float] = {}  # of the whole model's gradient, by update
         mitigation = self.settings.chosen
         self.stashes = (mitigation.stash and delay > 0) or double_buffered
-        self._checked_graph = False
-        self._replica = 0
+        self._checked_graph, self._replica = False, 0
         self._corrected: Weights = None  # what backwards read, where only its owners can make it
         check_module(module, index, dp_group)
         self.parts = Parts.of(module, index)
+        self.joint = self.parts.or_ring(module)
         if dp_group is not None:
             self._replica = dist.get_rank(dp_group)
             copy_from_first((*module.parameters(), *module.buffers()), dp_group)
         sharded = self.settings.shard_optimizer and dp_group is not None and dp_group.size() > 1
         self.weights = MasterWeights(module, index, self.settings.master_dtype, dp_group if sharded else None)
-        self.gradients = GradientSum(self.weights, self.settings, index, dp_group, self.parts)
+        self.gradients = GradientSum(self.weights, self.settings, index, dp_group, self.parts, self.joint)
         self.optimizer: DelayedOptimizer | None = None
         self.schedulers: list[LRScheduler] = []
         if self.weights.live:

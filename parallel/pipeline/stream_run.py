@@ -338,7 +338,7 @@ class Stream(Iterator[int]):
         return next(self._numbers)
 
     def _pull(self) -> tuple[Any, Any] | None:
-        pulled: tuple[Any, Any] | None = self._place.stage.parts.next_of(self._own, self._place.links.device)
+        pulled: tuple[Any, Any] | None = self._place.stage.joint.next_of(self._own, self._place.links.device)
         return pulled
 
     def _own(self) -> tuple[Any, Any] | None:

@@ -76,7 +76,7 @@ def trained(
     if resume and dist.get_rank() == 0:
         shutil.rmtree(Path(folder) / "step_00000004")
     dist.barrier()
-    mesh = init_mesh(dp=plan.dp, pp=plan.pp, tp=plan.tp, device_type="cpu")
+    mesh = init_mesh(dp=plan.dp, pp=plan.pp, cp=plan.cp, tp=plan.tp, device_type="cpu")
     model = AsynchronousModel(meta_model(num_key_value_heads=kv_heads), plan, mesh, settings)
     gauge = MemoryGauge(torch.device("cpu"))
     evaluations: list[tuple[int, float]] = []
@@ -159,6 +159,7 @@ def test_training_equals_the_emulator_and_resuming_equals_no_stop(ranks, tmp_pat
         {"dp": 2, "mitigation": "lwpw+sc", "schedule": "1f1b-async", "zero_stage": 1},
         {"schedule": "2bw", "mitigation": "none", "micro_batch": 2, "checkpointing": "full"},
         {"mitigation": "stash+sc", "precision": "bf16-mixed", "checkpointing": "stream"},
+        {"cp": 2, "zero_stage": 1},
     ],
     ids=str,
 )
@@ -254,6 +255,39 @@ def test_sharded_optimizer_states_train_as_whole_ones_and_either_reads_the_other
     alone = [ranks(2)(trained, layout(micro_batch=2), folder, True) for folder in folders]  # without replicas
     for stage in range(2):
         assert alone[0][stage][:3] == alone[1][stage][:3]
+
+
+def test_ranks_that_share_sequences_train_as_one_pipeline(ranks, tmp_path):
+    plan = layout(cp=2)
+    results = ranks(4)(trained, plan, str(tmp_path), False)
+    losses, held_out, _ = emulated(plan)
+    assert results[0][0] == results[3][0] == pytest.approx(losses, rel=1e-5)  # fp32: a ring adds in another order
+    assert results[2][1] == pytest.approx(held_out, rel=1e-5)
+    assert results[0][2] == results[1][2]  # the ranks of a stage hold the same weights, to the bit
+    assert results[2][2] == results[3][2]
+
+
+def shares_without_numbers() -> list[str]:
+    """What the last stage's ranks say of infinities in the share of the first of them alone."""
+    mesh = init_mesh(pp=2, cp=2, device_type="cpu")
+    model = AsynchronousModel(meta_model(), layout(cp=2), mesh, SETTINGS)
+    if not model.pipeline.is_last:
+        return []
+    said, of_all = [], model.pipeline.stage.joint.told
+    for width in (1.0, float("inf") if mesh.get_local_rank("cp") == 0 else 1.0):
+        value = {"hidden": torch.full((1, SEQ_LEN // 2, CONFIG["hidden_size"]), width), "seq_len": SEQ_LEN}
+        said.append(first_not_finite_of_stage(model.stage, value, of_all))
+    head = model.stage.lm_head
+    head.register_forward_hook(lambda *call: call[2] * (float("nan") if mesh.get_local_rank("cp") else 1.0))
+    whole = {**value, "hidden": torch.ones_like(value["hidden"])}
+    said.append(first_not_finite_of_stage(model.stage, whole, of_all))
+    return said
+
+
+def test_a_nan_in_one_share_is_named_by_all_ranks_of_its_stage(ranks):
+    found = ranks(4)(shares_without_numbers)
+    assert found[:2] == [[], []]
+    assert found[2] == found[3] == ["", "first in a stage before the last", "first in the output of lm_head"]
 
 
 def observed(folder: str) -> list[tuple[int, list[int]]]:

@@ -22,14 +22,14 @@ from fourfold.parallel.decoder import pipeline_decoder
 NUM_RANKS = 4
 
 
-def cut_decoder() -> PipelinedBackprop:
-    """2 stages of 2 tp ranks each."""
-    mesh = init_mesh(pp=2, tp=2, device_type="cpu")
+def joint_decoder(axis: str) -> PipelinedBackprop:
+    """2 stages of 2 ranks each, which are of one tp or cp group."""
+    mesh = init_mesh(pp=2, device_type="cpu", **{axis: 2})
     return pipeline_decoder(pipeline_models.small_llama(), mesh, seq_len=3, optimizer=torch.optim.AdamW)
 
 
 def train_until_killed(
-    rank: int, victim: int, num_replicas: int, folder: str, pipe: Connection, in_update: bool
+    rank: int, victim: int, num_replicas: int, folder: str, pipe: Connection, in_update: bool, axis: str
 ) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def train_until_killed(
         timeout=timedelta(minutes=10),
     )
     pipe.send("started")
-    num_stages = NUM_RANKS // max(1, num_replicas)
+    num_stages = NUM_RANKS // num_replicas
     pipelines = [dist.new_group(list(range(start, start + num_stages))) for start in range(0, NUM_RANKS, num_stages)]
     peers = [dist.new_group(list(range(stage, NUM_RANKS, num_stages))) for stage in range(num_stages)]
     updates: list[int] = []
@@ -59,8 +59,8 @@ def train_until_killed(
         return optimizer
 
     trainer = (
-        cut_decoder()
-        if not num_replicas
+        joint_decoder(axis)
+        if axis
         else PipelinedBackprop(
             pipeline_models.stages(num_stages),
             group=pipelines[rank // num_stages],
@@ -77,7 +77,7 @@ def train_until_killed(
         for number in range(10**9):
             if number == 20 and rank == victim and not in_update:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield pipeline_models.batches(1)[0] if num_replicas else (ids, ids)
+            yield (ids, ids) if axis else pipeline_models.batches(1)[0]
 
     try:
         trainer.run(stream())
@@ -110,23 +110,26 @@ def test_a_silent_stage_is_given_up_in_time(ranks):
 
 
 @pytest.mark.parametrize(
-    ("num_replicas", "victim", "named", "in_update"),
+    ("num_replicas", "victim", "named", "in_update", "axis"),
     [
-        (1, 2, r"stage 2 \(rank 2\)", False),
+        (1, 2, r"stage 2 \(rank 2\)", False, ""),
         # who only averages with it cannot know which of the replicas it was
-        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", False),
-        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", True),
-        # 0: no replicas, and a stage is two ranks, of which the other one may be the first to notice
-        (0, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 2, 3\))?", False),
+        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", False, ""),
+        (2, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 1, 3\))?", True, ""),
+        # a stage is two ranks, of which the other one may be the first to notice
+        (1, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 2, 3\))?", False, "tp"),
+        (1, 3, r"stage 1 (\(rank 3\) )?is gone( \(one of ranks 2, 3\))?", False, "cp"),
     ],
 )
-def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named, in_update):
+def test_a_killed_stage_is_named_by_all_others(tmp_path: Path, num_replicas, victim, named, in_update, axis):
     context = fork_server()
     processes, pipes = [], []
     for rank in range(NUM_RANKS):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=train_until_killed, args=(rank, victim, num_replicas, str(tmp_path), theirs, in_update), daemon=True
+            target=train_until_killed,
+            args=(rank, victim, num_replicas, str(tmp_path), theirs, in_update, axis),
+            daemon=True,
         )
         process.start()
         theirs.close()

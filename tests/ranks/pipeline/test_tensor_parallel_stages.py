@@ -226,7 +226,10 @@ def unlike(how: str) -> tuple[str, str]:
         for number, (inputs, targets) in enumerate(data):
             if how == "raises" and odd and number == 2:
                 raise KeyError("lost")
-            yield inputs, targets + 1 if how == "other" and odd and number == 2 else targets
+            errs = odd and number == 2
+            if errs and how == "order":  # the same numbers, in another order
+                targets = targets.flip(0)
+            yield inputs, targets + 1 if errs and how == "other" else targets
 
     stream_of = stream() if how != "shorter" else iter(data[: 3 if odd else 4])
     try:
@@ -240,6 +243,7 @@ def unlike(how: str) -> tuple[str, str]:
     ("how", "words"),
     [
         ("other", "the stream of rank 3 has another micro-batch than that of rank 2"),
+        ("order", "the stream of rank 3 has another micro-batch than that of rank 2"),
         ("shorter", "the stream of rank 3 has another length than that of rank 2"),
         ("raises", "the stream of rank 3 has raised an error"),
         ("weights", "weight model.norm.weight of rank 3 is not that of the first tp rank"),

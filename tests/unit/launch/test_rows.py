@@ -130,7 +130,7 @@ def test_a_text_without_a_row_is_refused_before_it_is_asked_for(text_, said):
         ({"data_weights": (0.5,)}, {}, "1 data_weights for 0 entries of data"),
         ({"packing": True}, {"cp": 2, "pp": 2}, "packing=true: packed rows with cp=2 and pp=2"),
         ({"packing": True}, {"cp": 2, "tp": 2, "sequence_parallel": True}, "choose cp=1 or sequence_parallel=false"),
-        ({"packing": True}, {"pp": 2, "schedule": "lockstep"}, "and a sliding window"),
+        ({"packing": True}, {"pp": 2, "schedule": "lockstep"}, "and a sliding window: .* use cp of at least 2"),
         (
             {"packing": True},
             {"pp": 2, "schedule": "lockstep", "checkpointing": "stream"},
@@ -144,7 +144,9 @@ def test_what_cannot_be_packed_is_refused_in_one_line(keys, fields, said):
     with pytest.raises(ValueError, match=said) as error:
         check_packing(TrainOptions(**keys), layout, model)
     assert "\n" not in str(error.value)
-    check_packing(TrainOptions(packing="packing" not in keys), Layout(global_batch=4, seq_len=16, cp=2), model)
+    for taken in ({}, {"pp": 2, "schedule": "lockstep"}, {"pp": 2, "schedule": "2bw", "checkpointing": "stream"}):
+        layout = Layout(global_batch=4, seq_len=16, cp=2, **taken)
+        check_packing(TrainOptions(packing="packing" not in keys), layout, model)
 
 
 def test_the_standard_library_has_a_document_a_file():

@@ -241,7 +241,7 @@ def test_what_changes_for_learning_follows_the_schedule():
         ({"mitigation": "hope"}, "'hope' is not among"),
         ({"pp": 1}, "choose pp of at least 2, or '1f1b'"),
         ({"tp": 2, "mitigation": "rotate+lwpv"}, "choose tp=1, or zero_stage=0 and a mitigation without rotate"),
-        ({"cp": 2}, "choose cp=1, or schedule='1f1b'"),
+        ({"cp": 2, "tp": 2}, "shares sequences or is cut, not both; choose cp=1 or tp=1, or schedule='1f1b'"),
         ({"dp": 2, "zero_stage": 2}, "choose zero_stage=1 or 0, or schedule='1f1b'"),
         ({"dp": 2, "zero_stage": 3}, "choose zero_stage=1 or 0, or schedule='1f1b'"),
         ({"checkpointing": "selective"}, "choose none or full"),
@@ -253,8 +253,33 @@ def test_what_no_stage_can_do_is_refused(fields, message):
         late(**fields)
 
 
+def test_ranks_that_share_sequences_cost_their_ring_and_hold_less():
+    def one(**fields: object) -> object:
+        return price(LLAMA, A100, [late(**fields)])[0]
+
+    whole, shared = one(), one(cp=2)
+    # the ring's hops of every micro-batch, as in a pipeline that drains; 16 ranks' work does not hide them
+    hops = [one(cp=16, schedule=schedule).time_parts_s["cp_communication"] for schedule in SCHEDULES]
+    assert hops[0] > 0
+    assert hops == hops[:1] * len(SCHEDULES)
+    # half of each sequence's activations a rank, and all weights
+    assert shared.memory_parts_bytes["activations"] == whole.memory_parts_bytes["activations"] / 2
+    assert shared.memory_parts_bytes["weights"] == whole.memory_parts_bytes["weights"]
+    # at every update gradients are reduced over dp x cp, and nothing hides it
+    assert shared.time_parts_s["dp_communication"] > 8 * one(cp=2, schedule="2bw").time_parts_s["dp_communication"] > 0
+    both = one(dp=2, cp=2).time_parts_s["dp_communication"], one(dp=4).time_parts_s["dp_communication"]
+    assert both[0] / one(dp=2, cp=2).layout.num_micro_batches == pytest.approx(
+        both[1] / one(dp=4).layout.num_micro_batches
+    )
+
+
+def test_a_plan_ranks_rings_inside_of_stages():
+    found = rank_layouts(LLAMA, A100, SearchRequest(num_devices=8, asynchronous=True, fix={"cp": 2, "pp": 4}, **BATCH))
+    assert {priced.layout.schedule for priced in found.layouts} == set(SCHEDULES)
+
+
 def test_layout_files_carry_the_schedule(tmp_path):
-    layout = late(mitigation="stash")
+    layout = late(mitigation="stash", cp=2)
     write_layout_file(tmp_path / "layout.toml", layout, LLAMA)
     assert read_layout_file(tmp_path / "layout.toml")[0] == layout
     assert layout.runnable
