@@ -84,7 +84,7 @@ def words(tmp_path, monkeypatch) -> Callable[..., list[object]]:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def made(fields: dict[str, Any], out: Path) -> list[object]:
-        file = tmp_path / "layout.toml"
+        file = tmp_path / f"{out.name}.toml"  # a run that has begun may still read its own
         write_layout_file(file, Layout(global_batch=4, seq_len=16, **fields), load_model(CONFIG))
         return [
             "--layout", file, "--out", out, "--steps", 8, "--checkpoint-every", 2, "--keep-checkpoints", 2,
