@@ -8,8 +8,8 @@ import torch.distributed as dist
 from support.rank_pool import RankFailure
 
 from fourfold.parallel import init_mesh
-from fourfold.parallel.decoder.parallelize import _replica_mesh
 from fourfold.parallel.grid import Grid
+from fourfold.parallel.mesh import replica_mesh
 
 
 def coordinates_of(shape: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
@@ -33,7 +33,7 @@ def test_a_grid_of_another_size_is_refused(ranks):
 
 def timeouts() -> list[float]:
     mesh = init_mesh(dp=2, cp=2, device_type="cpu", timeout=timedelta(seconds=77))
-    groups = [mesh.get_group("dp"), mesh.get_group("cp"), _replica_mesh(mesh).get_group()]
+    groups = [mesh.get_group("dp"), mesh.get_group("cp"), replica_mesh(mesh).get_group()]
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
