@@ -40,17 +40,15 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGro
             gradient.copy_(averaged.view_as(gradient))
 
 
-@torch.no_grad()
-def copy_weights(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+def copy_weights(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
     """Give every rank of `group` the weights of its first, in place.
 
     Args:
-        parameters: plain or DTensor parameters, in the same order on every rank.
-    Cost: one broadcast a parameter.
+        tensors: parameters and buffers, plain or DTensors, in the same order on every rank.
+    Cost: one broadcast a tensor.
     """
-    for parameter in parameters:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-        dist.broadcast(local, group=group, group_src=0)
+    for tensor in tensors:
+        dist.broadcast(local_part(tensor).data, group=group, group_src=0)
 
 
 def resolve_partial_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -110,6 +108,12 @@ def clip_gradients(
         assert gradient is not None
         gradient.mul_(scale.to(gradient.dtype))
     return norm
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be a DTensor, without a graph, sharing its memory."""
+    alone = tensor.detach()
+    return alone.to_local() if isinstance(alone, DTensor) else alone
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:

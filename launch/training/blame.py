@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fourfold.launch.training.agreement import gathered
 from fourfold.parallel import ParallelModel
 from fourfold.parallel.decoder.stage import DecoderStage
+from fourfold.parallel.gradients import local_part
 
 
 def first_not_finite(
@@ -98,5 +98,5 @@ def _looking(name: str, found: list[str]) -> Any:
 
 
 def _finite(value: Tensor) -> bool:
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = local_part(value)
     return not local.is_floating_point() or bool(torch.isfinite(local).all())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fourfold.layouts.inputs.layout import CHECKPOINTING, EVERY_SCHEDULE, MITIGATION, PRECISIONS, Layout
 from fourfold.parallel.decoder.limits import drains
+from fourfold.parallel.pipeline.mitigation import Mitigation
 
 Column = NDArray[Any]
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
@@ -112,7 +113,7 @@ class Candidates:
     @property
     def rotates(self) -> bool:
         """Whether the mitigation of those that never drain turns whole matrices."""
-        return "rotate" in self.mitigation.split("+")
+        return Mitigation.named(self.mitigation).rotate_every > 0
 
     @property
     def any_asynchronous(self) -> bool:

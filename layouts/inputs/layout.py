@@ -121,7 +121,7 @@ class Layout:
     @property
     def rotates(self) -> bool:
         """Whether its mitigation turns whole matrices (basis rotation)."""
-        return self.asynchronous and "rotate" in self.mitigation.split("+")
+        return self.asynchronous and Mitigation.named(self.mitigation).rotate_every > 0
 
     @property
     def updates_per_step(self) -> int:

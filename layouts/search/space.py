@@ -30,6 +30,7 @@ from fourfold.parallel.decoder.limits import (
     broken,
 )
 from fourfold.parallel.grid import AXES
+from fourfold.parallel.pipeline.mitigation import Mitigation
 
 MICRO_BATCHES = tuple(range(1, 65))
 STREAM_CHUNKS = (4, 8, 16, 32)
@@ -172,7 +173,7 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
             reasons[f"{axis} is not the fixed {fix[axis]}"] = int((~held).sum())
             columns = {key: column[held] for key, column in columns.items()}
     mitigation = fix.get("mitigation", MITIGATION)
-    given = {"global_batch": global_batch, "seq_len": seq_len, "rotates": "rotate" in mitigation.split("+")}
+    given = {"global_batch": global_batch, "seq_len": seq_len, "rotates": Mitigation.named(mitigation).rotate_every > 0}
     table = _Space(facts, limits, columns, given)
 
     def expand(name: str, values: Sequence[Any]) -> None:

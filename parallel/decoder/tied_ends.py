@@ -20,11 +20,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from fourfold.parallel.communication import agree, digest, exchange, place_in
 from fourfold.parallel.decoder.stage import DecoderStage
-from fourfold.parallel.gradients import local_gradient
+from fourfold.parallel.gradients import local_gradient, local_part
 
 _PIECE_BYTES = 32 * 2**20
 """Of a gradient, received at a time: as gradients.average_gradients has its buckets."""
@@ -65,8 +64,7 @@ def copy_to_last_stage(stage: DecoderStage, mesh: DeviceMesh) -> None:
     place = place_in(mesh.get_group("pp"))
     if stage.is_first == stage.is_last:  # neither end, or both of a model that is in one piece
         return
-    weight = _embedding(stage)
-    local = (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
+    local = local_part(_embedding(stage))
     if stage.is_first:
         exchange(place, [(local, place.size - 1)], []).wait()
     else:

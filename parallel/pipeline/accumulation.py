@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fourfold.parallel.gradients import average_gradients
+from fourfold.parallel.gradients import average_gradients, local_part
 from fourfold.parallel.pipeline.failure import replica_lost
 from fourfold.parallel.pipeline.joint_ranks import JointRanks
-from fourfold.parallel.pipeline.masters import MasterWeights, fingerprint, local_part
+from fourfold.parallel.pipeline.local_parts import first_unlike, numbers_of
+from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.parts import Parts
 from fourfold.parallel.pipeline.settings import PipelineSettings
 
@@ -65,17 +66,15 @@ class GradientSum:
         self._parts.check_alike(self._weights)
         if self._group is None or not self._weights.live:
             return
-        prints = [(*fingerprint(local_part(p)), int(p.requires_grad)) for p in self._weights.live]
-        rows = self._gathered(torch.tensor(prints, dtype=torch.int64, device=self._weights.live[0].device))
-        unlike = [(rank, found) for rank, found in enumerate(rows) if not torch.equal(found, rows[0])]
-        if unlike:
-            rank, found = unlike[0]
+        live = self._weights.live
+        rows = self._gathered(torch.tensor(numbers_of(live), dtype=torch.int64, device=live[0].device))
+        if (unlike := first_unlike([row.tolist() for row in rows])) is not None:
+            rank, weight = unlike
             ranks = dist.get_process_group_ranks(self._group)
-            name = self._weights.names[int((found != rows[0]).any(1).nonzero()[0])]
             raise ValueError(
-                f"stage {self._stage}: weight {name} of rank {ranks[rank]} is not that of rank {ranks[0]}, its "
-                "replica, or one is frozen: they would train on as two models; set weights, freeze and load states on "
-                "every replica"
+                f"stage {self._stage}: weight {self._weights.names[weight]} of rank {ranks[rank]} is not that of rank "
+                f"{ranks[0]}, its replica, or one is frozen: they would train on as two models; set weights, freeze "
+                "and load states on every replica"
             )
 
     def relative(self, weight: float) -> float:

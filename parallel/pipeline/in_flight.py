@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.parallel.pipeline.masters import fingerprint
+from fourfold.parallel.pipeline.local_parts import fingerprint
 from fourfold.parallel.pipeline.stage import Flight, PipelineStage
 from fourfold.parallel.pipeline.values import Structure, needs_gradient, put_together, take_apart
 from fourfold.parallel.pipeline.versions import Weights

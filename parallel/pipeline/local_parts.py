@@ -1,13 +1,13 @@
 """This rank's part of a tensor that may be a DTensor: its memory, its bits, and how it is written to a file."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from fourfold.parallel.gradients import local_part
 from fourfold.parallel.pipeline.values import copied, resolved
 
 Fingerprint = tuple[int, int]
@@ -34,21 +34,9 @@ def read_back(saved: Sequence[Any], parameters: Sequence[Tensor]) -> list[Tensor
     return found
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing its memory."""
-    alone = tensor.detach()
-    return alone.to_local() if isinstance(alone, DTensor) else alone
-
-
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`local_part` of each."""
+    """gradients.local_part of each."""
     return [local_part(tensor) for tensor in tensors]
-
-
-def copy_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Give every rank of `group` the parts of its first, in place."""
-    for tensor in tensors:
-        dist.broadcast(local_part(tensor).data, group=group, group_src=0)
 
 
 def _as_number(placement: Placement) -> int:
@@ -76,3 +64,22 @@ def fingerprint(tensor: Tensor) -> Fingerprint:
     flat = resolved(tensor).view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
     return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+
+
+def numbers_of(parameters: Sequence[Tensor], is_cut: Callable[[Tensor], bool] = lambda _: False) -> list[int]:
+    """What ranks that hold the same weights must have alike: three numbers a parameter, of its bits and its training.
+
+    Args:
+        is_cut: whether each rank has another part of it, whose bits then do not count.
+    """
+    prints = [(0, 0) if is_cut(p) else fingerprint(local_part(p)) for p in parameters]
+    return [number for p, own in zip(parameters, prints, strict=True) for number in (*own, int(p.requires_grad))]
+
+
+def first_unlike(rows: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """(rank, parameter) of the first `numbers_of` that are not the first rank's; None where all are alike."""
+    for rank, row in enumerate(rows):
+        for at, (one, other) in enumerate(zip(row, rows[0], strict=True)):
+            if one != other:
+                return rank, at // 3
+    return None

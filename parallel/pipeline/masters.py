@@ -21,11 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fourfold.parallel.pipeline.local_parts import Fingerprint as Fingerprint
-from fourfold.parallel.pipeline.local_parts import fingerprint as fingerprint
-from fourfold.parallel.pipeline.local_parts import local_part as local_part
-from fourfold.parallel.pipeline.local_parts import local_parts as local_parts
-from fourfold.parallel.pipeline.local_parts import share_storage
+from fourfold.parallel.gradients import local_part
+from fourfold.parallel.pipeline.local_parts import Fingerprint, fingerprint, local_parts, share_storage
 from fourfold.parallel.pipeline.optimizer import NamedParameters, OptimizerFactory, check_hooks, make_optimizers
 from fourfold.parallel.pipeline.shards import Shards
 

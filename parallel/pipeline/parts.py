@@ -30,7 +30,8 @@ from torch.optim import (
 
 from fourfold.parallel.gradients import resolve_partial_gradients
 from fourfold.parallel.pipeline.joint_ranks import JointRanks, RingRanks
-from fourfold.parallel.pipeline.masters import MasterWeights, fingerprint, local_part
+from fourfold.parallel.pipeline.local_parts import first_unlike, numbers_of
+from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 _ELEMENTWISE: tuple[type[Optimizer], ...] = (
@@ -104,16 +105,14 @@ class Parts(JointRanks):
         """
         if self.group is None or not weights.live:
             return
-        prints = [(0, 0) if _is_cut(p) else fingerprint(local_part(p)) for p in weights.live]
-        mine = [number for p, own in zip(weights.live, prints, strict=True) for number in (*own, int(p.requires_grad))]
-        rows = self._gathered(mine, weights.live[0].device)
-        for rank, row in zip(dist.get_process_group_ranks(self.group), rows, strict=True):
-            if row != rows[0]:
-                place = next(at for at, (one, other) in enumerate(zip(row, rows[0], strict=True)) if one != other)
-                raise ValueError(
-                    f"stage {self._stage}: weight {weights.names[place // 3]} of rank {rank} is not that of the first "
-                    "tp rank, or one is frozen, and both hold it whole: set and freeze weights on every rank"
-                )
+        rows = self._gathered(numbers_of(weights.live, _is_cut), weights.live[0].device)
+        if (unlike := first_unlike(rows)) is not None:
+            rank, weight = unlike
+            raise ValueError(
+                f"stage {self._stage}: weight {weights.names[weight]} of rank "
+                f"{dist.get_process_group_ranks(self.group)[rank]} is not that of the first tp rank, or one is frozen, "
+                "and both hold it whole: set and freeze weights on every rank"
+            )
 
     def check_optimizers(self, optimizers: Iterable[Optimizer], mitigation: Mitigation) -> None:
         """Refuse steps that need whole matrices, or may.

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fourfold.parallel.pipeline.masters import MasterWeights, local_parts
+from fourfold.parallel.pipeline.local_parts import local_parts
+from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.parts import Parts
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fourfold.parallel.pipeline.masters import local_part
+from fourfold.parallel.gradients import local_part
 
 if TYPE_CHECKING:
     from fourfold.parallel.pipeline.stage import PipelineStage

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fourfold.parallel.gradients import copy_weights
 from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
 from fourfold.parallel.pipeline.checks import check_gradients, check_module, check_passable, measured_loss
 from fourfold.parallel.pipeline.graphs import check_graph, needs_any
-from fourfold.parallel.pipeline.local_parts import copy_from_first
 from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
 from fourfold.parallel.pipeline.parts import Parts
@@ -110,7 +110,7 @@ class PipelineStage:
         self.joint = self.parts.or_ring(module)
         if dp_group is not None:
             self._replica = dist.get_rank(dp_group)
-            copy_from_first((*module.parameters(), *module.buffers()), dp_group)
+            copy_weights((*module.parameters(), *module.buffers()), dp_group)
         sharded = self.settings.shard_optimizer and dp_group is not None and dp_group.size() > 1
         self.weights = MasterWeights(module, index, self.settings.master_dtype, dp_group if sharded else None)
         self.gradients = GradientSum(self.weights, self.settings, index, dp_group, self.parts, self.joint)
@@ -152,7 +152,7 @@ class PipelineStage:
         """At the end of a run. Once drained, replicas' buffers become those of the first, as under torch's DDP."""
         self.gradients.end()
         if self.dp_group is not None and drained:
-            copy_from_first(tuple(self.module.buffers()), self.dp_group)
+            copy_weights(tuple(self.module.buffers()), self.dp_group)
         self.weights.check_untouched()
         self.weights.note()
 

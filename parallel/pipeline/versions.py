@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fourfold.parallel.pipeline.masters import MasterWeights, local_parts
+from fourfold.parallel.pipeline.local_parts import local_parts
+from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer, OptimizerFactory, check_turned
 
 Weights = list[Tensor] | None  # None: the present ones

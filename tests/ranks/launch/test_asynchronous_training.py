@@ -37,8 +37,8 @@ from fourfold.layouts.inputs.model import load_model
 from fourfold.parallel import PipelinedBackpropEmulator, init_mesh, parallelize
 from fourfold.parallel.decoder import decoder_stages
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, pipeline_decoder
+from fourfold.parallel.gradients import local_part
 from fourfold.parallel.pipeline import ClipNorm
-from fourfold.parallel.pipeline.masters import local_part
 from fourfold.parallel.pipeline.report import StageReport
 from fourfold.parallel.sequence.tensors import shard_labels
 from fourfold.parallel.testing.compare import state_differences
