@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 # Below this part of the largest gradient's norm a gradient is zero but for rounding.
 NEGLIGIBLE = 1e-6
@@ -19,6 +20,11 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that ranks may have in parts; every rank of a DTensor's mesh calls."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

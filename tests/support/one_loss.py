@@ -4,11 +4,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 GLOBAL_BATCH, SEQ_LEN, STEPS, MAX_NORM = 4, 24, 3, 0.5
 
@@ -72,7 +71,7 @@ def check_layout(mesh_shape: dict, options: dict, model_options: dict, masked: b
         if step == 0:
             for name, parameter in model.named_parameters():
                 gradient = parameter.grad
-                gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                gradient = full_tensor(gradient)
                 errors[f"gradient of {name}"] = relative_error(gradient, truth[name])
         norm = model.clip_grad_norm_(MAX_NORM)
         optimizer.step()

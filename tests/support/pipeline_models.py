@@ -1,5 +1,6 @@
 """Small pipelines for the tests: uneven stages, a stage without parameters, dropout, checkpointing."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,3 +78,9 @@ def replicas() -> tuple[dist.ProcessGroup, dist.ProcessGroup, int, int]:
     peers = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     replica, stage = divmod(dist.get_rank(), 2)
     return pipelines[replica], peers[stage], replica, stage
+
+
+def assert_unlike_replica_is_named(messages: Sequence[str]) -> None:
+    """Of each rank of 2 stages in 2 replicas, whose second has other weights: it is refused, and by its rank."""
+    for rank, message in enumerate(messages):
+        assert f"of rank {2 + rank % 2} is not that of rank {rank % 2}" in message, f"rank {rank}"

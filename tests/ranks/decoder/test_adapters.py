@@ -9,7 +9,7 @@ from support.one_loss import GLOBAL_BATCH, MAX_NORM, adamw, batches, tiny_model
 from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 peft = pytest.importorskip("peft")  # of the test extra, not of the package
 
@@ -63,7 +63,7 @@ def check_adapters(mesh_shape: dict, options: dict, model_options: dict, folder:
             assert (parameter.grad is not None) == ("lora_" in name), name
             if step == 0 and "lora_" in name:
                 gradient = parameter.grad
-                gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                gradient = full_tensor(gradient)
                 errors[f"gradient of {name}"] = relative_error(gradient, truth[name])
         model.clip_grad_norm_(MAX_NORM)
         optimizer.step()
@@ -126,7 +126,7 @@ def first_weights(mesh_shape: dict, options: dict, meta: bool) -> dict[str, floa
         torch.manual_seed(rank)
         whole = peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=MATRICES))
     model = parallelize(whole, init_mesh(**mesh_shape, device_type="cpu"), **options)
-    full = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    full = {n: full_tensor(p) for n, p in model.named_parameters()}
     return {name: value.double().square().sum().item() for name, value in full.items()}
 
 

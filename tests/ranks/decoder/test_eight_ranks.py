@@ -14,13 +14,12 @@ import torch
 from hypothesis import settings
 from support.one_loss import tiny_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
 from fourfold.parallel.decoder.documents import document_positions, seen_tokens, without_first_tokens
 from fourfold.parallel.decoder.limits import FORMS, PACKED, RUNTIME, SHAPES, Choice, as_number, broken, decoder_facts
 from fourfold.parallel.stream import StreamSettings
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 RANKS, GLOBAL_BATCH, SEQ_LEN = 8, 8, 64
 MODEL = {"num_key_value_heads": 4, "num_hidden_layers": 4}
@@ -81,7 +80,7 @@ def one_process(documents: bool) -> tuple[float, dict[str, Tensor]]:
 def gradient_of(parameter: nn.Parameter) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return full_tensor(gradient)
 
 
 def errors(

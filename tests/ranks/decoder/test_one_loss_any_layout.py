@@ -8,10 +8,9 @@ two orders over fp32's rounding in sums of this length (about 1e-7) and far unde
 import pytest
 import torch
 from support.one_loss import GLOBAL_BATCH, assert_one_loss, batches, tiny_model
-from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 from fourfold.parallel.testing.data_parallel import CountCollectives
 
 
@@ -163,9 +162,9 @@ def accumulate_twice(mesh_shape: dict, options: dict) -> dict[str, float]:
     for half in (slice(0, 2), slice(2, 4)):
         model.forward_backward(ids[half][rows], labels[half][rows])
     truth = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    full = lambda grad: grad.full_tensor() if isinstance(grad, DTensor) else grad  # noqa: E731
     return {
-        f"gradient of {name}": relative_error(full(value.grad), truth[name]) for name, value in model.named_parameters()
+        f"gradient of {name}": relative_error(full_tensor(value.grad), truth[name])
+        for name, value in model.named_parameters()
     }
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from support.one_loss import GLOBAL_BATCH, SEQ_LEN, batches, tiny_model
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 LENGTHS = ((9, 1, 14), (24,), (3, 4, 5, 12), (1, 1, 20, 2))
 TOLERANCE = 1e-6
@@ -75,7 +74,7 @@ def check_documents(mesh_shape: dict, options: dict, model_options: dict) -> dic
     }
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
-        gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        gradient = full_tensor(gradient)
         errors[f"gradient of {name}"] = relative_error(gradient, truth[name])
     return errors
 

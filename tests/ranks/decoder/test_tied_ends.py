@@ -7,10 +7,9 @@ import pytest
 import torch
 from support.one_loss import GLOBAL_BATCH, MAX_NORM, adamw, assert_one_loss, batches, tiny_model
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 TIED = {"tie_word_embeddings": True, "double": True}
 NAME = "model.embed_tokens.weight"
@@ -44,10 +43,6 @@ def test_every_gradient_is_one_process_s(ranks, mesh_shape, options, family):
     assert_one_loss(ranks(world), mesh_shape, masked=True, model=model, tolerance=1e-6, **options)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def three_steps(mesh_shape: dict, options: dict, calls: int) -> tuple[dict[str, float], Tensor | None]:
     """Errors of all weights after three clipped AdamW steps of `calls` backwards each, and this rank's embedding."""
     truth = tiny_model(**TIED)
@@ -65,7 +60,7 @@ def three_steps(mesh_shape: dict, options: dict, calls: int) -> tuple[dict[str, 
         for each in (plain, optimizer):
             each.step()
             each.zero_grad()
-    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    weights = {name: full_tensor(parameter).detach().clone() for name, parameter in model.named_parameters()}
     expected = dict(truth.named_parameters())
     assert set(model.state_dict()) <= set(truth.state_dict())
     return {name: relative_error(value, expected[name]) for name, value in weights.items()}, weights.get(NAME)
@@ -100,8 +95,8 @@ def first_weights(mesh_shape: dict, options: dict) -> Tensor:
     model = parallelize(whole_model, init_mesh(**mesh_shape, device_type="cpu"), **options)
     named, state = dict(model.named_parameters()), model.state_dict()
     assert "lm_head.weight" not in named
-    assert torch.equal(whole(state.get("lm_head.weight", state[NAME])), whole(named[NAME]))
-    return whole(named[NAME])
+    assert torch.equal(full_tensor(state.get("lm_head.weight", state[NAME])), full_tensor(named[NAME]))
+    return full_tensor(named[NAME]).detach().clone()
 
 
 @pytest.mark.parametrize(

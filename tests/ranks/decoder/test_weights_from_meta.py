@@ -3,10 +3,9 @@
 import pytest
 import torch
 from support.one_loss import tiny_model
-from torch.distributed.tensor import DTensor
 
 from fourfold.parallel import init_mesh, parallelize
-from fourfold.parallel.testing.compare import assert_ranks, assert_same
+from fourfold.parallel.testing.compare import assert_ranks, assert_same, full_tensor
 
 
 def weights(mesh_shape: dict, options: dict, model_options: dict) -> tuple[dict, float]:
@@ -16,10 +15,7 @@ def weights(mesh_shape: dict, options: dict, model_options: dict) -> tuple[dict,
     parallel = parallelize(model, mesh, seed=5, **options)
     ids = torch.arange(48).view(2, 24) % 64
     loss = parallel.evaluate(ids[parallel.batch_rows(2)]).item()
-    named = {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach()
-        for name, value in parallel.named_parameters()
-    }
+    named = {name: full_tensor(value).detach() for name, value in parallel.named_parameters()}
     return named, loss
 
 

@@ -20,12 +20,11 @@ from support.ring_models import complaint
 from support.streamed_layers import counted_layers
 from support.trl_trainers import STEPS, common, completion_only, dpo, grpo, run, sft, word_tokenizer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from fourfold.parallel import parallelize, shard_batch, stream_backprop, use_ring_attention
 from fourfold.parallel.decoder import from_parallelism_config
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
 pytest.importorskip("trl")
@@ -218,7 +217,7 @@ def parallelized(sizes: dict[str, int]) -> tuple[dict[str, float], bool, int]:
     errors = {"loss": relative_error(loss, truth.detach())}
     whole = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        gradient = full_tensor(parameter.grad)
         errors[name] = relative_error(gradient, whole[name].grad)
     return errors, alike, arguments["zero_stage"]
 

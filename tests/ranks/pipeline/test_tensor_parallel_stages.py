@@ -17,7 +17,7 @@ from fourfold.parallel import PipelinedBackpropEmulator, init_mesh
 from fourfold.parallel.decoder import decoder_stages, pipeline_decoder
 from fourfold.parallel.decoder.async_pipeline import next_token_loss, num_targets
 from fourfold.parallel.pipeline import ClipNorm, PipelineError
-from fourfold.parallel.testing.compare import assert_ranks, relative_error
+from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAMW = partial(torch.optim.AdamW, lr=0.01)
@@ -46,10 +46,6 @@ def rows(count: int, *, packed: bool = False) -> list[tuple[Any, Tensor]]:
     return made
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def cut_stages(cut: dict[str, Any], options: dict[str, Any]) -> dict[str, float]:
     """What differs between this rank's part after a stream, and the emulator's stage."""
     mesh = init_mesh(pp=2, tp=2, device_type="cpu")
@@ -72,7 +68,7 @@ def cut_stages(cut: dict[str, Any], options: dict[str, Any]) -> dict[str, float]
     matrices = [p for p in mine.values() if p.ndim == 2]
     assert matrices
     assert all(isinstance(p, DTensor) and p.to_local().numel() * 2 == p.numel() for p in matrices)
-    errors = {name: relative_error(whole(p.detach()), expected[name].detach()) for name, p in mine.items()}
+    errors = {name: relative_error(full_tensor(p.detach()), expected[name].detach()) for name, p in mine.items()}
     return errors | {"loss": max(abs(one - other) for one, other in zip(found, losses, strict=True))}
 
 
