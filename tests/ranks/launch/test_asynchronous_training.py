@@ -232,7 +232,7 @@ def test_replicas_train_as_one_pipeline_of_their_micro_batches(ranks, tmp_path):
     results = ranks(4)(trained, plan, str(tmp_path), False)
     losses, held_out, _ = emulated(plan)
     assert results[0][0] == results[3][0] == pytest.approx(losses, rel=1e-5)  # fp32: a mean of two means
-    assert results[2][1] == pytest.approx(held_out, rel=1e-5)
+    assert results[2][1] == pytest.approx(held_out, rel=1e-5)  # likewise
     assert results[0][2] == results[2][2]  # replicas hold the same weights, to the bit
     assert results[1][2] == results[3][2]
 
@@ -262,7 +262,7 @@ def test_ranks_that_share_sequences_train_as_one_pipeline(ranks, tmp_path):
     results = ranks(4)(trained, plan, str(tmp_path), False)
     losses, held_out, _ = emulated(plan)
     assert results[0][0] == results[3][0] == pytest.approx(losses, rel=1e-5)  # fp32: a ring adds in another order
-    assert results[2][1] == pytest.approx(held_out, rel=1e-5)
+    assert results[2][1] == pytest.approx(held_out, rel=1e-5)  # likewise
     assert results[0][2] == results[1][2]  # the ranks of a stage hold the same weights, to the bit
     assert results[2][2] == results[3][2]
 
