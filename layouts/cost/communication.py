@@ -94,7 +94,7 @@ def expert_seconds(pricing: Pricing) -> Column:
 def pipeline_seconds(pricing: Pricing) -> Column:
     """A stage sends its output on and its input's gradient back, for each of its vp chunks."""
     layouts, software = pricing.layouts, pricing.software
-    size = 1.0 * layouts.tokens * pricing.model.hidden_size * software.compute_bytes
+    size = 1.0 * layouts.tokens * pricing.model.hidden_size * pricing.hidden_bytes
     pieces = np.where(layouts.sequence_parallel | software.pp_scatter, layouts.tp, 1)
     send = pricing.network.send_s(size / pieces, layouts.pp, pricing.distance.pp)
     return np.where(layouts.pp > 1, 2.0 * layouts.vp * send, 0.0)

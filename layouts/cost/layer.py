@@ -250,18 +250,18 @@ def stream_overhead_s(pricing: Pricing) -> Column:
 def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:
     """Bytes that autograd keeps for one micro-batch in an average layer: (with everything kept, layer input alone).
 
-    Counted from the operators: what each needs for its backward, a token. A norm keeps its input and hands its output
-    on; unfused it keeps more, as the software says (Korthikanti et al. 2022, arXiv 2205.05198, section 4, for the
-    rest).
+    Counted from the operators: what each needs for its backward, a token (Korthikanti et al. 2022, arXiv 2205.05198,
+    section 4).
     """
     model, layouts, software = pricing.model, pricing.layouts, pricing.software
     itemsize, tp = software.compute_bytes, layouts.tp
     split = np.where(layouts.sequence_parallel, tp, 1)
     hidden = model.hidden_size
-    norm_kept = 0.0 if software.fused_norm else software.norm_kept_bytes
-    wide = model.norms_per_layer * hidden * (2.0 * itemsize + norm_kept)
+    wide = _kept_by_norms(pricing)
     # q, output; k, v; log-sum-exp
     qk = (2.0 * model.q_size + 2.0 * model.kv_size) * itemsize + model.num_heads * 4.0
+    if model.qk_norm:
+        qk += (model.q_size + model.kv_size) * (itemsize + (0.0 if software.fused_norm else software.norm_kept_bytes))
     gates = (4.0 if not software.fused_ops else 3.0) if model.gated_mlp else 2.0
     ffn = active_ffn(model) * gates * itemsize
     per_token = wide / split + (qk + ffn) / tp + np.where(tp > 1, software.tp_kept * hidden * itemsize, 0.0)
@@ -270,11 +270,29 @@ def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:
         copies = 8.0 if software.attention == "eager" else 2.0
         scores = np.where(layouts.checkpointing == SELECTIVE, 0.0, _stored_scores(pricing) * copies)
         kept = kept + scores
-    layer_input = layouts.tokens * hidden * itemsize / split
+    layer_input = layouts.tokens * hidden * pricing.hidden_bytes / split
     kept = software.kept_share * kept
     if software.selective == "elementwise":
         kept = np.where(layouts.checkpointing == SELECTIVE, np.minimum(kept, _kept_selectively(pricing)), kept)
     return kept, layer_input
+
+
+def _kept_by_norms(pricing: Pricing) -> Column:
+    """Bytes a token that the norms of a layer keep, before they are cut along the sequence.
+
+    A fused one its input, and its output for what comes after. Unfused ones keep what they compute in fp32, too. Beside
+    hidden states wider than activations, every matrix after a norm has a copy of its own of that one's output: autocast
+    remembers casts of weights alone.
+    """
+    model, software, hidden_bytes = pricing.model, pricing.software, pricing.hidden_bytes
+    itemsize, norms = software.compute_bytes, model.norms_per_layer
+    if software.fused_norm:
+        return norms * model.hidden_size * (hidden_bytes + 1.0 * itemsize)
+    # q, k and v; up, and gate; a norm whose output is added to the hidden states hands it on once.
+    copies = 3 + (2 if model.gated_mlp else 1) + max(norms - 2, 0)
+    outputs = itemsize * np.where(hidden_bytes > itemsize, copies, norms)
+    kept: Column = model.hidden_size * (norms * (hidden_bytes + software.norm_kept_bytes) + outputs)
+    return kept
 
 
 def output_gradient_bytes(pricing: Pricing) -> Column:

@@ -38,6 +38,8 @@ class Memory:
     stages: Stages
     spread: Column
     """Standard deviation of the peak."""
+    waste: Column
+    """What the allocator loses between tensors, as far as it is not in the parts."""
 
     @property
     def parts(self) -> dict[str, Column]:
@@ -62,8 +64,9 @@ class Memory:
 
     @property
     def margin(self) -> Column:
-        """Capacity less reserve and peak; below zero does not fit."""
-        return self.capacity - self.reserve - self.peak
+        """Capacity less reserve, peak and waste; below zero does not fit."""
+        lost = np.take_along_axis(np.broadcast_to(self.waste, self.by_stage.shape), self.worst_stage[None], 0)[0]
+        return self.capacity - self.reserve - self.peak - lost
 
     @property
     def fit_probability(self) -> Column:
@@ -87,9 +90,12 @@ def memory_of(pricing: Pricing) -> Memory:
     changing = _changing(pricing)
     gradients, buckets = _gradients(pricing, changing.total)
     # Work space besides one layer's: weights gathered, casts, copies in buckets and buffers, and allocator waste.
-    workspace = changing.workspace + (_gathered(pricing) + buckets + _pipeline_buffers(pricing)) + _casts(pricing)
+    workspace = changing.workspace + (_gathered(pricing) + buckets + _pipeline_buffers(pricing))
+    workspace = workspace + _casts(pricing, changing)
     workspace = workspace + (_held(pricing) * software.bucket_bytes + software.extra_peak_bytes)
-    workspace = workspace + software.allocator_waste * constants.fragmentation * changing.total
+    waste = software.allocator_waste * constants.fragmentation * changing.total
+    if not software.peak_of_tensors:
+        workspace = workspace + waste
     weights = _weights(pricing)
     measured = pricing.cluster.device.reserve_bytes
     reserve = (constants.reserve_bytes if measured is None else measured) if software.launched else 0.0
@@ -105,6 +111,7 @@ def memory_of(pricing: Pricing) -> Memory:
         scatter = software.memory_spread * sum(parts.values())
     return Memory(
         **parts,
+        waste=waste if software.peak_of_tensors else np.zeros_like(waste),
         reserve=reserve + software.extra_reserve_bytes,
         capacity=pricing.cluster.device.memory_bytes,
         stages=pricing.stages,
@@ -180,8 +187,9 @@ def _changing(pricing: Pricing) -> _Changing:
         loss = np.where(streams, np.minimum(loss, _streamed_loss_bytes(pricing)), loss)
     logits = stages.has_head * loss
     # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
-    width = model.hidden_size + np.where(checkpointed, active_ffn(model) / layouts.tp, 0.0)
-    work = (np.where(checkpointed, kept, 0.0) + 2.0 * layouts.tokens * width * software.compute_bytes) / chunks
+    width = model.hidden_size * pricing.hidden_bytes
+    width = width + np.where(checkpointed, active_ffn(model) / layouts.tp, 0.0) * software.compute_bytes
+    work = (np.where(checkpointed, kept, 0.0) + 2.0 * layouts.tokens * width) / chunks
     # The loss and a layer's backward take turns: the larger of the two counts.
     return _Changing(activations, np.where(logits > work, logits, 0.0), np.where(logits > work, 0.0, work))
 
@@ -192,8 +200,9 @@ def _loss_bytes(pricing: Pricing) -> Column:
     entries = layouts.tokens * (model.vocab_size / layouts.tp if software.logits_sharded else model.vocab_size)
     # Gathering shards over tp holds the pieces and their concatenation for a moment.
     gather = 0.0 if software.logits_sharded else np.where(layouts.tp > 1, 2.0 * software.compute_bytes, 0.0)
-    norm_kept = 0 if software.fused_norm else software.norm_kept_bytes
-    norm = layouts.tokens * model.hidden_size * (2.0 * software.compute_bytes + norm_kept)
+    # The layers alone are compiled, and their norms fused with them.
+    norm_kept = 0 if software.fused_norm and not software.compiled else software.norm_kept_bytes
+    norm = layouts.tokens * model.hidden_size * (pricing.hidden_bytes + software.compute_bytes + norm_kept)
     return entries * (software.logits_bytes + gather) + norm
 
 
@@ -248,14 +257,24 @@ def _gathered(pricing: Pricing) -> Column:
     return np.where(pricing.layouts.zero_stage == 3, each, 0.0)
 
 
-def _casts(pricing: Pricing) -> Column:
-    """Low-precision copies of the weights: autocast forgets them as each forward ends, the graph of a micro-batch in
-    flight keeps its own."""
-    layouts = pricing.layouts
-    copies = np.where(layouts.recomputed_share > 0, 1.0, pricing.stages.in_flight)
-    sharded = layouts.zero_stage >= (1 if pricing.software.gathers_below_zero3 else 3)  # whose gathered ones are cast
-    sharded &= layouts.drains
-    return np.where(sharded, 0.0, _held(pricing) * pricing.software.cast_bytes * copies)
+def _casts(pricing: Pricing, changing: _Changing) -> Column:
+    """Low-precision copies of the weights that autocast makes, at the peak.
+
+    It forgets them as each forward ends. The graph of a micro-batch in flight keeps its own, of checkpointed layers
+    none: then the head's alone is there beside the loss, or one layer's beside its backward. All of them are there at
+    the end of the forward, when of the loss there are no more than low-precision logits.
+    """
+    software, stages = pricing.software, pricing.stages
+    if not software.cast_bytes:
+        return np.zeros_like(changing.total)
+    every = _held(pricing) * software.cast_bytes
+    head = pricing.model.head_params / pricing.layouts.tp * software.cast_bytes
+    one = np.where(changing.logits > 0, head, every / np.maximum(stages.layers, 1))
+    late = changing.logits + changing.workspace - changing.logits * (software.compute_bytes / software.logits_bytes)
+    checkpointed = np.maximum(np.minimum(one, every), every - late)
+    share = pricing.layouts.recomputed_share
+    casts = share * checkpointed + (1 - share) * every * stages.in_flight
+    return np.where(pricing.sharded_weights, 0.0, casts)  # what is gathered is cast already
 
 
 def _pipeline_buffers(pricing: Pricing) -> Column:

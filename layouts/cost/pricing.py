@@ -6,6 +6,8 @@ The figures that several cost functions need (stages, parameters a rank holds, k
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+
 from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.cost.collectives import Network, RankDistance
 from fourfold.layouts.cost.kernels import Kernels, kernels_of
@@ -62,6 +64,22 @@ class Pricing:
     def held_params(self) -> tuple[Column, Column]:
         """Parameters a rank holds of its stage before ZeRO: (all but routed experts, routed experts)."""
         return stage_params(self.model, self.layouts, self.stages)
+
+    @cached_property
+    def sharded_weights(self) -> Column:
+        """Which layouts have FSDP2 shard the weights between steps, and cast what it gathers; autocast does in others.
+
+        Without it, a layout whose replicas of an asynchronous stage share optimizer states by whole tensors.
+        """
+        least = 1 if self.software.gathers_below_zero3 else 3
+        return (self.layouts.zero_stage >= least) & self.layouts.drains
+
+    @cached_property
+    def hidden_bytes(self) -> Column:
+        """An element of the hidden states between layers."""
+        software = self.software
+        wide = software.residual_bytes or software.compute_bytes
+        return np.where(self.sharded_weights, software.compute_bytes, wide)
 
     @property
     def memory_bandwidth_bytes_per_s(self) -> float:

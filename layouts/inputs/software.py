@@ -60,13 +60,19 @@ class Software:
     matrix products and attention."""
     pipeline_buffers: bool = False
     """Whether a stage has a receive buffer for every micro-batch of the step (torch.distributed.pipelining)."""
+    residual_bytes: int = 0
+    """Hidden states between layers, which autocast leaves in the weights' dtype; 0: as activations. Where FSDP2 shards
+    weights it casts them with these."""
     tp_kept: float = 0.0
     """Hidden states that a layer keeps besides, where tp cuts it (DTensor; traced)."""
     allocator_waste: bool = True
     """Whether the device's allocator fragments; a host's memory is counted tensor by tensor."""
+    peak_of_tensors: bool = False
+    """Whether its peaks are what tensors hold (torch.cuda.max_memory_allocated), without what the allocator loses
+    between them; whether a layout fits counts that all the same."""
     fused_norm: bool = True
     norm_kept_bytes: float = 8.0
-    """What an unfused norm keeps an element besides its input and output: both again in fp32."""
+    """What an unfused norm keeps an element besides a copy of its input's and one of its output's dtype."""
     fused_ops: bool = True
     """Rotary embedding, activation and residuals as fused kernels."""
     attention: str = "flash2"

@@ -383,12 +383,3 @@ def test_twice_the_gpus_are_never_slower_than_overheads_explain():
     ]
     for few, many in itertools.pairwise(steps):
         assert many < few * 1.05
-
-
-@pytest.mark.parametrize(("checkpointing", "copies"), [("none", 4), ("full", 1)])
-def test_each_micro_batch_in_flight_keeps_its_casts(checkpointing, copies):
-    candidates = Candidates.of([Layout(pp=4, global_batch=8, seq_len=512, checkpointing=checkpointing)])
-    bare = replace(RUNTIME_CUDA, cast_bytes=0)
-    cast, uncast = (memory_of(pricing_of(candidates, software)) for software in (RUNTIME_CUDA, bare))
-    params = sum(stage_params(LLAMA, candidates, stages_of(LLAMA, candidates)))
-    assert (cast.workspace - uncast.workspace)[0] == pytest.approx(2 * copies * params[0])
