@@ -254,7 +254,7 @@ def _module_of(hook: Callable[..., Any]) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
-def check_padding(masks: Sequence[RowMask], targets: Tensor, attention: nn.Module) -> None:
+def check_padding(masks: Sequence[RowMask], targets: Tensor, attentions: Sequence[nn.Module]) -> None:
     """Refuse a loss at padding that sees no token, where the model's own attention is "eager".
 
     What such padding attends is arbitrary: kernels give zeros, as streaming does, and eager attention the mean of all
@@ -262,18 +262,25 @@ def check_padding(masks: Sequence[RowMask], targets: Tensor, attention: nn.Modul
 
     Args:
         targets: [B, T], negative where none is.
-        attention: a layer's.
+        attentions: of each layer.
     Raises:
-        ValueError: a row begins with padding whose last token is asked for the row's first.
+        ValueError: padding that is asked for a label has no token before it, or none within a layer's window.
     """
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if implementation != "eager" or getattr(attention, "sinks", None) is not None:
+    config = getattr(attentions[0], "config", None)
+    if getattr(config, "_attn_implementation", None) != "eager" or getattr(attentions[0], "sinks", None) is not None:
         return
+    windows = [getattr(each, "sliding_window", getattr(config, "sliding_window", None)) for each in attentions]
+    reach = min((window - 1 for window in windows if window), default=targets.shape[1])
     for mask in masks:
-        first = mask.keys[0][0] if mask.keys else targets.shape[1]
-        if first and bool((targets[slice(*mask.rows), :first] >= 0).any()):
-            raise ValueError(
-                f"rows {mask.rows[0]} to {mask.rows[1] - 1} begin with {first} tokens of padding, of which one is to "
-                "predict a label: with attn_implementation='eager' its loss is that of the mean of all values; give "
-                "-100 as the label of each row's first token, pad on the right, or use attn_implementation='sdpa'"
-            )
+        starts = [start for start, _ in mask.keys] + [targets.shape[1]]
+        # The last key before each run of padding; before the first there is none.
+        lasts = [-1 - reach] + [stop - 1 for _, stop in mask.keys]
+        for last, stop in zip(lasts, starts, strict=True):
+            first = last + reach + 1
+            if first < stop and bool((targets[slice(*mask.rows), first:stop] >= 0).any()):
+                raise ValueError(
+                    f"rows {mask.rows[0]} to {mask.rows[1] - 1} have padding at tokens {first} to {stop - 1} that "
+                    "sees no token and is to predict a label: with attn_implementation='eager' its loss is that of "
+                    "the mean of all values; give -100 as the label of padding and of the first token after it, or use "
+                    "attn_implementation='sdpa'"
+                )

@@ -215,7 +215,7 @@ class Streaming:
         auxiliary = None if run.routing is None else run.routing.loss(place)
         if call.return_token_statistics:
             return self._statistics(head, hidden, targets, auxiliary)
-        check_padding(run.masks, targets, cast(nn.Module, self._attentions[0]))
+        check_padding(run.masks, targets, cast(list[nn.Module], self._attentions))
         wanted = not self.model.training if call.return_logits is None else call.return_logits
         loss, logits = self._at_the_end(hidden, lambda x: self._loss_and_logits(head, x, call, targets, wanted))
         if run.routing is None or auxiliary is None:

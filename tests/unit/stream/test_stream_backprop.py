@@ -102,10 +102,29 @@ def test_padding_that_predicts_a_rows_first_token(family):
     mask[0, :6] = mask[2, :13] = 0
     inputs = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
     if family != "gpt_oss":  # whose sinks leave it nothing, here as there
-        with pytest.raises(ValueError, match="rows 0 to 0 begin with 6 tokens of padding"):
+        with pytest.raises(ValueError, match="rows 0 to 0 have padding at tokens 0 to 5 that"):
             stream_backprop(tiny(family), **CHUNKS)(**inputs)
         inputs["labels"][[0, 2], [6, 13]] = -100
     check(tiny(family), inputs)
+
+
+@pytest.mark.parametrize("family", ["gemma2, soft caps", "mistral, window"])
+def test_padding_out_of_a_windows_reach(family):
+    """A window of 7: tokens 5 to 10 see some of the row's five tokens, those from 11 on see padding alone."""
+    ids = batch(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+
+    def eager():
+        model = tiny(family)
+        model.set_attn_implementation("eager")
+        return model
+
+    with pytest.raises(ValueError, match="rows 1 to 1 have padding at tokens 11 to 19 that"):
+        stream_backprop(eager(), **CHUNKS)(**inputs)
+    inputs["labels"][1, 12:] = -100
+    check(eager(), inputs)
 
 
 def test_labels_of_right_padding_too():
