@@ -8,6 +8,7 @@ ranks match in the order they are listed. With NCCL nothing here waits on the ho
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,30 @@ class Place:
     group: dist.ProcessGroup | None
     rank: int
     size: int
+
+
+def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+    """A group of these ranks of the world, this one among them; they alone call.
+
+    A world that is bound to a device (init_process_group's device_id, as init_mesh has it) has torch split NCCL's
+    communicator of the world for a new group, for which every rank of the world has to call: a rank outside of the
+    group does not, and these would wait for it. So torch is not told of the device while the group is made.
+
+    Args:
+        ranks: of the world.
+        backend: None for the world's.
+    Cost: with NCCL and a bound device a communicator of these ranks is made at once, as for the world.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        made = dist.new_group(
+            list(ranks), backend=backend, use_local_synchronization=True, device_id=None if backend else device
+        )
+    finally:
+        world.bound_device_id = device
+    return cast(dist.ProcessGroup, made)
 
 
 def place_in(group: dist.ProcessGroup | None) -> Place:

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fourfold.parallel.communication import new_group
 from fourfold.parallel.pipeline.failure import PipelineError, leave_note, read_note
 from fourfold.parallel.pipeline.values import Structure, TensorSpec, resolved
 
@@ -94,9 +95,9 @@ class PipeLinks:
         self.control_group = group
         self._tensors_on_host = not has_nccl(group)
         if self.num_stages > 1 and not self._tensors_on_host:
-            made = [dist.new_group(self._ranks, use_local_synchronization=True) for _ in range(3)]
+            made = [new_group(self._ranks) for _ in range(3)]
             self._down, self._up = (group, made[0]), (made[1], made[2])
-            self.control_group = dist.new_group(self._ranks, backend="gloo", use_local_synchronization=True)
+            self.control_group = new_group(self._ranks, "gloo")
         self._sends: deque[tuple[Any, Tensor, str]] = deque()
         self._known: dict[tuple[str, str], _Announced] = {}  # by purpose ("train", "evaluate") and direction
         self._activation: _Incoming | None = None

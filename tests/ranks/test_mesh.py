@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.rank_pool import RankFailure
+from torch.distributed import distributed_c10d
 
 from fourfold.parallel import init_mesh
+from fourfold.parallel.communication import new_group
 from fourfold.parallel.grid import Grid
 from fourfold.parallel.mesh import replica_mesh
 
@@ -39,3 +41,25 @@ def timeouts() -> list[float]:
 
 def test_every_group_has_the_timeout_that_was_given(ranks):
     assert ranks(4)(timeouts) == [[77.0] * 3] * 4
+
+
+def group_of_rank_0() -> tuple[int, torch.device | None]:
+    """Its size, and what the world is bound to afterwards."""
+
+    def split(group: dist.ProcessGroup) -> None:
+        raise AssertionError("NCCL's communicator of the world would be split, which takes all of its ranks")
+
+    world = dist.group.WORLD
+    assert world is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed_c10d, "_get_split_source", split)
+        world.bound_device_id = torch.device("cuda", 0)
+        try:
+            return new_group([0]).size() if dist.get_rank() == 0 else 0, world.bound_device_id
+        finally:
+            world.bound_device_id = None
+
+
+def test_on_a_bound_world_a_group_is_made_by_its_members_alone(ranks):
+    bound = torch.device("cuda", 0)
+    assert ranks(2)(group_of_rank_0) == [(1, bound), (0, bound)]
