@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
-LAUNCHED = ("ring", "accelerate_ring")
-"""Started as a user would, by torchrun and by accelerate; the others' ranks come from the fork server."""
+LAUNCHED = ("accelerate_ring",)
+"""Started as a user would, by accelerate; the others' ranks come from the fork server, and not from torchrun."""
 
 
 @cache
@@ -27,12 +27,11 @@ def run(command: str) -> str:
     words = shlex.split(command)
     script = ROOT / words[-1]
     if script.stem in LAUNCHED:
-        launcher = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.launch"]}[words[0]]
-        rest = words[2:] if words[0] == "accelerate" else words[1:]
+        assert words[:2] == ["accelerate", "launch"], command
         environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
         result = subprocess.run(
-            [sys.executable, "-m", *launcher, *rest], cwd=ROOT, env=environment, capture_output=True, text=True,
-            timeout=280,
+            [sys.executable, "-m", "accelerate.commands.launch", *words[2:]],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
         )  # fmt: skip
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
         return result.stdout

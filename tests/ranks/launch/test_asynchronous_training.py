@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +14,11 @@ import torch
 import torch.distributed as dist
 from support.digest import digest
 from support.rank_pool import RankFailure
+from support.training_process import start_forked_ranks
+from typer.testing import CliRunner
 
+from fourfold.launch.cli import app
+from fourfold.launch.commands import launch
 from fourfold.launch.training.async_loop import (
     AsynchronousModel,
     rate_schedule,
@@ -364,15 +365,14 @@ def test_a_checkpoint_of_other_updates_a_step_is_refused(ranks, tmp_path):
 def test_the_command_trains_and_reports(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch, "start_ranks", start_forked_ranks)
     out = tmp_path / "out"
     (tmp_path / "model.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64, **CONFIG}))
     write_layout_file(tmp_path / "layout.toml", layout(), load_model(str(tmp_path / "model.json")))
-    words = ["launch", tmp_path / "layout.toml", "--out", out, "--steps", 3]
-    command = [sys.executable, "-m", "fourfold.launch.cli", *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=dict(os.environ))
-    assert run.returncode == 0, run.stderr
-    assert "tokens/s" in run.stdout
-    assert "held-out loss" in run.stdout
+    run = CliRunner().invoke(app, ["launch", str(tmp_path / "layout.toml"), "--out", str(out), "--steps", "3"])
+    assert run.exit_code == 0, run.output
+    assert "tokens/s" in run.output
+    assert "held-out loss" in run.output
     result = json.loads((out / "result.json").read_text())
     with (out / "metrics.csv").open(newline="") as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == result["losses"]

@@ -1,7 +1,7 @@
 """Every command of the README and of docs/ runs as it stands there; those that `make` starts are .ci/run's.
 
-The ranks that layout-advisor starts come from the fork server: that it starts them for real, test_faults.py and
-test_training_file.py see.
+layout-advisor runs in this process, and the ranks that it starts come from the fork server: that it starts them for
+real, test_faults.py and test_training_file.py see. It measures for a second or two instead of ten.
 """
 
 import os
@@ -38,7 +38,7 @@ def commands_of(text: str) -> list[str]:
 
 
 COMMANDS = commands_of(README)
-STARTS_RANKS = {"launch", "profile", "train"}
+LAUNCHERS = ("torchrun", "mpiexec")
 SHORT_TRAINING = """
 model = "launch/data/byte-llama.json"
 data = "text.txt"
@@ -60,11 +60,18 @@ def test_the_readme_has_commands():
     assert any(command.startswith("torchrun") for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
-def test_command(command, tmp_path, run):
-    (tmp_path / "run").mkdir()
-    write_layout_file(tmp_path / "run" / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("layout-advisor")])
+def test_command(command, planned, run):
     run(command)
+
+
+def test_launchers_train_alike(planned, run):
+    """torchrun and mpiexec, started for real."""
+    by_launcher = {command.split()[0]: command for command in COMMANDS if command.startswith(LAUNCHERS)}
+    assert set(by_launcher) == set(LAUNCHERS)
+    losses = [re.findall(r"loss (\S+)", run(command)) for command in by_launcher.values()]
+    assert len(losses[0]) >= 2  # of the last step, and of what was held out
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("guide", [guide for guide in GUIDES if commands_of(guide.read_text())], ids=lambda p: p.stem)
@@ -79,8 +86,15 @@ def test_a_guides_commands_one_after_the_other(guide, tmp_path, run):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> Callable[[str], None]:
-    """Runs a command in the test's folder; it must end well."""
+def planned(tmp_path) -> None:
+    """A plan where the README's reader has one."""
+    (tmp_path / "run").mkdir()
+    write_layout_file(tmp_path / "run" / "layout.toml", Layout(dp=2, global_batch=4, seq_len=32), load_model(CONFIG))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Callable[[str], str]:
+    """Runs a command in the test's folder and gives what it prints; it must end well."""
     bin_folder = Path(sys.executable).parent
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.pathsep.join([str(bin_folder), os.environ["PATH"]]))
@@ -89,18 +103,17 @@ def run(tmp_path, monkeypatch) -> Callable[[str], None]:
     for module in (launch, profile):
         monkeypatch.setattr(module, "start_ranks", start_forked_ranks)
 
-    def started(command: str) -> None:
-        words = shlex.split(command)
+    def started(command: str) -> str:
+        words = shlex.split(command.replace("--seconds 10", "--seconds 2"))
         if words[0] == "mpiexec" and not (bin_folder / "mpiexec").exists():
             pytest.skip("mpiexec is not installed: pip install 'fourfold[mpi]'")
-        if words[0] == "layout-advisor" and words[1] in STARTS_RANKS:
+        if words[0] == "layout-advisor":
             told = CliRunner().invoke(app, words[1:])
             assert told.exit_code == 0, f"{command}\n{told.output}{told.exception}"
-            return
-        if words[0] == "layout-advisor" and not (bin_folder / words[0]).exists():  # run from the source tree
-            words[:1] = [sys.executable, "-m", "fourfold.launch.cli"]
+            return told.output
         result = subprocess.run(words, capture_output=True, text=True, timeout=280)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+        return result.stdout
 
     return started
 

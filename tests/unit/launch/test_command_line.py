@@ -8,6 +8,7 @@ import pytest
 import tomli_w
 
 from fourfold.launch import cli
+from fourfold.launch.processes import RankFailure
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
@@ -53,6 +54,15 @@ def test_help(command, name):
     code, out, _ = command(*([name] if name else []), "--help")
     assert code == 0
     assert "Usage" in out
+
+
+@pytest.mark.parametrize(("rank_ended_with", "code", "shown"), [(2, 2, ""), (3, 1, ""), (1, 1, "rank 1: its words\n")])
+def test_what_a_rank_has_said_is_not_said_again(command, layout_file, monkeypatch, rank_ended_with, code, shown):
+    def failing(*_: object, **__: object) -> None:
+        raise RankFailure("rank 1: its words", rank_ended_with)
+
+    monkeypatch.setattr("fourfold.launch.commands.launch.start_training", failing)
+    assert command("launch", layout_file, "--out", layout_file.parent / "out") == (code, "", shown)
 
 
 def assert_one_line(result: tuple[int, str, str], *parts: str) -> None:
