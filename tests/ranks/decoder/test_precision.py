@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.meshes import shared_mesh
 from support.one_loss import GLOBAL_BATCH, MAX_NORM, adamw, batches, tiny_model
 
 from fourfold.parallel import init_mesh, parallelize
@@ -19,7 +20,7 @@ def stored_in(dtype: torch.dtype, meta: bool) -> torch.nn.Module:
 
 def trained(mesh_shape: dict, options: dict, stored: str, meta: bool) -> tuple[list[float], set, set]:
     """Losses of three steps, and the dtypes of this rank's weights and optimizer states."""
-    mesh = init_mesh(**mesh_shape, device_type="cpu")
+    mesh = shared_mesh(**mesh_shape)
     model = parallelize(stored_in(STORED.get(stored, torch.float32), meta), mesh, **options)
     optimizer = adamw(model.parameters())
     rows = model.batch_rows(GLOBAL_BATCH)

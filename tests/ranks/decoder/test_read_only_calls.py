@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.meshes import shared_mesh
 from support.one_loss import GLOBAL_BATCH, MAX_NORM, adamw, batches, tiny_model
 from torch.distributed.tensor import DTensor
 
-from fourfold.parallel import ParallelModel, init_mesh, parallelize
+from fourfold.parallel import ParallelModel, parallelize
 
 PLACES = ("before the step", "between backward and clipping", "between clipping and the update", "after the step")
 
@@ -22,7 +23,7 @@ def local(value):
 
 def trained(mesh, options: dict, reads) -> tuple[dict, dict]:
     """Losses and norms before clipping, and this rank's weights after three steps; `reads(model, place)` in between."""
-    model = parallelize(tiny_model(), mesh, **options)
+    model = parallelize(tiny_model(num_hidden_layers=4 if mesh["pp"].size() > 1 else 2), mesh, **options)
     optimizer = adamw(model.parameters())
     rows = model.batch_rows(GLOBAL_BATCH)
     first = {name: local(value).clone() for name, value in model.named_parameters()}
@@ -76,7 +77,7 @@ CALLS = (state_dict, refused_batch, save, evaluate)  # evaluating last: a state 
 
 def compared(mesh_shape: dict, options: dict) -> list[str]:
     """What differs with all calls everywhere; then which call, and where, makes the difference."""
-    mesh = init_mesh(**mesh_shape, device_type="cpu")
+    mesh = shared_mesh(**mesh_shape)
     plain = trained(mesh, options, lambda model, place: None)
 
     def everything(model: ParallelModel, place: str) -> None:

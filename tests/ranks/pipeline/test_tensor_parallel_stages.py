@@ -56,7 +56,8 @@ def cut_stages(cut: dict[str, Any], options: dict[str, Any]) -> dict[str, float]
         found = made.run(data)
         with torch.inference_mode():
             found += made.evaluate(data[:2])
-        cut.pop("sequence_parallel", None)
+        for runs_otherwise in ("sequence_parallel", "compile"):
+            cut.pop(runs_otherwise, None)
         stages: Any = decoder_stages(small_llama().double(), 2, seq_len=8, **cut)
         emulator = PipelinedBackpropEmulator(stages, loss_fn=next_token_loss, loss_weight=num_targets, **options)
         losses = [*emulator.run(data), *emulator.evaluate(data[:2])]
