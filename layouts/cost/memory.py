@@ -6,7 +6,9 @@ space, and communication buffers. The true peak scatters about this: a layout ha
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from fourfold.layouts.cost.layer import active_ffn, output_gradient_bytes, saved
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.shares import owned_params, owns_a_share
 from fourfold.layouts.cost.stages import Stages
-from fourfold.parallel.stream.work_space import PieceSizes, Shape, Work
+from fourfold.parallel.stream.work_space import PieceSizes, Shape, Work, loss_bytes, streams_loss
 
 SCORES_SPREAD = 0.2
 """`memory_spread` where an attention kernel stores its scores: what it holds while it works is not counted."""
@@ -185,6 +187,11 @@ def _changing(pricing: Pricing) -> _Changing:
     streams = layouts.checkpointing == STREAM
     if streams.any():  # whose head holds some tiles of logits at most, however few chunks the layers have
         loss = np.where(streams, np.minimum(loss, _streamed_loss_bytes(pricing)), loss)
+    if software.streams_head:
+        # As DecoderStage.gives_loss chooses where the layers do not stream.
+        head = (layouts.tp == 1) & layouts.drains & ~layouts.zero_bubble & ~streams
+        head &= streams_loss(layouts.tokens, model.hidden_size, model.vocab_size, pricing.cluster.device.type)
+        loss = np.where(head, _by_tokens(pricing, partial(_head_loss_bytes, pricing)), loss)
     logits = stages.has_head * loss
     # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
     width = model.hidden_size * pricing.hidden_bytes
@@ -211,22 +218,35 @@ def _streamed_loss_bytes(pricing: Pricing) -> Column:
 
     By the closed form of the runtime's own streaming.
     """
-    model, layouts, software = pricing.model, pricing.layouts, pricing.software
-    shape = Shape(
+    software, device = pricing.software, pricing.cluster.device.type
+    whole = PieceSizes(groups=0, chunk=1, mlp_chunk=1)  # of layers, which are not asked for here
+    work = Work(shape=_shape(pricing), sizes=whole, batch=1, itemsize=software.compute_bytes, keeps=False)
+
+    def held(tokens: int) -> float:
+        a_token, fixed = work.head(tokens, "auto", device, wide_sums=software.weight_bytes < 4)
+        return tokens * a_token + fixed
+
+    return _by_tokens(pricing, held)
+
+
+def _head_loss_bytes(pricing: Pricing, tokens: int) -> float:
+    """What a head holds that alone is streamed, by the runtime's closed form."""
+    return loss_bytes(tokens, _shape(pricing), pricing.software.compute_bytes, pricing.cluster.device.type)
+
+
+def _shape(pricing: Pricing) -> Shape:
+    model = pricing.model
+    return Shape(
         layers=model.num_layers, hidden=model.hidden_size, intermediate=model.ffn_size, heads=model.num_heads,
         kv_heads=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size, tied=model.tied_embeddings,
     )  # fmt: skip
-    whole = PieceSizes(groups=0, chunk=1, mlp_chunk=1)  # of layers, which are not asked for here
-    work = Work(shape=shape, sizes=whole, batch=1, itemsize=software.compute_bytes, keeps=False)
-    tokens, places = np.unique(layouts.tokens, return_inverse=True)
-    held = []
-    for count in tokens.tolist():
-        a_token, fixed = work.head(
-            count, "auto", pricing.cluster.device.type, wide_sums=software.weight_bytes < 4
-        )  # fmt: skip
-        held.append(count * a_token + fixed)
-    streamed: Column = np.array(held)[places.reshape(-1)]
-    return streamed
+
+
+def _by_tokens(pricing: Pricing, held: Callable[[int], float]) -> Column:
+    """`held` of each layout's tokens of a micro-batch."""
+    tokens, places = np.unique(pricing.layouts.tokens, return_inverse=True)
+    column: Column = np.array([held(count) for count in tokens.tolist()])[places.reshape(-1)]
+    return column
 
 
 def _gradients(pricing: Pricing, changing: Column) -> tuple[Column, Column]:

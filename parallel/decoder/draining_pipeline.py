@@ -81,8 +81,8 @@ class Pipeline:
         keywords: dict[str, Any] = {"target": targets, "losses": losses} if last.is_last else {}
         if rows.document_ids is not None:
             keywords["document_ids"] = rows.document_ids  # torch cuts it with the micro-batches
-        if last.is_last and last.checkpointing == "stream":
-            keywords["targets"] = targets  # of the stage's forward: logits would be whole
+        if last.is_last:
+            keywords["targets"] = targets  # of the stage's forward, which may give their loss
         run = schedule.step if train else schedule.eval
         run(*arguments, return_outputs=False, **keywords)
         if not train:  # nothing goes backward, so nothing would let go of the outputs
@@ -123,7 +123,7 @@ class Pipeline:
             return torch.empty(batch, length, width, dtype=dtype, device="meta", requires_grad=train)
 
         hidden = activations(seq_len // stage.sequence_shards, stage.hidden_size, self._hidden_dtype)
-        if stage.checkpointing == "stream":
+        if stage.gives_loss(tokens.numel(), tokens.device.type):
             dtype = torch.promote_types(torch.float32, self._hidden_dtype)
             last = torch.empty((), dtype=dtype, device="meta", requires_grad=train)
         else:

@@ -360,20 +360,20 @@ class ParallelModel:
         return loss_parallel() if self._tp > 1 else nullcontext()
 
     def _run(self, rows: LocalRows) -> Tensor:
-        """Logits, or where the stage streams the sum of the targets' cross-entropies."""
-        given = (rows.inputs, rows.targets) if self.stage.checkpointing == "stream" else (rows.inputs,)
+        """Logits, or where the stage `gives_loss` the sum of the targets' cross-entropies."""
         told = {} if rows.document_ids is None else {"document_ids": rows.document_ids}
-        return cast(Tensor, self._module(*given, **told))
+        return cast(Tensor, self._module(rows.inputs, rows.targets, **told))
 
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, output: Tensor, targets: Tensor) -> Tensor:
         """The loss that is differentiated: a sum over [B, S_local] targets, times the step's scale."""
-        if self.stage.checkpointing == "stream":  # what came is the sum already
-            return logits * self._loss_scale
+        return (self._summed(output, targets) if output.dim() else output) * self._loss_scale
+
+    def _summed(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.dtype != torch.float64:
             logits = logits.float()
         if self._tp > 1:
             logits = DTensor.from_local(logits, self.mesh["tp"], [Shard(2)], run_check=False)
-        return cross_entropy_sum(logits, targets) * self._loss_scale
+        return cross_entropy_sum(logits, targets)
 
     def _mean_loss(self, losses: list[Tensor]) -> Tensor:
         """The global mean from this rank's scaled sums: none of them on stages before the last."""

@@ -159,6 +159,7 @@ def parallelize(
             autocast_dtype=stored.products if zero_stage == 0 else None,
         )
         made.sequence_shards = layout.tp if sequence_parallel else 1
+        made.streams_head = layout.tp == 1 and schedule != "zero-bubble"
         return made
 
     held = _layers_of_rank(model, mesh, layout)

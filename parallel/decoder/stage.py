@@ -21,9 +21,10 @@ from fourfold.parallel.decoder.selective import run_selectively
 from fourfold.parallel.decoder.taken_over import refuse_wrapped
 from fourfold.parallel.ring.transformers import NAME as RING
 from fourfold.parallel.stream.attention import stream_attention_forward
-from fourfold.parallel.stream.patching import NAME
+from fourfold.parallel.stream.patching import NAME, hooks_of
 from fourfold.parallel.stream.settings import StreamSettings
 from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_layers, stream_loss
+from fourfold.parallel.stream.work_space import streams_loss
 
 
 def check_decoder(model: nn.Module, layout: Choice | None = None, *, adapters: bool = False) -> None:
@@ -124,6 +125,10 @@ class DecoderStage(nn.Module):
             self.model.norm = whole.model.norm
             self.lm_head = whole.lm_head
 
+    streams_head = False
+    """Whether `gives_loss` may be, where the layers do not stream: not where tp cuts the head, nor where a backward is
+    split in two (zero-bubble), for the streamed loss has one that runs once."""
+
     gives_hidden = False
     """Whether a last stage that streams returns what its last layer gives, for a loss that streams by itself."""
 
@@ -136,6 +141,20 @@ class DecoderStage(nn.Module):
         if self.checkpointing == "stream" and self._stream.keep_attention:
             return "keep_attention", "keep_attention=False"
         return None
+
+    def gives_loss(self, tokens: int, device_type: str) -> bool:
+        """Whether the last stage, given the targets of a micro-batch of so many tokens on this rank, returns their
+        loss and makes no whole logits.
+
+        It does where its layers stream, and else where logits are large (streams_loss), unless somebody waits for the
+        norm's or the head's output, or the head is more than a matrix.
+        """
+        if self.checkpointing == "stream":
+            return True
+        if not (self.is_last and self.streams_head and type(self.lm_head) is nn.Linear):
+            return False
+        watched = hooks_of(cast(nn.Module, self.model.norm)) or hooks_of(self.lm_head)
+        return not watched and bool(streams_loss(tokens, self.hidden_size, self.vocab_size, device_type))
 
     @property
     def layers(self) -> nn.ModuleDict:
@@ -161,12 +180,13 @@ class DecoderStage(nn.Module):
 
         Args:
             x: [B, S_local] int64 token ids on the first stage, else [B, S_local / sequence_shards, hidden].
-            targets: [B, S_local] int64, shifted, negative for none; only where the stage streams, and read by the last.
+            targets: [B, S_local] int64, shifted, negative for none; read by the last stage, where it `gives_loss`.
             document_ids: [B, S] int64, whole rows, where they are packed: then `position_ids` is not read, and around a
                 ring x holds this rank's tokens of all rows, [1, S_local] (see decoder.documents).
         Returns:
             [B, S_local, vocab] logits on the last stage (this rank's part of the vocabulary under tensor
-            parallelism), with targets the sum of their cross-entropies instead; else hidden states as x would be.
+            parallelism), or the sum of the targets' cross-entropies, a scalar, where it `gives_loss`; else hidden
+            states as x would be.
         """
         told = self._documents(document_ids, x.device)
         positions = told.position_ids
@@ -191,6 +211,9 @@ class DecoderStage(nn.Module):
                 return self._streamed(hidden, arguments, targets, told.read)
             for layer in self.layers.values():
                 hidden = self._run(layer, hidden, arguments)
+            if targets is not None and self.gives_loss(targets.numel(), hidden.device.type):
+                norm, head = cast(nn.Module, self.model.norm), self.lm_head
+                return stream_loss(self._stream, None, self.config, norm, head, hidden, targets)
             if self.is_last:
                 hidden = self.lm_head(self.model.norm(hidden))  # type: ignore[operator]
             return hidden if hidden.shape[0] == given[0] else hidden.unflatten(1, (given[0], -1))[0]

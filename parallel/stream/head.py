@@ -17,7 +17,15 @@ from torch import Tensor
 
 from fourfold.parallel.attention.kernels import accumulation_dtype, widen
 from fourfold.parallel.stream.gradients import entered_autocast, once, own_saved_tensors
-from fourfold.parallel.stream.head_chunk import HeadChunk, HeadParts, HeadSums, TokenGradients, head_sums, slices
+from fourfold.parallel.stream.head_chunk import (
+    HeadChunk,
+    HeadParts,
+    HeadSums,
+    TokenGradients,
+    head_sums,
+    products_dtype,
+    slices,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +39,7 @@ class Head(HeadParts):
             hidden: [B, T, d], the last layer's output. targets: [B, T], int64.
             mean: whether the mean is wanted; without, it is 0.
         """
-        rows = targets.flatten().ge(0).nonzero().flatten()
-        return HeadStatistics.apply(hidden, targets, rows, self, mean, *self.parameters())  # type: ignore[no-any-return, no-untyped-call]
+        return HeadStatistics.apply(hidden, targets, self.rows(targets), self, mean, *self.parameters())  # type: ignore[no-any-return, no-untyped-call]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] in the projection's dtype (autocast's where it is on), for some of the last layer's output."""
@@ -47,20 +54,21 @@ class Head(HeadParts):
         """-weight * the sum of the targets' log-probabilities, a fp32 scalar; `weight` is one too, on hidden's device.
 
         Cost: logits once, and with a gradient two more products of their size; the gradient waits for backward. Where
-            the projection has a .grad that sums can be added to, logits once more, and they are added there; so in
-            fp16, whose gradients want the loss's scale first, and where the sums go by_tiles.
+            the projection has a .grad that sums can be added to, logits once more, and they are added there, unless in
+            a single_pass; so in fp16, whose gradients want the loss's scale first, and where the sums go by_tiles.
         """
         grad = torch.is_grad_enabled()
         matrix = self.projection.weight
         # fp16's gradients vanish before the loss is scaled, so they wait for the scale.
-        half = (matrix.dtype if self.autocast is None else self.autocast[1]) == torch.float16
-        in_place = matrix.grad is not None and matrix.grad.dtype == accumulation_dtype(matrix.dtype)
+        half = products_dtype(self) == torch.float16
+        in_place = (
+            not self.single_pass and matrix.grad is not None and matrix.grad.dtype == accumulation_dtype(matrix.dtype)
+        )
         if grad and matrix.requires_grad and (in_place or half):
             return -(self.statistics(hidden, targets, mean=False)[0].sum() * weight).to(
                 accumulation_dtype(hidden.dtype)
             )
-        rows = targets.flatten().ge(0).nonzero().flatten()
-        return HeadLoss.apply(hidden, targets, rows, weight, self, grad, *self.parameters())  # type: ignore[no-any-return, no-untyped-call]
+        return HeadLoss.apply(hidden, targets, self.rows(targets), weight, self, grad, *self.parameters())  # type: ignore[no-any-return, no-untyped-call]
 
 
 def add_tiles(
@@ -104,9 +112,10 @@ class HeadStatistics(torch.autograd.Function):
         flat, labels = hidden.flatten(0, 1), targets.flatten()
         for index in torch.split(rows, head.tile[0]):
             chunk = HeadChunk(head, flat[index], labels[index])
-            parts = _reduce(chunk, head, with_mean)
-            for result, part in zip(results, parts, strict=True):
-                result.view(-1)[index] = part.squeeze(-1)
+            nothing = labels[index] < 0
+            for place, (result, part) in enumerate(zip(results, _reduce(chunk, head, with_mean), strict=True)):
+                part = part.squeeze(-1)
+                result.view(-1)[index] = part if place > 2 else part.masked_fill(nothing, 0)
         ctx.save_for_backward(hidden, targets, rows, *results[3:])
         ctx.head, ctx.parameters = head, parameters
         ctx.set_materialize_grads(False)
@@ -116,10 +125,11 @@ class HeadStatistics(torch.autograd.Function):
     @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, targets, rows, highest, total = (x.flatten(0, 1) if x.dim() > 1 else x for x in ctx.saved_tensors)
-        # Of what nobody used there is none, which for the mean saves work.
+        # Of what nobody used there is none, which for the mean saves work; nor of a token without a target.
+        counts = targets.ge(0).unsqueeze(-1)
         nothing = torch.zeros_like(total).unsqueeze(-1)
-        logprob, lse = (nothing if grad is None else grad.reshape(-1, 1) for grad in grads[:2])
-        mean = None if grads[2] is None else grads[2].reshape(-1, 1)
+        logprob, lse = (nothing if grad is None else grad.reshape(-1, 1).where(counts, 0) for grad in grads[:2])
+        mean = None if grads[2] is None else grads[2].reshape(-1, 1).where(counts, 0)
         head: Head = ctx.head
         grad_hidden = torch.zeros_like(ctx.saved_tensors[0])
         tokens = TokenGradients(highest.unsqueeze(-1), (lse - logprob) / total.unsqueeze(-1), logprob, mean)
@@ -154,17 +164,19 @@ class HeadLoss(torch.autograd.Function):
         # Of each token: its highest logit and the exponentials' sum, for add_tiles.
         peaks, totals = (torch.zeros((len(labels), 1), dtype=dtype, device=hidden.device) for _ in range(2))
         everything, share = slice(0, head.projection.out_features), -weight.to(dtype)
+        matrix = head.projection.weight.detach().to(products_dtype(head))
         with head_sums(head, parameters, in_backward=False) as sums, own_saved_tensors():
             for index in torch.split(rows, head.chunk):
-                chunk = HeadChunk(head, flat[index], labels[index])
+                chunk = HeadChunk(head, flat[index], labels[index], weight=matrix)
                 logits, slope = chunk.logits(everything)
-                target = logits.gather(-1, labels[index].unsqueeze(-1))
+                place, counts = chunk.targets(everything)
+                target = logits.gather(-1, place)
                 peak = logits.amax(-1, keepdim=True)
                 total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
-                loss -= (target - peak - total.log()).sum() * weight
+                loss -= (target - peak - total.log()).mul_(counts).sum() * weight
                 peaks[index], totals[index] = peak, total
                 if ctx.grad_hidden is not None:
-                    tokens = TokenGradients(peak, -share / total, share.expand_as(total))
+                    tokens = TokenGradients(peak, -share / total * counts, share.expand_as(total))
                     logits = chunk.projection_grad(everything, logits.mul_(tokens.factor), slope, tokens)
                     chunk.add_gradients(everything, logits, None if ctx.tiled else sums)
                     ctx.grad_hidden.view(-1, hidden.shape[-1])[index] = chunk.finish(sums)
@@ -187,7 +199,8 @@ class HeadLoss(torch.autograd.Function):
         if ctx.tiled:
             hidden, targets, rows, share, peaks, totals = ctx.saved_tensors
             share = share * grad
-            tokens = TokenGradients(peaks, -share / totals, share.expand_as(totals))
+            counts = targets.flatten().ge(0).unsqueeze(-1)
+            tokens = TokenGradients(peaks, (-share / totals).where(counts, 0), share.expand_as(totals))
             with head_sums(head, ctx.parameters, in_backward=False) as sums:
                 add_tiles(head, hidden.flatten(0, 1), targets.flatten(), rows, tokens, sums)
                 tiles = sums.values(ctx.parameters)

@@ -27,6 +27,9 @@ class HeadParts:
         tile: (tokens, rows of the vocabulary) that HeadStatistics has at a time.
         autocast: (device type, dtype) of an enabled autocast.
         passing: see layer_run.StreamRun.
+        single_pass: whether HeadLoss computes each logit once, for a gradient of the whole projection in fp32 that it
+            holds until its backward.
+        skips: whether tokens without a target are left out. Of targets on a device, the host must wait to know them.
     """
 
     norm: nn.Module
@@ -38,6 +41,13 @@ class HeadParts:
     tile: tuple[int, int]
     autocast: tuple[str, torch.dtype] | None
     passing: PassingGradient
+    single_pass: bool = False
+    skips: bool = True
+
+    def rows(self, targets: Tensor) -> Tensor:
+        """Which of the tokens [B, T], counted in one row, are computed."""
+        flat = targets.flatten()
+        return flat.ge(0).nonzero().flatten() if self.skips else torch.arange(len(flat), device=flat.device)
 
     def parameters(self) -> list[Tensor]:
         """The norm's that need a gradient, then the projection's weight and bias as far as they do."""
@@ -53,7 +63,7 @@ class HeadParts:
         """
         weight = self.projection.weight
         whole = accumulation_dtype(weight.dtype).itemsize
-        if not weight.requires_grad or weight.dtype.itemsize == whole:
+        if self.single_pass or not weight.requires_grad or weight.dtype.itemsize == whole:
             return False
         return tokens * weight.dtype.itemsize + self.tile[1] * whole < self.projection.out_features * whole
 
@@ -83,16 +93,19 @@ class HeadChunk:
 
     Args:
         head: the model's.
-        hidden: [n, d], the last layer's output. targets: [n].
+        hidden: [n, d], the last layer's output. targets: [n], negative for none.
         graph: whether `finish` is wanted; without, only what the projection reads is kept.
+        weight: the projection's in the products' dtype; None casts the rows that are asked for, each time.
     """
 
-    def __init__(self, head: HeadParts, hidden: Tensor, targets: Tensor, *, graph: bool = True) -> None:
-        self._head, self._targets = head, targets.unsqueeze(-1)
+    def __init__(
+        self, head: HeadParts, hidden: Tensor, targets: Tensor, *, graph: bool = True, weight: Tensor | None = None
+    ) -> None:
+        self._head, self._targets, self._cast = head, targets.unsqueeze(-1), weight
         leaf = hidden.detach().requires_grad_()
         with torch.set_grad_enabled(graph), entered_autocast(head.autocast):
             normed = head.normalise(leaf)
-        self._dtype = head.projection.weight.dtype if head.autocast is None else head.autocast[1]
+        self._dtype = products_dtype(head)
         self._input = normed.detach().to(self._dtype)
         self._graph = (leaf, normed) if graph else None
         self._grad_input: Tensor | None = None
@@ -170,6 +183,8 @@ class HeadChunk:
         return sums.backward([normed], [leaf], [self._grad_input.to(normed.dtype)])[0]
 
     def _weight(self, rows: slice) -> Tensor:
+        if self._cast is not None:
+            return self._cast[rows]
         return self._head.projection.weight.detach()[rows].to(self._dtype)
 
 
@@ -206,6 +221,11 @@ class HeadSums(ParameterSums):
                 if there is not None:
                     self._in_place.add(index)
             self._whole(index)[rows].add_(part)
+
+
+def products_dtype(head: HeadParts) -> torch.dtype:
+    """What the projection's products run in."""
+    return head.projection.weight.dtype if head.autocast is None else head.autocast[1]
 
 
 @contextmanager

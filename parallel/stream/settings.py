@@ -13,7 +13,15 @@ from fourfold.parallel.stream.heads_layer import by_heads
 from fourfold.parallel.stream.host_memory import HostMemory, HostStore
 from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.memory import Asked, auto_sizes
-from fourfold.parallel.stream.work_space import Auto, check_sizes, kept_layers, logits_chunk_size, logits_tile
+from fourfold.parallel.stream.passing import PassingGradient
+from fourfold.parallel.stream.work_space import (
+    Auto,
+    check_sizes,
+    kept_layers,
+    logits_chunk_size,
+    logits_tile,
+    loss_chunk_size,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +77,15 @@ def new_run(
         chunk=sizes.chunk,
         mlp_chunk=sizes.mlp_chunk,
         backend=settings.backend,
-        autocast=(kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None,
+        autocast=autocast_now(kind),
         host=HostMemory(device, settings.host) if settings.offload and torch.is_grad_enabled() else None,
     )
     return by_heads(run, sizes.groups) if sizes.groups else run
+
+
+def autocast_now(kind: str) -> tuple[str, torch.dtype] | None:
+    """(device type, dtype) of autocast where it is enabled for this kind of device."""
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -85,7 +98,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def new_head(
     settings: StreamSettings,
-    run: StreamRun,
+    run: StreamRun | None,
     config: Any,
     norm: nn.Module,
     normalise: Callable[[Tensor], Tensor],
@@ -94,10 +107,12 @@ def new_head(
     """The end of the model for the same pass.
 
     Args:
+        run: None where the layers do not stream: then the head is to take no more time than whole logits would.
         config: the model's, which may scale or cap logits.
         norm, normalise, projection: see Head.
     """
-    chunk, kind = settings.logits_chunk, projection.weight.device.type
+    asked, kind = settings.logits_chunk, projection.weight.device.type
+    size = logits_chunk_size if run is not None else loss_chunk_size
     scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
     factor = getattr(config, "logit_scale", None)  # Cohere's: they are multiplied by it
     return Head(
@@ -106,8 +121,9 @@ def new_head(
         projection=projection,
         scale=(1.0 if scaling is None else 1 / scaling) * (1.0 if factor is None else factor),
         soft_cap=getattr(config, "final_logit_softcapping", None),
-        chunk=logits_chunk_size(projection.out_features, kind) if chunk == "auto" else chunk,
-        tile=logits_tile(projection.out_features, None if chunk == "auto" else chunk, kind),
-        autocast=run.autocast,
-        passing=run.passing,
+        chunk=size(projection.out_features, kind) if asked == "auto" else asked,
+        tile=logits_tile(projection.out_features, None if asked == "auto" else asked, kind),
+        autocast=autocast_now(kind) if run is None else run.autocast,
+        passing=PassingGradient() if run is None else run.passing,
+        single_pass=run is None,
     )

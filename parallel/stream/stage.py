@@ -5,6 +5,7 @@ for its forward, and again for its backward (LayerStream.patched).
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +64,15 @@ def stream_layers(
 
 
 def stream_loss(
-    settings: StreamSettings, run: StreamRun, config: Any, norm: nn.Module, projection: nn.Linear, hidden: Tensor,
-    targets: Tensor,
+    settings: StreamSettings, run: StreamRun | None, config: Any, norm: nn.Module, projection: nn.Linear,
+    hidden: Tensor, targets: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The cross-entropy of hidden [B, S_local, d] after the last layer, summed over targets [B, S_local] from 0 on."""
+    """The cross-entropy of hidden [B, S_local, d] after the last layer, summed over targets [B, S_local] from 0 on.
+
+    Args:
+        run: stage_run's; None where the layers do not stream.
+    Cost: see Head.loss; the device is not waited for.
+    """
     head = new_head(settings, run, config, norm, norm.forward, projection)
+    head = replace(head, skips=targets.device.type == "cpu")
     return head.loss(hidden, targets, torch.ones((), dtype=torch.float64, device=hidden.device))

@@ -16,17 +16,19 @@ class ChunkSizes:
         pairs: (queries of attention, tokens of MLP) a chunk, smallest first.
         logits_bytes: of the fp32 logits of whole rows.
         tile: (bytes, tokens) of a tile of logits.
+        loss_bytes: of the fp32 logits of whole rows, where the layers do not stream: see streams_loss.
     """
 
     pairs: tuple[tuple[int, int], ...]
     logits_bytes: int
     tile: tuple[int, int]
+    loss_bytes: int
 
 
 # A CPU's kernels are at their best from some hundred rows on. A GPU is idle below some thousands.
 CHUNK_SIZES = {
-    "cpu": ChunkSizes(((256, 128), (512, 256), (1024, 128)), 16 << 20, (4 << 20, 1024)),
-    "cuda": ChunkSizes(((1024, 1024), (2048, 2048), (4096, 4096)), 256 << 20, (256 << 20, 4096)),
+    "cpu": ChunkSizes(((256, 128), (512, 256), (1024, 128)), 16 << 20, (4 << 20, 1024), 32 << 20),
+    "cuda": ChunkSizes(((1024, 1024), (2048, 2048), (4096, 4096)), 256 << 20, (256 << 20, 4096), 1 << 30),
 }
 # Keys a kernel call takes at most: its own gradients of keys are that long, and are re-read while still in cache.
 KEYS_A_CALL = 1024
@@ -91,6 +93,33 @@ def kept_layers(keep_attention: bool | int, layers: int) -> int:
 def logits_chunk_size(vocabulary: int, device_type: str = "cpu") -> int:
     """Tokens whose whole logits fit the device's logits_bytes in fp32, at least MIN_LOGITS_CHUNK."""
     return max(MIN_LOGITS_CHUNK, chunk_sizes(device_type).logits_bytes // (4 * vocabulary))
+
+
+def loss_chunk_size(vocabulary: int, device_type: str = "cpu") -> int:
+    """Tokens whose whole logits fit the device's loss_bytes in fp32, at least MIN_LOGITS_CHUNK."""
+    return max(MIN_LOGITS_CHUNK, chunk_sizes(device_type).loss_bytes // (4 * vocabulary))
+
+
+def streams_loss(tokens: Any, hidden: int, vocabulary: int, device_type: str) -> Any:
+    """Whether the head is streamed for so many tokens of a micro-batch, where the layers are not; elementwise.
+
+    It is where their logits are more than a chunk, and more than the head's gradient, which streaming sums in fp32
+    beside the one that earlier micro-batches made.
+    """
+    return tokens > max(loss_chunk_size(vocabulary, device_type), hidden)
+
+
+def loss_bytes(tokens: int, shape: "Shape", itemsize: int, device_type: str) -> int:
+    """What such a head holds for so many tokens, at most.
+
+    The last hidden states with their gradient; the head's gradient in fp32; and of a chunk its logits in fp32, in the
+    products' dtype where that is narrower, and what the norm makes of its tokens.
+    """
+    hidden, vocabulary = shape.hidden, shape.vocabulary
+    chunk = min(tokens, loss_chunk_size(vocabulary, device_type))
+    narrow = itemsize if itemsize < 4 else 0
+    logits = chunk * (vocabulary * (4 + narrow) + 6 * 4 * hidden)
+    return 2 * tokens * hidden * itemsize + vocabulary * hidden * (4 + narrow) + logits
 
 
 def logits_tile(vocabulary: int, tokens: int | None = None, device_type: str = "cpu") -> tuple[int, int]:

@@ -5,6 +5,7 @@ In fp64, where what remains is transformers' own: its norms and rotary tables ar
 
 import pytest
 import torch
+from support.large_logits import with_large_logits
 from support.one_loss import GLOBAL_BATCH, MAX_NORM, adamw, batches, tiny_model
 from torch.distributed.tensor import DTensor
 
@@ -116,6 +117,13 @@ def test_adapters_train_as_on_one_process(ranks, tmp_path, mesh_shape, options, 
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".md") == [
         "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
+
+
+def test_adapters_under_a_frozen_head_that_streams(ranks, tmp_path):
+    model = {"model": {"hidden_size": 16, "tie_word_embeddings": True}}
+    answers = ranks(2)(with_large_logits, check_adapters, {"dp": 2}, {"micro_batch": 1}, model, str(tmp_path))
+    assert_ranks([errors for errors, _ in answers], 1e-6, "dp 2, large logits")
+    assert [count for _, count in answers] == [2 * 2 + 2] * 2
 
 
 def first_weights(mesh_shape: dict, options: dict, meta: bool) -> dict[str, float]:

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from support.large_logits import with_large_logits
 from support.one_loss import GLOBAL_BATCH, SEQ_LEN, batches, tiny_model
 from torch import Tensor
 
@@ -130,6 +131,16 @@ def test_documents_and_windows(ranks, mesh_shape, options):
 
 def test_documents_and_tied_embeddings(ranks):
     assert_documents(ranks, {"pp": 2}, {"micro_batch": 2}, {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "window"), [({"dp": 2}, {}), ({"dp": 2}, WINDOW), ({"cp": 2}, {}), ({"pp": 2}, {})], ids=str
+)
+def test_documents_whose_logits_are_never_whole(ranks, mesh_shape, window):
+    model, options = {"hidden_size": 16, **window}, {"micro_batch": 2}
+    answers = ranks(2)(with_large_logits, check_documents, mesh_shape, options, model)
+    assert_ranks([errors for errors, _ in answers], TOLERANCE, f"mesh {mesh_shape}, model {model}")
+    assert answers[-1][1] > 0
 
 
 def assert_documents(ranks, mesh_shape: dict, options: dict, model_options: dict) -> None:

@@ -282,8 +282,12 @@ def test_a_streamed_head_holds_no_more_than_the_runtime_s_closed_form_says(seq_l
     # One thin layer, so that the peak is at the head.
     model = replace(LLAMA, num_layers=1, hidden_size=512, ffn_size=512, num_heads=4, num_kv_heads=1)
     streaming = Layout(checkpointing="stream", stream_chunks=16, global_batch=1, seq_len=seq_len)
-    layouts = [streaming, replace(streaming, checkpointing="full", stream_chunks=1)]
-    streamed, whole = (each.memory_parts_bytes["logits"] for each in price(model, A100, layouts))
+    full = replace(streaming, checkpointing="full", stream_chunks=1)
+    without = replace(RUNTIME_CUDA, streams_head=False)
+    streamed, whole = (
+        price(model, A100, [layout], software=software)[0].memory_parts_bytes["logits"]
+        for layout, software in ((streaming, RUNTIME_CUDA), (full, without))
+    )
     config = {"hidden_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": model.vocab_size}
     said = stream_memory(config, seq_len, itemsize=2, device_type="cuda").head_bytes
     sums = (seq_len * 2 + 4 * logits_tile(model.vocab_size, None, "cuda")[1]) * 512  # of bf16 weights; these are fp32

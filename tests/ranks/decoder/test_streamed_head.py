@@ -1,0 +1,86 @@
+"""Logits made some tokens at a time, in every layout that may: the loss and gradients of one process.
+
+In fp64: what remains is transformers' own, its norms and rotary tables are fp32.
+"""
+
+import pytest
+from support.large_logits import with_large_logits
+from support.one_loss import batches, check_layout, tiny_model
+from torch import nn
+
+from fourfold.parallel import init_mesh, parallelize
+from fourfold.parallel.testing.compare import assert_ranks
+
+SMALL = {"hidden_size": 16, "double": True}
+
+
+def assert_streamed(pool, mesh_shape, options, model, calls):
+    """Every rank's errors are small, and it streamed the head so often, three steps and their evaluations together."""
+    answers = pool(with_large_logits, check_layout, mesh_shape, options, {**SMALL, **model}, True)
+    layout = f"mesh {mesh_shape}, options {options}, model {model}"
+    assert_ranks([errors for (errors, _), _ in answers], 1e-6, layout)
+    assert [count for _, count in answers] == calls, layout
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": True}], ids=str)
+def test_one_rank(ranks, checkpointing, model):
+    assert_streamed(ranks(1), {}, {"micro_batch": 2, "checkpointing": checkpointing}, model, [2 * 6])
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "options", "model", "calls"),
+    [
+        ({"dp": 2}, {"micro_batch": 1}, {}, [12, 12]),
+        ({"dp": 2}, {"micro_batch": 1, "zero_stage": 2}, {}, [12, 12]),
+        ({"dp": 2}, {"micro_batch": 1, "zero_stage": 3, "checkpointing": "full"}, {}, [12, 12]),
+        ({"cp": 2}, {"micro_batch": 2, "zero_stage": 1}, {}, [12, 12]),
+        ({"pp": 2}, {"micro_batch": 1}, {"tie_word_embeddings": True}, [0, 24]),
+        ({"pp": 2}, {"micro_batch": 1, "vp": 2}, {}, [0, 24]),
+        # Fewer micro-batches than stages: their losses wait for their backwards together.
+        ({"pp": 2}, {"micro_batch": 4}, {}, [0, 6]),
+        # A backward in two parts, and a vocabulary that is cut: whole logits.
+        ({"pp": 2}, {"micro_batch": 1, "vp": 2, "schedule": "zero-bubble"}, {}, [0, 0]),
+        ({"tp": 2}, {"micro_batch": 2}, {}, [0, 0]),
+        # Fewer tokens than the head is wide.
+        ({"cp": 2}, {"micro_batch": 1}, {}, [0, 0]),
+    ],
+    ids=str,
+)
+def test_two_ranks(ranks, mesh_shape, options, model, calls):
+    assert_streamed(ranks(2), mesh_shape, options, model, calls)
+
+
+def one_step(change) -> float:
+    model = tiny_model(hidden_size=16)
+    change(model)
+    ids, labels = batches(True)[0]
+    return parallelize(model, init_mesh(device_type="cpu")).forward_backward(ids, labels).item()
+
+
+def nothing(model) -> None:
+    """The model as it is."""
+
+
+def listen(model) -> None:
+    """Somebody reads logits."""
+    model.lm_head.register_forward_hook(lambda *_: None)
+
+
+class DoubledHead(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def double(model) -> None:
+    """A head that is more than a matrix."""
+    head = DoubledHead(16, 64, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+
+
+def test_a_head_that_is_more_than_a_matrix_makes_whole_logits(ranks):
+    plain, watched, doubled = (ranks(1)(with_large_logits, one_step, change)[0] for change in (nothing, listen, double))
+    assert (plain[1], watched[1], doubled[1]) == (1, 0, 0)
+    assert watched[0] == pytest.approx(plain[0], rel=1e-6)
+    assert doubled[0] != pytest.approx(plain[0], rel=1e-3)
