@@ -3,18 +3,19 @@
     PYTHONPATH=src python -m benchmarks.profiling.one_gpu
 
 Nothing runs. The rows of one_gpu.csv are launches of this runtime (torch 2.11, 26 November 2026) of 7 to 12 steps, its
-layers eager: seconds are the median step, GiB torch's max_memory_allocated. Two constants of the memory formulas were
+layers eager and its logits whole, as they were then: seconds are the median step, GiB torch's max_memory_allocated. Two constants of the memory formulas were
 seen in them, 12 bytes a logit and 70 MB of work spaces; all else is counted from the operators. The seconds' constants
 were fitted to these runs, so that their errors say how well a formula can follow them, not how well it foretells.
 """
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.profiling.cuda import MODEL
 
-from fourfold.layouts.cost.price import GIB, PricedLayout, price
+from fourfold.layouts.cost.price import GIB, PricedLayout, price, software_for
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.huggingface import model_from_config
 from fourfold.layouts.inputs.layout_words import parse_layout
@@ -35,7 +36,8 @@ def runs() -> list[Run]:
         for row in csv.DictReader(file):
             sizes = {name: int(row[name]) for name in ("global_batch", "seq_len")}
             layout = parse_layout(row["layout"], num_devices=1, **sizes)
-            said = price(model, cluster, [layout])[0]
+            usual = software_for(cluster, precision=layout.precision, compiled=bool(layout.compile))
+            said = price(model, cluster, [layout], software=replace(usual, streams_head=False))[0]
             found.append(Run(said, float(row["ran_s"]), float(row["held_gib"])))
     return found
 
