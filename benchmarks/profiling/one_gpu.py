@@ -3,9 +3,10 @@
     PYTHONPATH=src python -m benchmarks.profiling.one_gpu
 
 Nothing runs. The rows of one_gpu.csv are launches of this runtime (torch 2.11, 26 November 2026) of 7 to 12 steps, its
-layers eager and its logits whole, as they were then: seconds are the median step, GiB torch's max_memory_allocated. Two constants of the memory formulas were
-seen in them, 12 bytes a logit and 70 MB of work spaces; all else is counted from the operators. The seconds' constants
-were fitted to these runs, so that their errors say how well a formula can follow them, not how well it foretells.
+layers eager and its logits whole, as they were then: seconds are the median step, GiB torch's max_memory_allocated. Two
+constants of the memory formulas were seen in them, 12 bytes a logit and 70 MB of work spaces; all else is counted from
+the operators. The seconds' constants were fitted to these runs, so that their errors say how well a formula can follow
+them, not how well it foretells.
 """
 
 import csv

@@ -15,30 +15,30 @@ SMALL = {"hidden_size": 16, "double": True}
 
 
 def assert_streamed(pool, mesh_shape, options, model, calls):
-    """Every rank's errors are small, and it streamed the head so often, three steps and their evaluations together."""
+    """Every rank's errors are small, and it streamed the head so often a pass: two steps and an evaluation."""
     answers = pool(with_large_logits, check_layout, mesh_shape, options, {**SMALL, **model}, True)
     layout = f"mesh {mesh_shape}, options {options}, model {model}"
     assert_ranks([errors for (errors, _), _ in answers], 1e-6, layout)
-    assert [count for _, count in answers] == calls, layout
+    assert [count for _, count in answers] == [3 * each for each in calls], layout
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("model", [{}, {"tie_word_embeddings": True}], ids=str)
 def test_one_rank(ranks, checkpointing, model):
-    assert_streamed(ranks(1), {}, {"micro_batch": 2, "checkpointing": checkpointing}, model, [2 * 6])
+    assert_streamed(ranks(1), {}, {"micro_batch": 2, "checkpointing": checkpointing}, model, [2])
 
 
 @pytest.mark.parametrize(
     ("mesh_shape", "options", "model", "calls"),
     [
-        ({"dp": 2}, {"micro_batch": 1}, {}, [12, 12]),
-        ({"dp": 2}, {"micro_batch": 1, "zero_stage": 2}, {}, [12, 12]),
-        ({"dp": 2}, {"micro_batch": 1, "zero_stage": 3, "checkpointing": "full"}, {}, [12, 12]),
-        ({"cp": 2}, {"micro_batch": 2, "zero_stage": 1}, {}, [12, 12]),
-        ({"pp": 2}, {"micro_batch": 1}, {"tie_word_embeddings": True}, [0, 24]),
-        ({"pp": 2}, {"micro_batch": 1, "vp": 2}, {}, [0, 24]),
+        ({"dp": 2}, {"micro_batch": 1}, {}, [2, 2]),
+        ({"dp": 2}, {"micro_batch": 1, "zero_stage": 2}, {}, [2, 2]),
+        ({"dp": 2}, {"micro_batch": 1, "zero_stage": 3, "checkpointing": "full"}, {}, [2, 2]),
+        ({"cp": 2}, {"micro_batch": 2, "zero_stage": 1}, {}, [2, 2]),
+        ({"pp": 2}, {"micro_batch": 1}, {"tie_word_embeddings": True}, [0, 4]),
+        ({"pp": 2}, {"micro_batch": 1, "vp": 2}, {}, [0, 4]),
         # Fewer micro-batches than stages: their losses wait for their backwards together.
-        ({"pp": 2}, {"micro_batch": 4}, {}, [0, 6]),
+        ({"pp": 2}, {"micro_batch": 4}, {}, [0, 1]),
         # A backward in two parts, and a vocabulary that is cut: whole logits.
         ({"pp": 2}, {"micro_batch": 1, "vp": 2, "schedule": "zero-bubble"}, {}, [0, 0]),
         ({"tp": 2}, {"micro_batch": 2}, {}, [0, 0]),
