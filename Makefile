@@ -33,10 +33,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable . --constraint constraints.txt
 	touch $@
 
+# transformers imports torchao wherever it finds it, seconds and warnings a process: the tests of fp8 have it in a folder.
 # deepspeed builds its kernels at install time unless told not to, and needs the torch that is already here.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,mpi,megatron]' --constraint constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[deepspeed]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/torchao torchao --constraint constraints.txt
 	touch $@
 
 clean:

@@ -21,7 +21,9 @@ COLUMNS = (
     "sharded_accumulation",
 )  # fmt: skip
 
-_PRECISIONS = {"fp32": "fp32", "bf16-mixed": "bf16", "bf16": "bf16", "fp64": "fp64"}
+_PRECISIONS = {
+    "fp32": "fp32", "bf16-mixed": "bf16", "bf16": "bf16", "fp64": "fp64", "fp8": "fp8", "fp8-emulated": "fp8-emulated",
+}  # fmt: skip
 _CHECKPOINTING = {"none": "disabled", "selective": "selective", "full": "full", "stream": "stream"}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fourfold.layouts.inputs.layout import CHECKPOINTING, EVERY_SCHEDULE, MITIGATION, PRECISIONS, Layout
-from fourfold.parallel.decoder.limits import drains
+from fourfold.parallel.decoder.limits import FP8, drains
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 Column = NDArray[Any]
@@ -114,6 +114,11 @@ class Candidates:
     def rotates(self) -> bool:
         """Whether the mitigation of those that never drain turns whole matrices."""
         return Mitigation.named(self.mitigation).rotate_every > 0
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the layers' matrix products are in fp8."""
+        return self.precision in FP8
 
     @property
     def any_asynchronous(self) -> bool:

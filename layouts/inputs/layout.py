@@ -13,6 +13,7 @@ from fourfold.parallel.decoder.limits import CHECKPOINTING as CHECKPOINTING
 from fourfold.parallel.decoder.limits import EVERY_SCHEDULE as EVERY_SCHEDULE
 from fourfold.parallel.decoder.limits import (
     FORMS,
+    FP8,
     RUNTIME,
     SHAPES,
     Choice,
@@ -73,7 +74,8 @@ class Layout:
     """What an asynchronous schedule does about its delays; Mitigation.named has the words."""
     precision: str = PRECISIONS[0]
     """Of weights and products, never taken from the model's config: auto (fp32 on a CPU, bf16-mixed on CUDA); fp32;
-    bf16-mixed (fp32 weights, gradients and optimizer states, products in bf16); bf16 (all of them); fp64."""
+    bf16-mixed (fp32 weights, gradients and optimizer states, products in bf16); bf16 (all of them); fp64; fp8
+    (bf16-mixed with the layers' matrix products in fp8); fp8-emulated (the same on any device, slowly)."""
     sharded_accumulation: bool = False
     """ZeRO 3 with several micro-batches: each one's gradients are reduced and sharded, instead of whole ones kept until
     the last. Less memory for more traffic."""
@@ -122,6 +124,11 @@ class Layout:
     def rotates(self) -> bool:
         """Whether its mitigation turns whole matrices (basis rotation)."""
         return self.asynchronous and Mitigation.named(self.mitigation).rotate_every > 0
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the layers' matrix products are in fp8."""
+        return self.precision in FP8
 
     @property
     def updates_per_step(self) -> int:
@@ -209,6 +216,8 @@ def facts_of(model: ModelConfig) -> DecoderFacts:
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
+        hidden_size=model.hidden_size,
+        head_size=model.head_dim,
         ffn_size=model.ffn_size or model.expert_ffn_size,
         vocab_size=model.vocab_size,
         num_experts=model.num_experts,

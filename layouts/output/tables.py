@@ -145,7 +145,10 @@ _WORDS = (
     (r"sp", "sp: sequence parallelism in tp"),
     (r"z\d", "zN: ZeRO stage N (1 optimizer states sharded, 2 gradients too, 3 weights too)"),
     (r"shardacc", "shardacc: gradients are reduced and sharded after every micro-batch, not once a step"),
-    (r"fp32|bf16-mixed|bf16|fp64", "fp32, bf16-mixed, bf16, fp64: the precision, where it is not the device's own"),
+    (
+        r"fp32|bf16-mixed|bf16|fp64|fp8-emulated|fp8",
+        "fp32, bf16-mixed, bf16, fp64, fp8, fp8-emulated: the precision, where it is not the device's own",
+    ),
     (
         r"compile|nocompile",
         "compile, nocompile: layers run through torch.compile, or not; without a word as on the device",

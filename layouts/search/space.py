@@ -18,6 +18,7 @@ from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.parallel.decoder.limits import (
     FORMS,
+    FP8,
     INTERLEAVING,
     RUNTIME,
     SHAPES,
@@ -173,7 +174,12 @@ def enumerate_space(model: ModelConfig, request: SearchRequest) -> tuple[Candida
             reasons[f"{axis} is not the fixed {fix[axis]}"] = int((~held).sum())
             columns = {key: column[held] for key, column in columns.items()}
     mitigation = fix.get("mitigation", MITIGATION)
-    given = {"global_batch": global_batch, "seq_len": seq_len, "rotates": Mitigation.named(mitigation).rotate_every > 0}
+    given = {
+        "global_batch": global_batch,
+        "seq_len": seq_len,
+        "rotates": Mitigation.named(mitigation).rotate_every > 0,
+        "fp8": fix.get("precision") in FP8,
+    }
     table = _Space(facts, limits, columns, given)
 
     def expand(name: str, values: Sequence[Any]) -> None:

@@ -22,7 +22,7 @@ from fourfold.parallel.communication import place_in
 from fourfold.parallel.decoder.async_shards import LossOfShare
 from fourfold.parallel.decoder.async_stage import AsyncDecoderStage
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
-from fourfold.parallel.decoder.limits import LOCKSTEP, SCHEDULES, Choice, as_number
+from fourfold.parallel.decoder.limits import FP8, LOCKSTEP, SCHEDULES, Choice, as_number
 from fourfold.parallel.decoder.precision import chosen_precision
 from fourfold.parallel.decoder.stage import check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.decoder.taken_over import mark_replaced, refuse_taken_over, take_over
@@ -130,8 +130,11 @@ def _stages(model: nn.Module, num_stages: int, seq_len: int, made: _Made, cut: C
     compiled, stream = cut.get("compile"), cut.get("stream")
     # Which schedule they will run under is not known yet, but that it never drains; 2bw refuses least.
     late = as_number("schedule", "2bw" if num_stages > 1 else "1f1b")
-    layout = Choice(pp=num_stages, checkpointing=chosen, schedule=late, compile=bool(compiled))
+    fp8 = cut.get("precision") in FP8
+    layout = Choice(pp=num_stages, checkpointing=chosen, schedule=late, compile=bool(compiled), fp8=fp8)
     check_decoder(model, layout)
+    if fp8:  # one stage has no schedule that the table could refuse
+        raise ValueError(f"precision={cut['precision']!r}: stages made by hand have no fp8; choose 'bf16-mixed'")
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     whole = cast(Any, model)
@@ -208,6 +211,7 @@ def pipeline_decoder(
         checkpointing=checkpointing,
         schedule=late,
         compile=bool(cut.get("compile")),
+        fp8=cut.get("precision") in FP8,
         sequence_parallel=sequence_parallel,
         zero_stage=int(options.get("shard_optimizer", False)),
         seq_len=seq_len if sequence_parallel else None,  # a ring's shares may be uneven

@@ -14,8 +14,10 @@ EVERY_SCHEDULE = (*SCHEDULES, "zero-bubble")
 """And that of ranks with several runs of layers: it drains, and computes weight gradients while it would idle."""
 DRAINED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED, ZERO_BUBBLE = range(len(EVERY_SCHEDULE))
 
-PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64")
+PRECISIONS = ("fp32", "bf16-mixed", "bf16", "fp64", "fp8", "fp8-emulated")
 """Dtypes of weights and of matrix products; decoder.precision has their meanings."""
+FP8 = PRECISIONS[-2:]
+"""Those whose products in layers are of fp8 factors."""
 
 
 def drains(schedule: Any) -> Any:
@@ -32,7 +34,8 @@ class Choice:
     """A layout as the predicates read it: every field one value, or all those that vary a numpy column.
 
     `checkpointing` and `schedule` are indices of their words, `rotates` is whether a mitigation of late gradients turns
-    whole matrices (Mitigation.rotate_every). None is a value that is not known yet.
+    whole matrices (Mitigation.rotate_every), `fp8` whether the precision is one of FP8. None is a value that is not
+    known yet.
     """
 
     dp: Any = 1
@@ -57,6 +60,7 @@ class Choice:
     sharded_accumulation: Any = False
     compile: Any = False
     rotates: Any = False
+    fp8: Any = False
 
     @classmethod
     def of(cls, layout: Any) -> "Choice":

@@ -39,15 +39,20 @@ def chosen_backend(compile: bool | str | None, device_type: str, layout: Choice)
     return backend
 
 
-def compile_layer(layer: nn.Module, backend: str) -> None:
+def compile_layer(layer: nn.Module, backend: str, *, rounds: bool = False) -> None:
     """Let calls of `layer` run compiled; its parameters and their names stay. FSDP2's hooks may be added later.
+
+    Args:
+        rounds: whether inductor rounds between fused operators as it would between single ones. Without, scales of fp8
+            follow values that were never rounded, and losses became NaN (pytorch/pytorch issue 150859).
 
     Cost: seconds at the first forward and backward, once for all layers of one kind and each shape.
     """
     forward = AttentionInterface()._global_mapping.get(RING)
     if forward is not None and not hasattr(forward, "_torchdynamo_disable"):
         AttentionInterface.register(RING, torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
-    layer.compile(backend=backend)
+    options = {"emulate_precision_casts": True} if rounds and backend == BACKEND else None
+    layer.compile(backend=backend, options=options)
 
 
 def _has_triton() -> bool:

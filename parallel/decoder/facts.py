@@ -20,6 +20,8 @@ class DecoderFacts:
     num_layers: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
+    hidden_size: int = 0
+    head_size: int = 0
     ffn_size: int = 0
     vocab_size: int = 0
     num_experts: int = 0
@@ -40,12 +42,14 @@ def decoder_facts(config: Any) -> DecoderFacts:
         value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         return default if value is None else value
 
-    heads = read("num_attention_heads", 1)
+    heads, hidden_size = read("num_attention_heads", 1), read("hidden_size", 1)
     return DecoderFacts(
         family=read("model_type", ""),
         num_layers=read("num_hidden_layers", 1),
         num_heads=heads,
         num_kv_heads=read("num_key_value_heads", heads),
+        hidden_size=hidden_size,
+        head_size=read("head_dim", hidden_size // heads),
         ffn_size=read("intermediate_size", 1),
         vocab_size=read("vocab_size", 1),
         tied_embeddings=read("tie_word_embeddings", False),

@@ -18,6 +18,7 @@ from typing import Any
 from fourfold.parallel.decoder.choice import CHECKPOINTING as CHECKPOINTING
 from fourfold.parallel.decoder.choice import DOUBLE_BUFFERED, FULL, NONE, STREAM, ZERO_BUBBLE
 from fourfold.parallel.decoder.choice import EVERY_SCHEDULE as EVERY_SCHEDULE
+from fourfold.parallel.decoder.choice import FP8 as FP8
 from fourfold.parallel.decoder.choice import LOCKSTEP as LOCKSTEP
 from fourfold.parallel.decoder.choice import PRECISIONS as PRECISIONS
 from fourfold.parallel.decoder.choice import SCHEDULES as SCHEDULES
@@ -29,6 +30,7 @@ from fourfold.parallel.decoder.choice import drains as drains
 from fourfold.parallel.decoder.facts import LENGTH_DEPENDENT_ROPE
 from fourfold.parallel.decoder.facts import DecoderFacts as DecoderFacts
 from fourfold.parallel.decoder.facts import decoder_facts as decoder_facts
+from fourfold.parallel.decoder.fp8_limits import FP8_LIMITS, FP8_PACKED
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the decoders that `parallelize` cuts; a test compares each with one process."""
@@ -337,6 +339,7 @@ RUNTIME: tuple[Limit, ...] = (
         message="compile=true with checkpointing={layout.checkpointing_word!r}: the compiler itself chooses what of a "
         "layer to keep, and StreamBP runs layers in pieces; choose checkpointing='none' or 'full', or compile=false",
     ),
+    *FP8_LIMITS,
 )
 
 PACKED: tuple[Limit, ...] = (
@@ -363,6 +366,7 @@ PACKED: tuple[Limit, ...] = (
         "no documents but around a ring; choose checkpointing='none' or 'full', cp of at least 2, or rows of one "
         "document",
     ),
+    FP8_PACKED,
 )
 """What a layout cannot be whose rows hold several documents."""
 

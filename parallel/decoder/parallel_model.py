@@ -25,6 +25,7 @@ from fourfold.parallel.decoder.adapters import has_adapters, write_adapters
 from fourfold.parallel.decoder.batch import BatchAgreement, LocalRows, trouble_with
 from fourfold.parallel.decoder.documents import document_shards, trouble_with_ring, without_first_tokens
 from fourfold.parallel.decoder.draining_pipeline import Pipeline
+from fourfold.parallel.decoder.float8 import trouble_with_tokens
 from fourfold.parallel.decoder.precision import Precision
 from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
@@ -269,6 +270,9 @@ class ParallelModel:
         if trains and not torch.is_grad_enabled():
             trouble = "forward_backward without gradients (torch.no_grad or inference_mode): use evaluate, or leave it"
         trouble = trouble or self._trouble_with_length(input_ids) or self._trouble_with_documents(document_ids)
+        if trains and not trouble:
+            shape = (self._micro_batch or (1 if self._pipeline else len(input_ids)), input_ids.shape[1])
+            trouble = trouble_with_tokens(self.mesh, self._options.precision, shape, packed=document_ids is not None)
         if document_ids is not None and not trouble:
             labels = without_first_tokens(labels, document_ids)
         frozen = trains and self._tied_end.frozen

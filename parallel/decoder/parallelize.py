@@ -26,7 +26,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fourfold.parallel.decoder.adapters import without_wrapper
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
-from fourfold.parallel.decoder.limits import Choice, as_number, drains
+from fourfold.parallel.decoder.float8 import refuse_without_fp8, use_fp8
+from fourfold.parallel.decoder.limits import FP8, Choice, as_number, drains
 from fourfold.parallel.decoder.parallel_model import ParallelModel, StepOptions, device_of
 from fourfold.parallel.decoder.precision import Precision, chosen_precision
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, has_sliding_window
@@ -82,8 +83,10 @@ def parallelize(
             too, which are reduced at every micro-batch; needs pp=1. 3: weights too, each layer gathered when it runs.
             1 to 3 are FSDP2's.
         precision: "fp32"; "bf16-mixed", fp32 weights, gradients and optimizer states with products in bf16; "bf16", all
-            of them in bf16; "fp64". None takes fp32 on a CPU and bf16-mixed on CUDA, whatever dtype the model's config
-            or weights have, but fp64 for a model made so by hand (`model.double()`).
+            of them in bf16; "fp64"; "fp8", bf16-mixed with the products of layers' matrices in fp8 by torchao (see
+            decoder.float8), which needs a device that has them, and "fp8-emulated", the same roundings on any. None or
+            "auto" takes fp32 on a CPU and bf16-mixed on CUDA, whatever dtype the model's config or weights have, but
+            fp64 for a model made so by hand (`model.double()`).
         dtype: the older way to say it: torch.bfloat16 means bf16-mixed.
         sharded_accumulation: with zero_stage=3 and several micro-batches, reduce and shard each one's gradients. Else
             whole gradients are kept until the last: less traffic, and the model's size in memory. Needs pp=1.
@@ -128,6 +131,7 @@ def parallelize(
         sharded_accumulation=sharded_accumulation,
         sequence_parallel=sequence_parallel,
         compile=bool(compile),
+        fp8=precision in FP8,
         vp=vp,
         schedule=scheduled,
         embedding_counts_as=embedding_counts_as,
@@ -140,6 +144,7 @@ def parallelize(
     if stream is not None and checkpointing != "stream":
         raise ValueError(f"stream={stream} with checkpointing={checkpointing!r}: they go with checkpointing='stream'")
     stored = chosen_precision(precision, dtype, model, mesh.device_type)
+    refuse_without_fp8(stored, mesh.device_type)
     backend = chosen_backend(compile, mesh.device_type, layout)
     # Without a mask torch's kernel sees the whole sequence; the ring's blocks know windows, also on one rank.
     windows = has_sliding_window(model) and checkpointing != "stream"  # whose chunks know windows themselves
@@ -263,12 +268,14 @@ def _place(
 
     for index, layer in stage.layers.items():
         made(layer, f"model.layers.{index}")
+        if how.precision.fp8:
+            use_fp8(layer, how.precision)
         if tp_mesh.size() > 1:
             cut_layer(layer, tp_mesh, sequence_parallel=how.sequence_parallel)
         if copies_weights:
             copy_weights(layer.parameters(), replicas.get_group())
         if how.backend is not None:
-            compile_layer(layer, how.backend)
+            compile_layer(layer, how.backend, rounds=how.precision.fp8)
         sharded(layer)
     tied = cast(Any, model).config.tie_word_embeddings
     for name, part in stage.ends():

@@ -22,11 +22,15 @@ class Precision:
         name: the word.
         weights: of parameters, gradients and optimizer states.
         products: what matrix products run in, where that is not `weights`: autocast, or FSDP2's mixed precision.
+        fp8: whether the factors of the layers' products are rounded to fp8 before (decoder.float8).
+        emulated: whether that is computed without a device's own products in fp8.
     """
 
     name: str
     weights: torch.dtype
     products: torch.dtype | None = None
+    fp8: bool = False
+    emulated: bool = False
 
 
 _MEANINGS = {
@@ -34,6 +38,8 @@ _MEANINGS = {
     "bf16-mixed": Precision("bf16-mixed", torch.float32, torch.bfloat16),
     "bf16": Precision("bf16", torch.bfloat16),
     "fp64": Precision("fp64", torch.float64),
+    "fp8": Precision("fp8", torch.float32, torch.bfloat16, fp8=True),
+    "fp8-emulated": Precision("fp8-emulated", torch.float32, torch.bfloat16, fp8=True, emulated=True),
 }
 assert tuple(_MEANINGS) == PRECISIONS
 _OF_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16-mixed"}
@@ -43,17 +49,19 @@ def chosen_precision(precision: str | None, dtype: torch.dtype | None, model: nn
     """The precision of a training, from what was asked.
 
     Args:
-        precision: a word of PRECISIONS; None for the device's: fp32 on a CPU, bf16-mixed on CUDA. A model that was made
-            fp64 by hand (`model.double()`, where its config stores another dtype) stays fp64.
+        precision: a word of PRECISIONS; None or "auto" for the device's: fp32 on a CPU, bf16-mixed on CUDA. A model
+            that was made fp64 by hand (`model.double()`, where its config stores another dtype) stays fp64.
         dtype: the older way to say it, what matrix products run in: torch.bfloat16 for bf16-mixed, torch.float32.
         model: looked at for fp64 weights only.
     Raises:
         ValueError: another word or dtype, or two that disagree.
     """
+    if precision == "auto":
+        precision = None
     if dtype is not None and dtype not in _OF_DTYPE:
         raise ValueError(f"dtype={dtype} is not supported (float16 needs loss scaling): use torch.bfloat16 or None")
     if precision is not None and precision not in _MEANINGS:
-        raise ValueError(f"precision={precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision={precision!r}: choose one of auto, {', '.join(PRECISIONS)}")
     if dtype is not None:
         by_dtype = _OF_DTYPE[dtype]
         if precision not in (None, by_dtype):

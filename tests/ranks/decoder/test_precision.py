@@ -111,7 +111,9 @@ def said(options: dict, made: str) -> str:
         ({"precision": "bf16"}, "plain", "bf16"),
         ({"dtype": torch.bfloat16, "precision": "fp32"}, "plain", "which means 'bf16-mixed': give one of them"),
         ({"dtype": torch.float16}, "plain", "float16 needs loss scaling"),
-        ({"precision": "fp8"}, "plain", "precision='fp8': choose one of fp32, bf16-mixed, bf16, fp64"),
+        ({"precision": "auto"}, "plain", "fp32"),
+        ({"precision": "auto", "dtype": torch.bfloat16}, "plain", "bf16-mixed"),
+        ({"precision": "int8"}, "plain", "precision='int8': choose one of auto, fp32, bf16-mixed, bf16, fp64, fp8"),
     ],
     ids=str,
 )

@@ -29,13 +29,16 @@ VALUES = {
     "checkpoint_every": (1, 2), "checkpointing": range(4), "offload": (False, True), "stream_chunks": (1, 4),
     "embedding_counts_as": (0, 1), "head_counts_as": (0, 2), "schedule": range(5), "global_batch": (12,),
     "seq_len": (64,), "sharded_accumulation": (False, True), "compile": (False, True),
-    "rotates": (False, True),
+    "rotates": (False, True), "fp8": (False, True),
 }  # fmt: skip
 MODELS = [
-    DecoderFacts(family="llama", num_layers=4, num_heads=4, num_kv_heads=2, ffn_size=48, vocab_size=64),
+    DecoderFacts(
+        family="llama", num_layers=4, num_heads=4, num_kv_heads=2, head_size=8, hidden_size=32, ffn_size=48,
+        vocab_size=64,
+    ),
     DecoderFacts(
         family="mixtral", num_layers=3, num_heads=6, num_kv_heads=3, ffn_size=9, vocab_size=63, num_experts=4,
-        tied_embeddings=True, attention_dropout=0.1, rope_type="dynamic", adapters=True,
+        tied_embeddings=True, attention_dropout=0.1, rope_type="dynamic", adapters=True, hidden_size=48, head_size=8,
     ),
 ]  # fmt: skip
 

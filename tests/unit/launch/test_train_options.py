@@ -61,7 +61,7 @@ def test_every_key_is_an_option_and_the_command_line_counts(train_file):
         ({"learning_rate": float("inf")}, "learning_rate=inf, but it is a finite number"),
         ({"quiet": "yes"}, "quiet='yes': give true or false"),
         ({"schedule": "cosin"}, "schedule='cosin': choose one of cosine, linear, constant"),
-        ({"precision": "fp8"}, "precision='fp8': choose one of auto, fp32"),
+        ({"precision": "int8"}, "precision='int8': choose one of auto, fp32"),
         ({"data": [1]}, "data=[1]: give a text, or a list of texts"),
         ({"model": {"hidden_size": 3}}, "model={'hidden_size': 3}: give a text"),
     ],
