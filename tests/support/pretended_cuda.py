@@ -29,6 +29,7 @@ import torch
 import torch._dynamo  # asks for CUDA's own functions when it is imported
 from torch import Tensor
 from torch.cuda import _sanitizer
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -124,6 +125,8 @@ class Device(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         here = [x for x in tensors if isinstance(x, OnDevice)]
         there = [x for x in tensors if not isinstance(x, OnDevice)]
+        if name == "_wrap_tensor_autograd":  # a collective of DTensor's
+            return AsyncCollectiveTensor(args[0])
         device = kwargs.get("device")
         onto = torch.device(device).type == "cuda" if device is not None else bool(here)
         if name == "is_pinned":

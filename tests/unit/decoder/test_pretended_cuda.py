@@ -77,11 +77,12 @@ def on_both(documents: torch.Tensor | None, options: dict[str, Any]) -> tuple[An
         ({"micro_batch": 1}, None),
         ({}, DOCUMENTS),
         ({"checkpointing": "full", "zero_stage": 3}, None),
+        ({"precision": "bf16-mixed", "zero_stage": 1}, None),
         ({"checkpointing": "stream", "stream": BY_HEADS}, DOCUMENTS),
         ({"checkpointing": "stream", "stream": KEPT}, None),
         ({"checkpointing": "stream", "stream": BY_QUERIES}, None),
     ],
-    ids=["plain", "documents", "full, zero 3", "heads, documents", "heads, kept", "queries, kept"],
+    ids=["plain", "documents", "full, zero 3", "bf16, zero 1", "heads, documents", "heads, kept", "queries, kept"],
 )
 def test_a_step_is_the_cpu_s_and_waits_for_nothing(rank, options, documents):
     check(rank(on_both, documents, {"precision": "fp32", **options})[0], options)
@@ -98,9 +99,10 @@ def test_large_logits_wait_for_nothing(rank, options):
 
 def check(found: Any, options: dict[str, Any]) -> None:
     there, here, waits, faults = found
-    # fp32, and operators in another order: a few roundings.
+    # fp32, and operators in another order: a few roundings. In bf16 autocast keeps others in fp32 than on a CPU.
+    rel = 1e-2 if "precision" in options else 1e-5
     for one, other in zip(there, here, strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
+        assert one == pytest.approx(other, rel=rel)
     allowed = STREAMED if options.get("checkpointing") == "stream" else set()
     assert [wait for wait in waits if wait[0] not in allowed] == []
     assert faults == []
