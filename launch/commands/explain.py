@@ -66,6 +66,8 @@ def explain(
     held = {**priced.memory_parts_bytes, "reserve": priced.reserve_bytes}
     room = f"of {priced.capacity_bytes / GIB:.3g} GiB: P(fits) {priced.fit_probability:.2f}"
     console.print(_bars(f"Memory of the worst stage, {room}", held, lambda size: f"{size / GIB:.3g} GiB"))
+    if priced.host_bytes:
+        console.print(f"  pinned in host memory, a rank: {priced.host_bytes / GIB:.3g} GiB")
     for stage, peak in priced.stage_peaks_bytes.items():
         if priced.layout.pp > 1:
             console.print(f"  {stage} stage: {peak / GIB:.3g} GiB")

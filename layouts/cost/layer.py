@@ -4,7 +4,7 @@ Matmuls are priced shape by shape, attention by its scores, everything else by t
 Without sequence parallelism every tp rank repeats the norms and residuals; with it they are cut by tp.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,20 +47,18 @@ def _projections(pricing: Pricing) -> list[Times]:
     tokens, wide = layouts.tokens, np.full_like(layouts.tokens, model.hidden_size)
     q, kv = model.q_size // layouts.tp, model.kv_size // layouts.tp
     if model.latent is not None:
-        own = [
-            _one_projection(pricing, sizes) for sizes in model.latent.projections(model.hidden_size, model.num_heads)
-        ]
+        own = [one_projection(pricing, sizes) for sizes in model.latent.projections(model.hidden_size, model.num_heads)]
     else:
         made = q * (2 if model.output_gate else 1) + 2 * kv
         own = [_linear(pricing.kernels, tokens, wide, made), _linear(pricing.kernels, tokens, q, wide)]
     if model.linear is None:
         return own
     share = model.num_linear_layers / model.num_layers
-    others = [_one_projection(pricing, sizes).scaled(share) for sizes in model.linear.projections(model.hidden_size)]
+    others = [one_projection(pricing, sizes).scaled(share) for sizes in model.linear.projections(model.hidden_size)]
     return [*(times.scaled(1 - share) for times in own), *others]
 
 
-def _one_projection(pricing: Pricing, sizes: tuple[int, int]) -> Times:
+def one_projection(pricing: Pricing, sizes: tuple[int, int]) -> Times:
     """A linear layer of (in, out); tp cuts its wider side."""
     inner, outer = sizes
     tp = pricing.layouts.tp
@@ -70,16 +68,22 @@ def _one_projection(pricing: Pricing, sizes: tuple[int, int]) -> Times:
     return _linear(pricing.kernels, pricing.layouts.tokens, np.maximum(cut_inner, 1), np.maximum(cut_outer, 1))
 
 
-def attention_times(pricing: Pricing) -> Times:
-    """The attention core. Of the causal triangle a cp rank computes its even share, block by block, hop by hop."""
+def attention_times(pricing: Pricing, *, groups: Column | int = 1) -> Times:
+    """The attention core. Of the causal triangle a cp rank computes its even share, block by block, hop by hop.
+
+    Args:
+        groups: of heads, which are done one after the other.
+    """
     model, layouts, constants = pricing.model, pricing.layouts, pricing.constants
     keys = np.full(len(layouts), model.score_length(layouts.seq_len))
     if not keys.any():  # every layer is linear: no core
         return Times(np.zeros(len(layouts)), np.zeros(len(layouts)))
     block = keys / np.maximum(layouts.cp // layouts.cp_heads, 1)
     forward, backward = pricing.kernels.attention_s(
-        layouts.micro_batch, model.num_heads // layouts.tp, layouts.seq_len / layouts.cp, keys, block, model.head_dim
-    )
+        layouts.micro_batch, np.maximum(model.num_heads // layouts.tp // groups, 1), layouts.seq_len / layouts.cp, keys,
+        block, model.head_dim,
+    )  # fmt: skip
+    forward, backward = groups * forward, groups * backward
     # Kernels that store the scores compute the masked half too, as plain batched matmuls.
     rates = {"flash1": constants.flash1, "triton": constants.triton, "fused": 0.5, "eager": 0.5}
     rate = rates.get(pricing.software.attention, 1.0)
@@ -228,23 +232,6 @@ def recomputed(pricing: Pricing, forward: Column, attention_forward: Column) -> 
     selected = np.minimum(_memory_bound(pricing).forward, forward) if elementwise else attention_forward
     again = np.select([kind == FULL, kind == STREAM, kind == SELECTIVE], [forward, forward, selected], 0.0)
     return again / pricing.layouts.checkpoint_every
-
-
-def stream_overhead_s(pricing: Pricing) -> Column:
-    """Seconds that StreamBP's pieces cost a layer besides: its recomputed forward and its backward, chunk by chunk.
-
-    Each piece launches every operator again, on matmuls that are shorter by the number of chunks.
-    """
-    layouts = pricing.layouts
-    extra = np.zeros(len(layouts))
-    rows = np.flatnonzero((layouts.checkpointing == STREAM) & (layouts.stream_chunks > 1))
-    if len(rows):
-        some = layouts.take(rows)
-        whole = layer_times(pricing.of(some))
-        piece = layer_times(pricing.of(replace(some, micro_batch=some.micro_batch / some.stream_chunks)))
-        pieces = some.stream_chunks * (piece.forward + piece.backward)
-        extra[rows] = np.maximum(pieces - whole.forward - whole.backward, 0.0)
-    return extra
 
 
 def saved_bytes(pricing: Pricing) -> tuple[Column, Column]:

@@ -18,7 +18,8 @@ from fourfold.layouts.cost.layer import active_ffn, output_gradient_bytes, saved
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.shares import owned_params, owns_a_share
 from fourfold.layouts.cost.stages import Stages
-from fourfold.parallel.stream.work_space import PieceSizes, Shape, Work, loss_bytes, streams_loss
+from fourfold.layouts.cost.streamed import Pieces, pieces_of, shape_of
+from fourfold.parallel.stream.work_space import PieceSizes, Work, loss_bytes, streams_loss
 
 SCORES_SPREAD = 0.2
 """`memory_spread` where an attention kernel stores its scores: what it holds while it works is not counted."""
@@ -99,8 +100,6 @@ def memory_of(pricing: Pricing) -> Memory:
     if not software.peak_of_tensors:
         workspace = workspace + waste
     weights = _weights(pricing)
-    measured = pricing.cluster.device.reserve_bytes
-    reserve = (constants.reserve_bytes if measured is None else measured) if software.launched else 0.0
     parts = {
         "weights": weights, "gradients": gradients, "optimizer": _states(pricing) * software.state_bytes,
         "activations": changing.activations, "logits": changing.logits, "workspace": workspace,
@@ -114,7 +113,7 @@ def memory_of(pricing: Pricing) -> Memory:
     return Memory(
         **parts,
         waste=waste if software.peak_of_tensors else np.zeros_like(waste),
-        reserve=reserve + software.extra_reserve_bytes,
+        reserve=_reserve(pricing),
         capacity=pricing.cluster.device.memory_bytes,
         stages=pricing.stages,
         spread=np.hypot(scatter, unchanging),
@@ -170,6 +169,31 @@ class _Changing:
         return self.activations + self.logits + self.workspace
 
 
+def pieces_in(pricing: Pricing) -> Pieces:
+    """What each layout's streamed layers are cut into, given what weights, gradients and states leave of a device."""
+    capacity = pricing.cluster.device.memory_bytes - _reserve(pricing)
+    if not (pricing.layouts.checkpointing == STREAM).any():
+        return pieces_of(pricing, np.full(len(pricing.layouts), capacity))
+    software, (_, layer_input) = pricing.software, saved_bytes(pricing)
+    held = _weights(pricing) + _states(pricing) * software.state_bytes + _sharded(pricing, 2) * software.grad_bytes
+    # Other micro-batches in flight hold their layers' inputs on the device, unless these wait in host memory.
+    others = np.maximum(pricing.stages.in_flight - 1, 0) * pricing.stages.layers * layer_input
+    held = held + np.where(pricing.layouts.offload, 0.0, others)
+    return pieces_of(pricing, np.broadcast_to(capacity - held, (3, len(pricing.layouts))).min(axis=0))
+
+
+def _reserve(pricing: Pricing) -> float:
+    measured = pricing.cluster.device.reserve_bytes
+    reserve = pricing.constants.reserve_bytes if measured is None else measured
+    return (reserve if pricing.software.launched else 0.0) + pricing.software.extra_reserve_bytes
+
+
+def host_bytes(pricing: Pricing) -> Column:
+    """What a rank of each layout pins in host memory: the inputs of its layers, where these are offloaded."""
+    held = pricing.stages.in_flight * pricing.stages.layers * saved_bytes(pricing)[1]
+    return np.where(pricing.layouts.offload, held.max(axis=0), 0.0)
+
+
 def _changing(pricing: Pricing) -> _Changing:
     model, layouts, software, stages = pricing.model, pricing.layouts, pricing.software, pricing.stages
     kept, layer_input = saved_bytes(pricing)
@@ -178,11 +202,14 @@ def _changing(pricing: Pricing) -> _Changing:
     checkpointed = share > 0
     per_layer = share * np.where(layouts.offload, 0.0, layer_input) + (1 - share) * kept
     activations = stages.in_flight * stages.layers * per_layer
+    # Of offloaded ones two are on the device, one of them on its way.
+    activations = activations + np.where(layouts.offload, np.minimum(stages.layers, 2) * layer_input, 0.0)
     if layouts.zero_bubble.any():
         # Weight gradients that are put off, of as many of a stage's vp runs as the rank's number, and the one at work.
         put_off = np.where(layouts.zero_bubble, (stages.index + 1) / layouts.vp, 0.0)
         activations = activations + put_off * stages.layers * output_gradient_bytes(pricing)
-    chunks = np.where(layouts.checkpointing == STREAM, layouts.stream_chunks, 1)
+    pieces = pieces_in(pricing)
+    chunks = np.where(pieces.groups > 0, layouts.stream_chunks, pieces.chunks)
     loss = _loss_bytes(pricing) / chunks
     streams = layouts.checkpointing == STREAM
     if streams.any():  # whose head holds some tiles of logits at most, however few chunks the layers have
@@ -197,6 +224,7 @@ def _changing(pricing: Pricing) -> _Changing:
     width = model.hidden_size * pricing.hidden_bytes
     width = width + np.where(checkpointed, active_ffn(model) / layouts.tp, 0.0) * software.compute_bytes
     work = (np.where(checkpointed, kept, 0.0) + 2.0 * layouts.tokens * width) / chunks
+    work = np.where(pieces.layer_bytes > 0, pieces.layer_bytes, work)
     # The loss and a layer's backward take turns: the larger of the two counts.
     return _Changing(activations, np.where(logits > work, logits, 0.0), np.where(logits > work, 0.0, work))
 
@@ -220,7 +248,7 @@ def _streamed_loss_bytes(pricing: Pricing) -> Column:
     """
     software, device = pricing.software, pricing.cluster.device.type
     whole = PieceSizes(groups=0, chunk=1, mlp_chunk=1)  # of layers, which are not asked for here
-    work = Work(shape=_shape(pricing), sizes=whole, batch=1, itemsize=software.compute_bytes, keeps=False)
+    work = Work(shape=shape_of(pricing.model), sizes=whole, batch=1, itemsize=software.compute_bytes, keeps=False)
 
     def held(tokens: int) -> float:
         a_token, fixed = work.head(tokens, "auto", device, wide_sums=software.weight_bytes < 4)
@@ -231,15 +259,7 @@ def _streamed_loss_bytes(pricing: Pricing) -> Column:
 
 def _head_loss_bytes(pricing: Pricing, tokens: int) -> float:
     """What a head holds that alone is streamed, by the runtime's closed form."""
-    return loss_bytes(tokens, _shape(pricing), pricing.software.compute_bytes, pricing.cluster.device.type)
-
-
-def _shape(pricing: Pricing) -> Shape:
-    model = pricing.model
-    return Shape(
-        layers=model.num_layers, hidden=model.hidden_size, intermediate=model.ffn_size, heads=model.num_heads,
-        kv_heads=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size, tied=model.tied_embeddings,
-    )  # fmt: skip
+    return loss_bytes(tokens, shape_of(pricing.model), pricing.software.compute_bytes, pricing.cluster.device.type)
 
 
 def _by_tokens(pricing: Pricing, held: Callable[[int], float]) -> Column:

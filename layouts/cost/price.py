@@ -8,7 +8,7 @@ import numpy as np
 
 from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.cost.doubt import TENTH, step_interval
-from fourfold.layouts.cost.memory import memory_of
+from fourfold.layouts.cost.memory import host_bytes, memory_of
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.time import time_of
 from fourfold.layouts.inputs.cluster import Cluster
@@ -56,6 +56,8 @@ class PricedLayout:
     tokens_per_s: float
     software: Software
     """What was priced as running it."""
+    host_bytes: float = 0.0
+    """What a rank pins in host memory, where it offloads."""
     facts: DecoderFacts = field(default_factory=DecoderFacts, repr=False)
     """Of the model, for what the runtime takes."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -196,7 +198,7 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
     by_stage, probability = memory.by_stage, memory.fit_probability
     low, high = step_interval(pricing, time)
     doubt = TENTH * np.take_along_axis(np.broadcast_to(memory.spread, by_stage.shape), worst[None], 0)[0]
-    facts, result = facts_of(pricing.model), []
+    facts, result, on_host = facts_of(pricing.model), list[PricedLayout](), host_bytes(pricing)
     for row in range(len(pricing.layouts)):
         layout = pricing.layouts.layout(row)
         seconds = float(step[row])
@@ -222,6 +224,7 @@ def price_candidates(pricing: Pricing) -> list[PricedLayout]:
                 mfu=mfu_of(pricing.model, layout, seconds, pricing.cluster.device.peak_flops_per_s),
                 tokens_per_s=layout.global_batch * layout.seq_len / seconds,
                 software=pricing.software,
+                host_bytes=float(on_host[row]),
                 facts=facts,
             )
         )

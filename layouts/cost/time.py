@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.layouts.cost.asynchronous import mitigation_seconds, rotation_seconds, updates_per_step
-from fourfold.layouts.cost.candidates import FULL, NONE, STREAM, Column
+from fourfold.layouts.cost.candidates import FULL, NONE, Column
 from fourfold.layouts.cost.communication import (
     asynchronous_update_seconds,
     expert_seconds,
@@ -22,7 +22,7 @@ from fourfold.layouts.cost.communication import (
     tensor_parallel_seconds,
     tied_ends_seconds,
 )
-from fourfold.layouts.cost.layer import Times, attention_times, recomputed, saved_bytes, stream_overhead_s
+from fourfold.layouts.cost.layer import Times, attention_times, recomputed, saved_bytes
 from fourfold.layouts.cost.measured_layers import (
     EMBEDDING,
     HEAD,
@@ -35,8 +35,10 @@ from fourfold.layouts.cost.measured_layers import (
     optimizer_rate,
     piece_times,
 )
+from fourfold.layouts.cost.memory import pieces_in
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.shares import owned_params, owns_a_share
+from fourfold.layouts.cost.streamed import Pieces, launches, stream_overhead_s
 
 ADAMW_PASSES = 7.0
 """Weights, gradients and two moments read; all but the gradients written."""
@@ -164,11 +166,11 @@ def time_of(pricing: Pricing) -> StepTime:
 
 def micro_batch_of(pricing: Pricing) -> MicroBatch:
     """What one micro-batch costs on each kind of stage."""
-    stages, software = pricing.stages, pricing.software
+    stages, software, pieces = pricing.stages, pricing.software, pieces_in(pricing)
     # One layer, the embedding and the head alone; then what checkpointing and StreamBP run again.
     layer, embedding, head = (piece_times(pricing, piece) for piece in (LAYER, EMBEDDING, HEAD))
     attention = attention_times(pricing)
-    again = recomputed(pricing, layer.forward, attention.forward) + stream_overhead_s(pricing)
+    again = recomputed(pricing, layer.forward, attention.forward) + stream_overhead_s(pricing, pieces)
     if software.compute_share != 1.0 and not pricing.cluster.measured:  # a profile timed what this software reaches
         slower = 1.0 / software.compute_share
         layer, embedding, head = (times.scaled(slower) for times in (layer, embedding, head))
@@ -185,7 +187,7 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
     launch = np.zeros_like(compute)
     if software.launched and (software.layer_host_s or pricing.cluster.measured):
         # The device waits where it has done a layer before the host has issued the next.
-        host_s = stages.layers * _layer_host_s(pricing)
+        host_s = stages.layers * _layer_host_s(pricing) * launches(pieces)
         device_s = stages.layers * (layer.forward + layer.backward + again) + tp_communication
         launch = np.maximum(host_s - device_s, 0.0)
     return MicroBatch(
@@ -198,7 +200,7 @@ def micro_batch_of(pricing: Pricing) -> MicroBatch:
         ep_communication=stages.layers * expert_seconds(pricing),
         pp_communication=sends,
         launch=launch,
-        overhead=_overhead(pricing, layer) + software.micro_batch_s,
+        overhead=_overhead(pricing, layer, pieces) + software.micro_batch_s,
     )
 
 
@@ -261,10 +263,12 @@ def _cp_of_layer(pricing: Pricing, hidden_by: Times | None) -> Column:
     return exchange + extra_seconds_of_splitting(rows, split, pricing.layouts)
 
 
-def _overhead(pricing: Pricing, layer: Times) -> Column:
+def _overhead(pricing: Pricing, layer: Times, pieces: Pieces) -> Column:
     """Of a micro-batch on a stage: adding gradients up, launching, offloading, and a stall that was measured."""
     layouts, software = pricing.layouts, pricing.software
-    overhead = _accumulation_seconds(pricing) + (pricing.constants.step_overhead_s if software.launched else 0.0)
+    overhead = _accumulation_seconds(pricing, pieces) + (
+        pricing.constants.step_overhead_s if software.launched else 0.0
+    )
     overhead = overhead + pricing.stages.layers * _offload_seconds(pricing, layer)
     if software.checkpoint_stall_s:
         stalls = (layouts.checkpointing == FULL) & (layouts.pp > 1) & (layouts.tp > 1)
@@ -320,15 +324,15 @@ def _straggling(pricing: Pricing) -> Column:
     return pricing.constants.straggler * np.log2(nodes)
 
 
-def _accumulation_seconds(pricing: Pricing) -> Column:
+def _accumulation_seconds(pricing: Pricing, pieces: Pieces) -> Column:
     """Adding a micro-batch's weight gradients to those before, by bytes; [3, candidates].
 
-    The first micro-batch of an update has nothing to add to; StreamBP adds each chunk's.
+    The first micro-batch of an update has nothing to add to; StreamBP adds each piece's.
     """
     layouts, software = pricing.layouts, pricing.software
     shared, experts = pricing.held_params
     first = 1.0 / layouts.num_micro_batches * updates_per_step(layouts)
-    later = np.where(layouts.checkpointing == STREAM, layouts.stream_chunks, 1) - first
+    later = pieces.summands - first
     added = (shared + experts) * later * software.accumulation_passes * software.grad_bytes
     return added / pricing.memory_bandwidth_bytes_per_s
 

@@ -35,7 +35,7 @@ def describe(priced: PricedLayout) -> dict[str, Any]:
         "step_low_s": priced.step_low_s, "step_high_s": priced.step_high_s,
         "peak_low_gib": priced.peak_low_bytes / GIB, "peak_high_gib": priced.peak_high_bytes / GIB,
         "expected_s": priced.expected_s, "fit_probability": priced.fit_probability, "fits": priced.fits,
-        "software": priced.software.name, "launch_bound": priced.launch_bound,
+        "host_gib": priced.host_bytes / GIB, "software": priced.software.name, "launch_bound": priced.launch_bound,
     }  # fmt: skip
     if priced.layout.asynchronous:
         row |= {"updates_per_step": priced.layout.updates_per_step, "convergence": convergence(priced.layout)}
@@ -155,7 +155,7 @@ _WORDS = (
     ),
     (r"selective", "selective: what is cheap is recomputed in backward, matrix products and attention are kept"),
     (r"full(/\d+)?", "full/N: every N-th layer (every one without /N) is recomputed in backward"),
-    (r"stream(x\d+)?", "streamxN: StreamBP in N chunks of the sequence"),
+    (r"stream(x\d+)?", "streamxN: StreamBP in N chunks of the sequence, or with 1 cut as the runtime chooses"),
     (r"offload", "offload: inputs of checkpointed layers wait in host memory"),
     (r"zero-bubble", "zero-bubble: a rank computes weight gradients, put off until then, while it would idle"),
     (r"(lockstep|1f1b-async|2bw)(/.*)?", "lockstep, 1f1b-async, 2bw: the pipeline never drains, gradients come late"),

@@ -47,9 +47,12 @@ def _moves(layout: Layout) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "micro-batch x2", {"micro_batch": layout.micro_batch * 2}
     if layout.micro_batch % 2 == 0:
         yield "micro-batch /2", {"micro_batch": layout.micro_batch // 2}
-    for kind in ("none", "selective", "full"):
+    keeps = {"offload": False} if layout.offload else {}
+    for kind in ("none", "selective", "full", "stream"):
         if kind != layout.checkpointing:
-            yield f"checkpointing {kind}", {"checkpointing": kind, "checkpoint_every": 1, "stream_chunks": 1}
+            yield f"checkpointing {kind}", {"checkpointing": kind, "checkpoint_every": 1, "stream_chunks": 1, **keeps}
+    if layout.checkpointing in ("full", "stream"):
+        yield f"offloading {'off' if layout.offload else 'on'}", {"offload": not layout.offload}
     if layout.checkpointing == "stream":
         yield "chunks x2", {"stream_chunks": layout.stream_chunks * 2}
         if layout.stream_chunks % 2 == 0:

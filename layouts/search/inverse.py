@@ -9,12 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from fourfold.layouts.cost.candidates import Candidates
-from fourfold.layouts.cost.layer import saved_bytes
 from fourfold.layouts.cost.price import PricedLayout
-from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.inputs.cluster import Cluster
-from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.model import ModelConfig
 from fourfold.layouts.inputs.reading import MOST
 from fourfold.layouts.inputs.software import Software
@@ -94,9 +90,8 @@ def longest(
             if result is None:
                 continue
             for priced in result.layouts:
-                held = _host_bytes(result, priced)
-                if held <= host.bytes_per_device:
-                    return Longest(seq_len, priced, held)
+                if priced.host_bytes <= host.bytes_per_device:
+                    return Longest(seq_len, priced, priced.host_bytes)
         return None
 
     most = model.learned_positions or MOST
@@ -110,18 +105,6 @@ def longest(
             "smaller model, or on CUDA precision=bf16, which halves what a parameter takes"
         )
     return found
-
-
-def _host_bytes(result: Plan, priced: PricedLayout) -> float:
-    """What a layout that offloads keeps in host memory a device: the layer inputs of its micro-batches in flight."""
-    if not priced.layout.offload:
-        return 0.0
-    pricing = Pricing(
-        layouts=Candidates.of([priced.layout]), model=result.model, cluster=result.cluster, software=priced.software,
-        constants=load_constants(),
-    )  # fmt: skip
-    stages, layer_input = pricing.stages, saved_bytes(pricing)[1]
-    return float((stages.in_flight * stages.layers * layer_input).max())
 
 
 def largest(

@@ -34,7 +34,8 @@ from fourfold.parallel.grid import AXES
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 MICRO_BATCHES = tuple(range(1, 65))
-STREAM_CHUNKS = (4, 8, 16, 32)
+STREAM_CHUNKS = (1, 4, 8, 16, 32)
+"""1: as the runtime cuts the layers by itself."""
 LEAST_CHUNK = 256
 """Tokens of a chunk in a plan that was not asked to stream: stream.memory chooses none shorter."""
 

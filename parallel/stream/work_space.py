@@ -142,6 +142,12 @@ class Work:
     batch: int
     itemsize: int
     keeps: bool
+    products: int | None = None
+    """Bytes of what matrix products give, where autocast keeps the hidden states wider; None: as of these."""
+
+    @property
+    def _narrow(self) -> int:
+        return self.products or self.itemsize
 
     @property
     def _rotary(self) -> float:
@@ -184,18 +190,18 @@ class Work:
 
     def by_heads(self, seq_len: int) -> tuple[float, float]:
         """In a layer's backward by groups of heads: after attention, or in the attention of a group."""
-        shape, sizes, itemsize = self.shape, self.sizes, self.itemsize
+        shape, sizes, itemsize, narrow = self.shape, self.sizes, self.itemsize, self._narrow
         hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         groups = max(n for n in range(1, min(sizes.groups, shape.kv_heads) + 1) if shape.kv_heads % n == 0)
         tokens, chunk = self.batch * seq_len, self.batch * min(sizes.chunk, seq_len)
         # One gradient of hidden states; what the heads attended, unless a checkpoint is it, and its gradient.
-        both = hidden * itemsize + queries * itemsize * (1 if self.keeps else 2) + self._rotary
+        both = hidden * itemsize + queries * narrow * (1 if self.keeps else 2) + self._rotary
         both += 0 if self.keeps else 4 * shape.heads
         after = (both + (0 if self.keeps else hidden * itemsize), self._piece(tokens))
         # The attention's input and its gradient; q, k, v of a group and their gradients; a chunk being projected.
         projected = (queries + 2 * keys) / groups
         during = (
-            both + (2 * hidden + 2 * projected) * itemsize,
+            both + 2 * hidden * itemsize + 2 * projected * narrow,
             chunk * (PROJECTION_COPIES * projected + hidden) * itemsize,
         )
         a_token, work = max(after, during, key=lambda moment: tokens * moment[0] + moment[1])
@@ -204,7 +210,7 @@ class Work:
     def _piece(self, most: int) -> float:
         """What follows attention, for a piece of at most so many tokens in all rows."""
         tokens = min(self.batch * self.sizes.mlp_chunk, most)
-        return tokens * self.itemsize * (6 * self.shape.hidden + 6 * self.shape.intermediate)
+        return tokens * (6 * self.shape.hidden * self.itemsize + 6 * self.shape.intermediate * self._narrow)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
