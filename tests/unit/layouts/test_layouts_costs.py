@@ -265,18 +265,24 @@ def test_parts_add_up():
     assert priced.mfu == pytest.approx(tokens * LLAMA.flops_per_token(2048) / (312e12 * 8 * priced.step_s))
 
 
-@pytest.mark.parametrize(("space_stack", "cluster"), [(MEGATRON, A100), (RUNTIME_CPU, A100)])
-def test_more_chunks_hold_less_and_take_longer(space_stack, cluster):
+# 1 is no number of chunks, but whatever the runtime chooses; and by heads, on a GPU, chunks only cut projections.
+@pytest.mark.parametrize("space_stack", [MEGATRON, RUNTIME_CPU])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_more_chunks_hold_less_and_take_longer(space_stack, kind):
     layouts = [
-        Layout(dp=8, checkpointing="stream", stream_chunks=n, global_batch=8, seq_len=65536) for n in (1, 4, 16, 64)
+        Layout(dp=8, checkpointing="stream", stream_chunks=n, global_batch=8, seq_len=65536) for n in (4, 16, 64)
     ]
+    cluster = replace(A100, device=replace(A100.device, type=kind))
     prices = price(LLAMA, cluster, layouts, software=space_stack)
     for few, many in itertools.pairwise(prices):
-        assert many.peak_bytes < few.peak_bytes
-        assert many.step_s > few.step_s
+        assert many.peak_bytes <= few.peak_bytes
+        assert many.step_s >= few.step_s
+        if kind == "cpu":
+            assert many.peak_bytes < few.peak_bytes
+            assert many.step_s > few.step_s
 
 
-@pytest.mark.parametrize("seq_len", [16384, 65536])
+@pytest.mark.parametrize("seq_len", [8192, 16384])
 def test_a_streamed_head_holds_no_more_than_the_runtime_s_closed_form_says(seq_len):
     """Some tiles of logits, whose size the sequence does not change; not all those of a chunk of the layers."""
     # One thin layer, so that the peak is at the head.
