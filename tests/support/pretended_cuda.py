@@ -9,17 +9,12 @@ Needs a process in which nothing has gone backward before: autograd makes a thre
 What it cannot know: kernels' limits (support.emulated_kernels has those of attention's), memory, NCCL.
 """
 
-import ctypes
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fourfold.parallel.attention import backends
+from support.pretended_library import library
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -279,12 +275,12 @@ class Stream:
         return event
 
     def __enter__(self) -> "Stream":
-        _outer.streams = [*getattr(_outer, "streams", []), _library().stream_id()]
-        _library().set_stream(self.number)
+        _outer.streams = [*getattr(_outer, "streams", []), library().stream_id()]
+        library().set_stream(self.number)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        _library().set_stream(_outer.streams.pop())
+        library().set_stream(_outer.streams.pop())
 
 
 class Event:
@@ -314,7 +310,7 @@ class Event:
 
 
 def current_stream(device: Any = None) -> Stream:
-    return Stream(number=_library().stream_id())
+    return Stream(number=library().stream_id())
 
 
 def _functions(device: Device, devices: int, capability: tuple[int, int]) -> dict[str, Any]:
@@ -353,26 +349,12 @@ def _functions(device: Device, devices: int, capability: tuple[int, int]) -> dic
     }  # fmt: skip
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    """What torch asks for the current device and stream. Cost: two seconds of a compiler, once a process."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ here")
-    torch_folder, source = Path(torch.__file__).parent, Path(__file__).with_suffix(".cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "pretended_cuda.so")
-        given = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
-        subprocess.run([compiler, *given, str(source), "-lc10", "-ltorch_cpu", "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))
-
-
 @contextmanager
 def pretended(devices: int = 1, capability: tuple[int, int] = (9, 0)) -> Iterator[Seen]:
     """Meanwhile there are CUDA devices. NCCL is gloo."""
     global _device
     assert not torch.cuda.is_available(), "there is a device: use it"
-    _library().pretend(True)
+    library().pretend(True)
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes it on the CPU, and copies
     _device, start = Device(), torch.distributed.init_process_group
     try:
@@ -398,5 +380,5 @@ def pretended(devices: int = 1, capability: tuple[int, int] = (9, 0)) -> Iterato
                 yield _device.seen
     finally:
         _device = None
-        _library().pretend(False)
+        library().pretend(False)
         torch._C._set_only_lift_cpu_tensors(False)

@@ -1,0 +1,25 @@
+"""The functions by which torch's own C++ asks for the current device and stream, for a device that is pretended."""
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """pretended_cuda.cpp, compiled. Cost: two seconds of a compiler, once a process."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ here")
+    torch_folder, source = Path(torch.__file__).parent, Path(__file__).with_name("pretended_cuda.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder, "pretended_cuda.so")
+        given = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}"]
+        subprocess.run([compiler, *given, str(source), "-lc10", "-ltorch_cpu", "-o", str(built)], check=True)
+        return ctypes.CDLL(str(built))
