@@ -30,8 +30,9 @@ def materialise(
     """
     adapted = drawn_adapters(module)
     for path, part in module.named_modules():
+        cast_by_hand = _widen_buffers(part)
         own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-        if any(tensor.is_meta for tensor in own):
+        if cast_by_hand or any(tensor.is_meta for tensor in own):
             for parameter in part.parameters(recurse=False):
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.float()
@@ -42,3 +43,19 @@ def materialise(
     draw_adapters(adapted, name, seed)
     store_weights_in(module, dtype)
     module.to(device)
+
+
+def _widen_buffers(part: nn.Module) -> bool:
+    """Make room for what `part` computes from the config alone, in fp32; whether there was less.
+
+    transformers has a rotary embedding's frequencies in fp32 whatever a model is stored in. After `model.to(dtype)`
+    they are rounded to that dtype, and far positions are others.
+    """
+    computed = part._non_persistent_buffers_set
+    narrow = [name for name in computed if part.get_buffer(name).is_floating_point()]
+    narrow = [name for name in narrow if part.get_buffer(name).dtype.itemsize < 4]
+    if not narrow or next(part.parameters(recurse=False), None) is not None:
+        return False
+    for name in narrow:
+        part.register_buffer(name, part.get_buffer(name).float(), persistent=False)
+    return True

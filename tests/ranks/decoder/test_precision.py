@@ -71,6 +71,26 @@ def test_each_word_means_the_same_under_every_layout(ranks, mesh_shape, options)
             assert losses == pytest.approx(truth, rel=bounds[precision]), precision
 
 
+def losses_of_a_cast(meta: bool) -> list[tuple[float, float]]:
+    """Of a model that `model.to(dtype)` cast, and of one in fp32 whose weights were rounded to that dtype alone."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        plain = stored_in(torch.float32, meta)
+        for parameter in plain.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        made = (parallelize(model, init_mesh(device_type="cpu")) for model in (stored_in(dtype, meta), plain))
+        ids = batches(False)[0][0]
+        one, other = (model.evaluate(ids).item() for model in made)
+        found.append((one, other))
+    return found
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["folder", "meta"])
+def test_a_cast_by_hand_rounds_no_frequencies(ranks, meta):
+    for one, other in ranks(1)(losses_of_a_cast, meta)[0]:
+        assert one == other
+
+
 def small_updates(options: dict) -> float:
     """The share of weights that 5 AdamW steps at a rate of 1e-5 have moved, of a model that is stored in bf16."""
     model = parallelize(stored_in(torch.bfloat16, meta=False), init_mesh(device_type="cpu"), **options)
