@@ -37,17 +37,19 @@ def new_group(ranks: Sequence[int], backend: str | None = None) -> dist.ProcessG
     Args:
         ranks: of the world.
         backend: None for the world's.
-    Cost: with NCCL and a bound device a communicator of these ranks is made at once, as for the world.
+    Cost: with NCCL a communicator of these ranks is made at once, also in a world that is not bound: there each message
+        between two of them would otherwise make one of its own, and wait on the host until the other rank is there.
     """
     world = dist.group.WORLD
     assert world is not None
-    device, world.bound_device_id = world.bound_device_id, None
+    bound, world.bound_device_id = world.bound_device_id, None
+    device = None
+    if backend is None and "nccl" in dist.get_backend_config(world):
+        device = bound or torch.device("cuda", torch.cuda.current_device())
     try:
-        made = dist.new_group(
-            list(ranks), backend=backend, use_local_synchronization=True, device_id=None if backend else device
-        )
+        made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True, device_id=device)
     finally:
-        world.bound_device_id = device
+        world.bound_device_id = bound
     return cast(dist.ProcessGroup, made)
 
 
@@ -107,12 +109,18 @@ def gather_numbers(place: Place, numbers: Sequence[int], device: torch.device) -
             nothing then waits for the device.
     Cost: 8 bytes a number and rank; with NCCL alone, one wait of the host for the device.
     """
+    mine = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return [theirs.tolist() for theirs in gather_rows(place, mine, device)]
+
+
+def gather_rows(place: Place, row: Tensor, device: torch.device) -> list[Tensor]:
+    """Every rank's row of numbers, as long and of one dtype on each, where `row` is; else as gather_numbers."""
     if place.size == 1:
-        return [list(numbers)]
-    mine = torch.tensor(numbers, dtype=torch.int64, device=_meeting(place, device))
+        return [row]
+    mine = row.to(_meeting(place, device))
     everyone = [torch.empty_like(mine) for _ in range(place.size)]
     dist.all_gather(everyone, mine, group=place.group)
-    return [theirs.tolist() for theirs in everyone]
+    return [theirs.to(row.device) for theirs in everyone]
 
 
 def agree(place: Place, numbers: Mapping[str, int], device: torch.device, problem: str | None = None) -> None:

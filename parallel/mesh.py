@@ -41,7 +41,7 @@ def init_mesh(
         DeviceMesh of shape (dp, pp, cp, tp), tp fastest.
     Raises:
         ValueError: the product of the axes is not the world size, or CUDA was asked for and is absent.
-    Cost: one group creation an axis, once.
+    Cost: one group creation an axis, once; on CUDA an all-reduce of a number on each axis longer than 1.
     """
     grid = Grid(dp=dp, pp=pp, cp=cp, tp=tp)
     if device_type is None:
@@ -57,6 +57,8 @@ def init_mesh(
     if not dist.is_initialized():
         _start(device_type, timeout)
     mesh = init_device_mesh(device_type, grid.shape, mesh_dim_names=AXES)
+    if device_type == "cuda":
+        _connect(mesh)
     if timeout is not None:
         groups = [mesh.get_group(axis) for axis in AXES]
         if dp > 1 and cp > 1:  # parallelize's replicas: made here, the group is found again under its name there
@@ -73,6 +75,18 @@ def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
     if mesh["dp"].size() == 1:
         return mesh["cp"]
     return mesh["dp", "cp"]._flatten("dp_cp")
+
+
+def _connect(mesh: DeviceMesh) -> None:
+    """Have NCCL make each axis' communicator now.
+
+    In a world that is not bound to its devices (as _start binds it) NCCL makes it at a group's first operation, for
+    which all its ranks have to be there. The first one may well be a message between two of them: a tied embedding's,
+    or a pipeline's, where the others would never come.
+    """
+    for axis in AXES:
+        if mesh[axis].size() > 1:
+            dist.all_reduce(torch.zeros((), device="cuda"), group=mesh.get_group(axis))
 
 
 def _start(device_type: str, timeout: timedelta | None) -> None:

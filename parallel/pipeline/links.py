@@ -20,7 +20,9 @@ bytes that nobody reads. A gradient has the shape of what was sent down, hence n
 Forward and backward traffic have tags of their own. NCCL knows no tags and runs what one communicator is given in one
 order: a stage's send would wait for the receive it posted ahead, its neighbour's for that, and so in a circle. There
 each direction has a group of its own, and so have even and odd links, hence a rank uses a communicator for one link in
-one direction only; headers go over gloo, beside. (NCCL has not been run with more than one device.)
+one direction only; headers go over gloo, beside. Their communicators are there before the first message: NCCL would
+make one at a receive that is posted ahead, and hold the host there until the other stage sends, which may wait for more
+from this one. (NCCL has not been run with more than one device.)
 """
 
 import ctypes
@@ -95,8 +97,8 @@ class PipeLinks:
         self.control_group = group
         self._tensors_on_host = not has_nccl(group)
         if self.num_stages > 1 and not self._tensors_on_host:
-            made = [new_group(self._ranks) for _ in range(3)]
-            self._down, self._up = (group, made[0]), (made[1], made[2])
+            made = [new_group(self._ranks) for _ in range(4)]
+            self._down, self._up = (made[0], made[1]), (made[2], made[3])
             self.control_group = new_group(self._ranks, "gloo")
         self._sends: deque[tuple[Any, Tensor, str]] = deque()
         self._known: dict[tuple[str, str], _Announced] = {}  # by purpose ("train", "evaluate") and direction

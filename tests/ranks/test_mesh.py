@@ -60,6 +60,18 @@ def group_of_rank_0() -> tuple[int, torch.device | None]:
             world.bound_device_id = None
 
 
+def bound_to_by_nccl() -> torch.device | None:
+    """What a new group is bound to, where the world is bound to nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+        patch.setattr(torch.cuda, "current_device", lambda: 1)
+        return new_group([0, 1]).bound_device_id
+
+
+def test_nccl_connects_a_new_group_at_once(ranks):
+    assert ranks(2)(bound_to_by_nccl) == [torch.device("cuda", 1)] * 2
+
+
 def test_on_a_bound_world_a_group_is_made_by_its_members_alone(ranks):
     bound = torch.device("cuda", 0)
     assert ranks(2)(group_of_rank_0) == [(1, bound), (0, bound)]
