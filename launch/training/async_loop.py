@@ -37,7 +37,7 @@ from fourfold.parallel.decoder.pretrained_folder import write_pretrained
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.pipeline import ClipNorm, scale_adam_hyperparameters
 from fourfold.parallel.pipeline.failure import replica_lost
-from fourfold.parallel.sequence.tensors import shard_labels
+from fourfold.parallel.sequence.tensors import on_device, shard_labels
 
 
 def scaled_optimizer(layout: Layout, settings: TrainSettings) -> Callable[[list[nn.Parameter]], Optimizer]:
@@ -125,7 +125,7 @@ class AsynchronousModel:
         self.last_input = inputs[0]
 
     def micro_batches(self, ids: Callable[[], Tensor | Batch]) -> Iterator[tuple[Any, Any]]:
-        """This replica's micro-batches of a global batch, as far as this stage reads them.
+        """This replica's micro-batches of a global batch, as far as this stage reads them; on the host.
 
         Args:
             ids: makes the rows, [rows, seq_len] int64 or a Batch; called where tokens are read, on the first and the
@@ -138,10 +138,9 @@ class AsynchronousModel:
             return
         drawn = ids()
         batch = drawn if isinstance(drawn, Batch) else Batch(drawn)
-        inputs, documents = batch.ids.to(self.device), batch.document_ids
-        labels = inputs if batch.labels is None else batch.labels.to(self.device)
+        inputs, documents = batch.ids, batch.document_ids
+        labels = inputs if batch.labels is None else batch.labels
         if documents is not None:
-            documents = documents.to(self.device)
             labels = without_first_tokens(labels, documents)
         for start in range(0, len(inputs), self.layout.micro_batch):
             part = slice(start, start + self.layout.micro_batch)
@@ -162,7 +161,7 @@ class AsynchronousModel:
         """
         layout = self.layout
         counts = targets.view(-1, layout.dp, layout.num_micro_batches, layout.micro_batch).sum(-1)
-        return relative_targets(counts)[:, self.mesh.get_local_rank("dp")].flatten().to(self.device)
+        return on_device(relative_targets(counts)[:, self.mesh.get_local_rank("dp")].flatten(), self.device)
 
     def average_over_replicas(self, values: Tensor) -> Tensor:
         """The mean of a tensor over dp, in place; every replica of this stage must call.

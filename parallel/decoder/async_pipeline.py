@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Required, TypedDict, Unpack, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -26,7 +25,7 @@ from fourfold.parallel.decoder.limits import FP8, LOCKSTEP, SCHEDULES, Choice, a
 from fourfold.parallel.decoder.precision import chosen_precision
 from fourfold.parallel.decoder.stage import check_decoder, check_windows, has_sliding_window
 from fourfold.parallel.decoder.taken_over import mark_replaced, refuse_taken_over, take_over
-from fourfold.parallel.decoder.tensor_parallel import cut_cross_entropy, cut_ends, cut_layer
+from fourfold.parallel.decoder.tensor_parallel import cross_entropy_sum, cut_cross_entropy, cut_ends, cut_layer
 from fourfold.parallel.decoder.weights import materialise
 from fourfold.parallel.grid import AXES, layer_ranges
 from fourfold.parallel.mesh import replica_mesh
@@ -36,7 +35,7 @@ from fourfold.parallel.pipeline.runtime import PipelinedBackprop
 from fourfold.parallel.pipeline.schedule import PipelineSchedule
 from fourfold.parallel.pipeline.settings import ClipNorm, SchedulerFactory
 from fourfold.parallel.ring.transformers import stop_ring_attention, use_ring_attention
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, on_device
 from fourfold.parallel.stream.settings import StreamSettings
 
 
@@ -178,7 +177,9 @@ def pipeline_decoder(
     Its `run` takes (token ids [B, S] int64, shifted targets [B, S], -100 where there is none), this replica's
     micro-batches; or (a dict for padded or packed rows, targets), see AsyncDecoderStage.forward. With cp they are whole
     rows on each of its ranks, as for parallelize. An update takes the mean over the targets of all micro-batches and
-    replicas that it sees, however they are spread; the loss of a micro-batch is the mean over all of its targets.
+    replicas that it sees, however they are spread; the loss of a micro-batch is the mean over all of its targets. Leave
+    micro-batches on the host: what must be known of them there (how many targets they have, whether tp or cp ranks were
+    given the same) then waits for no device.
 
     Args:
         mesh: from init_mesh, with cp or tp of 1. The ranks of dp and cp average gradients at every update. With tp, all
@@ -261,15 +262,13 @@ def next_token_loss(logits: Tensor, targets: Tensor, tp_mesh: DeviceMesh | None 
     """Mean cross-entropy in fp32 (fp64 for fp64 logits); logits [B, S, vocab], targets [B, S] int64, -100 ignored.
 
     With `tp_mesh` logits are this rank's part of the vocabulary, [B, S, vocab / tp], and every rank of it must call. A
-    micro-batch without any target has a loss of 0, and no gradient.
+    micro-batch without any target has a loss of 0, and a gradient of zeros. Targets may be on the host.
     """
     if logits.dtype != torch.float64:
         logits = logits.float()
-    if not (targets != IGNORED_LABEL).any():
-        return logits.sum() * 0
-    if tp_mesh is not None:
-        return cut_cross_entropy(logits, targets, tp_mesh) / num_targets(targets)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL)
+    there = on_device(targets, logits.device)
+    total = cross_entropy_sum(logits, there) if tp_mesh is None else cut_cross_entropy(logits, there, tp_mesh)
+    return total / num_targets(there).clamp(min=1)
 
 
 def num_targets(targets: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the targets. A share's loss counts by its targets, so that uneven shares make th
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fourfold.parallel.communication import place_in
 from fourfold.parallel.decoder.batch import trouble_with
-from fourfold.parallel.decoder.documents import document_shards, trouble_with_ring
+from fourfold.parallel.decoder.documents import document_shards, ends_of_rows, trouble_with_ring
 from fourfold.parallel.ring.options import AgreedLength, RingSettings
 from fourfold.parallel.sequence.sharding import shard_length, shard_ranges
 from fourfold.parallel.sequence.tensors import IGNORED_LABEL, shard_positions, shard_sequence, take
@@ -29,11 +30,12 @@ def shard_rows(
     """This rank's tokens of whole rows, and what the stages are told of these.
 
     Args:
-        ids: [B, S].
+        ids: [B, S], best on the host, where they are judged.
         batch: what AsyncDecoderStage.forward takes besides, all [B, S].
     Returns:
         [B, S_local] with {"seq_len": S, "position_ids": [B, S_local] where given}; of packed rows [1, S_local], the
-        rank's tokens of all rows, with {"seq_len": S, "document_ids": [B, S]}.
+        rank's tokens of all rows, with {"seq_len": S, "document_ends": ends_of_rows'}, which no stage has to read
+        from a device.
     Raises:
         ValueError: on every rank alike, ids that are no tokens, padding by a mask, documents in pieces or with
             positions of their own, rows too short to give every rank a token.
@@ -67,7 +69,20 @@ def shard_rows(
             "position_ids beside document_ids where several ranks share every sequence (cp): positions count from each "
             "document's start there; leave position_ids out"
         )
-    return _of_documents(ring, ids, documents), {"seq_len": seq_len, "document_ids": documents}
+    return _of_documents(ring, ids, documents), {"seq_len": seq_len, "document_ends": ends_of_rows(documents)}
+
+
+def documents_of(told: dict[str, Any]) -> Tensor | None:
+    """[B, S] int64 on the host: the documents of packed rows, numbered through; None where rows are not packed.
+
+    Args:
+        told: from `shard_rows`.
+    """
+    ends = told.get("document_ends")
+    if ends is None:
+        return None
+    lengths = torch.tensor([end - start for start, end in pairwise(ends)], device="cpu")
+    return torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).view(-1, told["seq_len"])
 
 
 def share_of_attention(
@@ -78,7 +93,7 @@ def share_of_attention(
     Args:
         told: from `shard_rows`.
     """
-    if "document_ids" in told:
+    if "document_ends" in told:
         return None, {}
     positions, seq_len = told.get("position_ids"), told["seq_len"]
     if positions is None:
@@ -111,7 +126,7 @@ class LossOfShare:
         """
         ring, told = self._stage.ring, self._stage.rows
         assert ring is not None
-        documents, size = told.get("document_ids"), place_in(ring.group).size
+        documents, size = documents_of(told), place_in(ring.group).size
         rows = len(output) if documents is None else len(documents)
         if tuple(targets.shape) != (rows, told["seq_len"]):
             raise ValueError(

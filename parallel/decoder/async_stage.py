@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.communication import place_in
-from fourfold.parallel.decoder.async_shards import shard_rows, share_of_attention
+from fourfold.parallel.decoder.async_shards import documents_of, shard_rows, share_of_attention
 from fourfold.parallel.decoder.documents import document_positions, seen_tokens
 from fourfold.parallel.decoder.stage import DecoderStage
 from fourfold.parallel.ring.options import AgreedLength, RingSettings
+from fourfold.parallel.sequence.tensors import on_device
 from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_loss
 
 _KEYS = ("position_ids", "attention_mask", "document_ids")
@@ -49,8 +50,8 @@ class AsyncDecoderStage(DecoderStage):
         """Run the stage.
 
         Args:
-            x: [B, S] int64 token ids on the first stage, else [B, S, hidden] (under sequence parallelism this rank's
-                [B, S / tp, hidden]); S may differ from call to call. Or a dict
+            x: [B, S] int64 token ids on the first stage, on any device, else [B, S, hidden] (under sequence parallelism
+                this rank's [B, S / tp, hidden]); S may differ from call to call. Or a dict
                 with "input_ids" on the first stage, "hidden" on the others, and any of
                     "attention_mask"  [B, S], 0 for padding, as a tokenizer gives it
                     "document_ids"    [B, S] int64; a token sees those of its own document only
@@ -75,6 +76,7 @@ class AsyncDecoderStage(DecoderStage):
         if ring is not None:
             return self._forward_share(ring, value, batch, name)
         self._check(value, batch, name)
+        value, batch = self._on_device(value, batch)
         shape, device = self._tokens(value), value.device
         positions = batch.get("position_ids")
         if positions is None:
@@ -93,11 +95,11 @@ class AsyncDecoderStage(DecoderStage):
     def _forward_share(self, ring: RingSettings, value: Any, batch: dict[str, Any], name: str) -> Any:
         if self.is_first:
             self._check(value, batch, name)
-            value, batch = shard_rows(ring, value, batch, self.vocab_size)
+            value, batch = self._on_device(*shard_rows(ring, value, batch, self.vocab_size))
         self.rows = batch
         self.position_ids, arguments = share_of_attention(ring, batch, value.device)
         self.attention_arguments = {**self.attention_arguments, **arguments}
-        output = super().forward(value, None, batch.get("document_ids"))
+        output = super().forward(value, None, documents_of(batch))
         return output if self.is_last else {"hidden": output, **batch}
 
     def streamed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -105,13 +107,22 @@ class AsyncDecoderStage(DecoderStage):
 
         Args:
             hidden: [B, S, hidden], after the last layer.
-            targets: [B, S] int64, shifted, negative for none; without any the loss is 0.
+            targets: [B, S] int64, shifted, negative for none; without any the loss is 0. They may be on the host.
         """
         layer, norm = next(iter(self.layers.values())), cast(nn.Module, self.model.norm)
+        targets = on_device(targets, hidden.device)
         with torch.autocast(hidden.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             shared = stage_run(self._stream, self.config, layer, hidden, RowsOfStage())
             total = stream_loss(self._stream, shared, self.config, norm, self.lm_head, hidden, targets)
         return total / (targets >= 0).sum().clamp(min=1)
+
+    def _on_device(self, value: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What the first stage was given, where its weights are; the stages after get it there."""
+        if not self.is_first:
+            return value, batch
+        device = cast(nn.Embedding, self.model.embed_tokens).weight.device
+        moved = {key: on_device(each, device) if isinstance(each, Tensor) else each for key, each in batch.items()}
+        return on_device(value, device), moved
 
     def _tokens(self, value: Tensor) -> tuple[int, int]:
         """[B, S] of a micro-batch, from token ids or from hidden states that may be cut along the sequence."""

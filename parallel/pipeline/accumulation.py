@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fourfold.parallel.communication import gather_rows, place_in
 from fourfold.parallel.gradients import average_gradients, local_part
 from fourfold.parallel.pipeline.failure import replica_lost
 from fourfold.parallel.pipeline.joint_ranks import JointRanks
@@ -66,8 +67,7 @@ class GradientSum:
         self._parts.check_alike(self._weights)
         if self._group is None or not self._weights.live:
             return
-        live = self._weights.live
-        rows = self._gathered(torch.tensor(numbers_of(live), dtype=torch.int64, device=live[0].device))
+        rows = self._gathered(torch.tensor(numbers_of(self._weights.live), dtype=torch.int64, device="cpu"))
         if (unlike := first_unlike([row.tolist() for row in rows])) is not None:
             rank, weight = unlike
             ranks = dist.get_process_group_ranks(self._group)
@@ -143,14 +143,19 @@ class GradientSum:
         if self._group is not None:
             self._agree(ended=True)
 
-    def clip(self, max_norm: float, norm: float) -> None:
-        """Scale the gradients by max_norm / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_."""
-        scale = max_norm / (norm + 1e-6)
-        gradients = [local_part(p.grad) for p in self._weights.live if p.grad is not None]
-        if gradients and not scale >= 1:
-            torch._foreach_mul_(gradients, scale)
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        """Scale the gradients by max_norm / (norm + 1e-6) where that is below 1, as torch's clip_grad_norm_.
 
-    def norm(self) -> float:
+        Args:
+            norm: a scalar, best where the gradients are; nobody waits for it there.
+        """
+        gradients = [local_part(p.grad) for p in self._weights.live if p.grad is not None]
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(alike, scale.to(alike[0].device, dtype))
+
+    def norm(self) -> Tensor:
         """The 2-norm of the stage's gradients, of all tp ranks together, summed in fp64."""
         found = [(p.grad, p) for p in self._weights.in_order if p.grad is not None]
         return self._parts.norm([local_part(gradient) for gradient, _ in found], [p for _, p in found])
@@ -165,9 +170,7 @@ class GradientSum:
             return self._pending, 1.0
         live = self._weights.live
         mine = [float(ended), self._unit, self._unit * self._pending, *(float(p.grad is not None) for p in live)]
-        device = live[0].device if live else torch.device("cpu")
-        row = torch.tensor(mine, dtype=torch.float64, device=device)
-        table = torch.stack(self._gathered(row)).cpu()
+        table = torch.stack(self._gathered(torch.tensor(mine, dtype=torch.float64, device="cpu")))
         over = table[:, 0] > 0
         if over.any() and not over.all():
             ranks = dist.get_process_group_ranks(self._group)
@@ -185,11 +188,10 @@ class GradientSum:
         return float(table[:, 2].sum()) / (len(table) * unit), self._unit / unit
 
     def _gathered(self, row: Tensor) -> list[Tensor]:
-        """`row` of every replica."""
+        """`row` of every replica, on the host as it is. Cost: see gather_numbers."""
         assert self._group is not None
-        rows = [torch.empty_like(row) for _ in range(self._group.size())]
+        live = self._weights.live
         try:
-            dist.all_gather(rows, row, group=self._group)
+            return gather_rows(place_in(self._group), row, live[0].device if live else torch.device("cpu"))
         except RuntimeError as error:
             raise replica_lost(self._stage, self._group, error) from error
-        return rows

@@ -238,6 +238,10 @@ class BasisRotation(Answer):
     starts_blank = True
     longest_side = LONGEST_TURNED_SIDE
 
+    def __init__(self, late: Lateness) -> None:
+        super().__init__(late)
+        self._begun: dict[tuple[str, int], Tensor] = {}  # bases that were seen to be no longer zero
+
     def blank(self, slots: Sequence[Slot]) -> dict[str, Weights]:
         """Squares for the sides that are turned, nothing for the others."""
         kept: dict[str, Weights] = {kind: [] for kind in self.kinds}
@@ -290,11 +294,13 @@ class BasisRotation(Answer):
         moment = slot.state.get("exp_avg")
         if moment is not None:
             moment.copy_(self.outward(slot, moment))
-        for covariance, basis in zip(covariances, bases, strict=True):
+        for kind, covariance, basis in zip(("row", "column"), covariances, bases, strict=True):
             if basis.numel():
-                started = bool(basis.any())
+                # Looked at once: on a device that waits.
+                started = self._begun.get((kind, slot.index)) is basis or bool(basis.any())
                 found = torch.linalg.qr(covariance @ basis).Q if started else torch.linalg.eigh(covariance).eigenvectors
                 basis.copy_(found)
+                self._begun[kind, slot.index] = basis
         if moment is not None:
             moment.copy_(_turn(moment, bases[0].T, bases[1]))
 

@@ -214,13 +214,13 @@ class PipelinedBackpropEmulator:
         for history in histories:
             history.update(norm)
 
-    def _norm(self, norms: Sequence[float]) -> float | None:
+    def _norm(self, norms: Sequence[Tensor]) -> float | None:
         """The whole model's norm to clip by; None where stages clip by their own."""
         if self._clips_model is None:
             return None
         update, lag = self.stages[0].num_updates, self._clips_model.lag_updates
         for stage in self.stages:
-            stage.norms[update] = norms[0] if len(norms) == 1 else joined(norms)
+            stage.norms[update] = float(norms[0]) if len(norms) == 1 else joined(map(float, norms))
         known = self.stages[0].norms
         norm = known.get(update - lag, known[update] if self._clips_model.first_wait else None)
         for stage in self.stages:

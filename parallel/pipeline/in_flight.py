@@ -6,13 +6,13 @@ so that a module which depends on anything else is noticed.
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourfold.parallel.pipeline.local_parts import fingerprint
+from fourfold.parallel.pipeline.local_parts import bit_sums
 from fourfold.parallel.pipeline.stage import Flight, PipelineStage
 from fourfold.parallel.pipeline.values import Structure, needs_gradient, put_together, take_apart
 from fourfold.parallel.pipeline.versions import Weights
@@ -29,7 +29,7 @@ class Recipe:
         random: the state of the host's and of the device's generator, where the pipeline has no seed.
         buffers: of the module, before it.
         weight: of the micro-batch in its update.
-        results: fingerprints of what came out.
+        results: bit_sums of what came out; in a state, as numbers.
     """
 
     tensors: list[Tensor]
@@ -41,7 +41,7 @@ class Recipe:
     random: tuple[Tensor, Tensor | None] | None
     buffers: list[Tensor]
     weight: float = 1.0
-    results: list[tuple[int, int]] | None = None
+    results: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def before(cls, stage: PipelineStage, value: Any, weights: Weights, seen: int) -> "Recipe":
@@ -65,15 +65,16 @@ class Recipe:
 
     def made(self, flight: Flight) -> None:
         """After it."""
-        self.weight, self.results = flight.weight, [fingerprint(output.detach()) for output in flight.outputs]
+        self.weight, self.results = flight.weight, [bit_sums(output.detach()) for output in flight.outputs]
 
     def state(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return own | {"results": [tuple(sums.tolist()) for sums in self.results]}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> "Recipe":
         """The inverse of `state`."""
-        return cls(**state)
+        return cls(**state | {"results": [torch.tensor(sums, device="cpu") for sums in state["results"]]})
 
 
 def replayed(stage: PipelineStage, recipe: Recipe, micro_batch: int) -> Flight:
@@ -102,7 +103,7 @@ def replayed(stage: PipelineStage, recipe: Recipe, micro_batch: int) -> Flight:
     _set_buffers(stage, kept[0])
     stage.num_forwards = kept[1]
     flight.weight = recipe.weight
-    if [fingerprint(output.detach()) for output in flight.outputs] != recipe.results:
+    if [bit_sums(output.detach()).tolist() for output in flight.outputs] != [sums.tolist() for sums in recipe.results]:
         raise ValueError(
             f"stage {stage.index}: micro-batch {micro_batch}, in flight when the state was saved, comes out otherwise "
             "now: its module depends on more than its input, weights, buffers and random numbers, or its mode, dtype "

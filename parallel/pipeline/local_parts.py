@@ -61,9 +61,15 @@ def share_storage(master: nn.Parameter, p: nn.Parameter) -> None:
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
     """Two sums over the bits: other weights have others, but for a coincidence."""
+    first, second = bit_sums(tensor).tolist()
+    return first, second
+
+
+def bit_sums(tensor: Tensor) -> Tensor:
+    """The `fingerprint` where the tensor is, [2] int64: nobody waits for it."""
     flat = resolved(tensor).view(-1)
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
-    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+    return torch.stack([bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)])
 
 
 def numbers_of(parameters: Sequence[Tensor], is_cut: Callable[[Tensor], bool] = lambda _: False) -> list[int]:

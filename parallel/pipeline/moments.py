@@ -27,12 +27,15 @@ class Slot:
     Attributes:
         index: its number among all parameters of the stage, in the optimizers' order.
         group_number: of its group; the group itself is another object after the optimizer has loaded a state.
+        counted: where the state's number of updates lies on a device (a fused Adam's), this tensor and what it holds:
+            reading it would wait.
     """
 
     index: int
     optimizer: Optimizer
     group_number: int
     parameter: Tensor
+    counted: tuple[Tensor, int] | None = None
 
     @property
     def group(self) -> dict[str, Any]:
@@ -73,7 +76,12 @@ class Slot:
     @property
     def num_updates(self) -> int:
         """Of this parameter, which may be fewer than its stage's where it had no gradient at some."""
-        return int(self.state.get("step", 0))
+        made = self.state.get("step", 0)
+        if not isinstance(made, Tensor) or made.device.type == "cpu":
+            return int(made)
+        if self.counted is None or self.counted[0] is not made:
+            self.counted = made, int(made)
+        return self.counted[1]
 
     @property
     def decay_is_coupled(self) -> bool:

@@ -33,12 +33,15 @@ class ModelNorms:
         self.parts: dict[int, float] = {}
         self._asked: dict[int, tuple[Any, list[Tensor]]] = {}
 
-    def of(self, update: int, norm: float, links: PipeLinks) -> float | None:
-        """The norm to clip `update` by, where this stage's part is `norm`; None where stages clip by their own."""
+    def of(self, update: int, norm: Tensor, links: PipeLinks) -> float | None:
+        """The norm to clip `update` by, where this stage's part is `norm`; None where stages clip by their own.
+
+        Cost: of scope "model", the host waits for `norm`, which other stages are told.
+        """
         clipping = self._clipping
         if clipping is None:
             return None
-        self._ask(update, norm, links)
+        self._ask(update, float(norm), links)
         late = update - clipping.lag_updates
         if late in self.known or late in self._asked:
             found = self._wait(late, links)

@@ -145,6 +145,11 @@ class DelayedOptimizer:
         """Made so far."""
         return self._late.num_updates
 
+    def begin(self) -> None:
+        """At the start of a run, before which somebody may have set the optimizers' states in place."""
+        for slot in self.slots:
+            slot.counted = None
+
     @torch.no_grad()
     def step(
         self, *, after_hooks: Callable[[], None] | None = None, after_step: Callable[[], None] | None = None
@@ -241,6 +246,7 @@ class DelayedOptimizer:
 
     def go_on(self, num_updates: int, remembered: dict[str, list[Tensor]]) -> None:
         """Set the count of updates and what `remembered` returned; the optimizers' states are their own matter."""
+        self.begin()
         self._late.num_updates = num_updates
         for answer in self._answers:
             there = {kind: remembered[kind] for kind in answer.kinds if kind in remembered}
@@ -278,6 +284,9 @@ class DelayedOptimizer:
             answer.before_step(slots)
 
     def _after_step(self, slots: list[Slot], after_step: Callable[[], None] | None) -> None:
+        for slot in slots:
+            if slot.counted is not None and slot.parameter.grad is not None:
+                slot.counted = slot.counted[0], slot.counted[1] + 1
         for answer in reversed(self._answers):
             answer.after_step(slots)
         if after_step is not None:

@@ -73,8 +73,8 @@ class Parts(JointRanks):
             )
         return self if ring.group is None else ring
 
-    def norm(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> float:
-        """The 2-norm of all parts together, summed in fp64; those that every rank holds whole count once.
+    def norm(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        """The 2-norm of all parts together, a scalar summed in fp64; those that every rank holds whole count once.
 
         Args:
             tensors: this rank's parts.
@@ -84,12 +84,12 @@ class Parts(JointRanks):
         parts = [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
         norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
         if self.group is None:
-            return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+            return torch.linalg.vector_norm(torch.stack(norms)) if norms else no_norm()
         total = torch.zeros((), dtype=torch.float64, device=parameters[0].device if parameters else "cpu")
         for norm, parameter in zip(norms, parameters, strict=True):
             total += norm.square() / (1 if _is_cut(parameter) else self.group.size())
         self._collective(lambda: dist.all_reduce(total, group=self.group))
-        return float(total.sqrt())
+        return total.sqrt()
 
     def resolve(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients that each rank knows a part of only (gradients.resolve_partial_gradients)."""
@@ -136,6 +136,11 @@ class Parts(JointRanks):
                     "element, and each rank holds a part of a matrix; choose one of torch's "
                     f"{', '.join(kind.__name__ for kind in _ELEMENTWISE)}, or tp=1"
                 )
+
+
+def no_norm() -> Tensor:
+    """The norm of nothing."""
+    return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _is_cut(parameter: Tensor) -> bool:

@@ -82,8 +82,8 @@ class Meter:
         self.num_updates = self._before = num_updates
         self._start = time.perf_counter()
         self._delays: list[int] = []
-        self._errors: list[float] = []
-        self._norms: list[float] = []
+        self._errors: list[Tensor] = []  # these and the norms stay where they are until the report
+        self._norms: list[Tensor] = []
         self._sampling = False
 
     def sample(self, weights: list[Tensor] | None) -> list[Tensor] | None:
@@ -102,10 +102,10 @@ class Meter:
         if sample is not None:
             live, present = self._weights.live, local_parts(self._weights.held)
             moved = self._parts.norm(torch._foreach_sub(sample, present), live)
-            self._errors.append(moved / max(self._parts.norm(present, live), 1e-30))
+            self._errors.append(moved / self._parts.norm(present, live).clamp(min=1e-30))
             self._sampling = False
 
-    def update(self, norm: float) -> None:
+    def update(self, norm: Tensor) -> None:
         self.num_updates += 1
         if self._on:
             self._norms.append(norm)
@@ -117,8 +117,8 @@ class Meter:
             num_updates=self.num_updates - self._before,
             delay_mean=_mean(self._delays),
             delay_max=max(self._delays, default=0),
-            prediction_error=_mean(self._errors),
-            gradient_norm=_mean(self._norms),
+            prediction_error=_mean([float(error) for error in self._errors]),
+            gradient_norm=_mean([float(norm) for norm in self._norms]),
             idle_s=idle_s,
             total_s=time.perf_counter() - self._start,
         )

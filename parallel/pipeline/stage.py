@@ -22,7 +22,7 @@ from fourfold.parallel.pipeline.checks import check_gradients, check_module, che
 from fourfold.parallel.pipeline.graphs import check_graph, needs_any
 from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
-from fourfold.parallel.pipeline.parts import Parts
+from fourfold.parallel.pipeline.parts import Parts, no_norm
 from fourfold.parallel.pipeline.randomness import seeded
 from fourfold.parallel.pipeline.report import Meter
 from fourfold.parallel.pipeline.settings import PipelineOptions, PipelineSettings
@@ -145,6 +145,8 @@ class PipelineStage:
         self.weights.take_all_changes()
         self.weights.drop_gradients()  # of the user's own backwards, or of a run that failed
         self.gradients.begin(under_way)
+        if self.optimizer is not None:
+            self.optimizer.begin()
         self.meter.begin(num_updates)
         self._checked_graph = False
 
@@ -258,16 +260,16 @@ class PipelineStage:
                 torch.autograd.backward(*flight.rest)
         self.meter.landed(flight.seen, flight.sample)
 
-    def prepare_update(self) -> float:
-        """Average the gradients since the last update over micro-batches and replicas; returns their 2-norm.
+    def prepare_update(self) -> Tensor:
+        """Average the gradients since the last update over micro-batches and replicas; returns their 2-norm, a scalar.
 
-        The norm is 0 where nothing (clipping, observing) asks for it.
+        It is 0 where nothing (clipping, observing) asks for it.
         """
         self._steps = self.optimizer is not None and self.gradients.average()
         if self._steps and self.settings.on_gradients is not None:
             self.weights.show_gradients(self.settings.on_gradients)
         wanted = self._steps and (self.settings.clipping is not None or self.settings.observe)
-        self._norm = self.gradients.norm() if wanted else 0.0
+        self._norm = self.gradients.norm() if wanted else no_norm()
         return self._norm
 
     @torch.no_grad()
@@ -281,9 +283,8 @@ class PipelineStage:
         self.meter.update(self._norm)
         if self.optimizer is None:
             return
-        clipping = self.settings.clipping
-        if self._steps and clipping is not None:
-            self.gradients.clip(clipping.max_norm, self._norm if norm is None else max(norm, self._norm))
+        if self._steps and (clipping := self.settings.clipping) is not None:
+            self.gradients.clip(clipping.max_norm, self._norm if norm is None else self._norm.clamp(min=norm))
         if self._steps:
             self.weights.hand_over_gradients()
             shown = self.weights.restore if self.weights.apart else None
@@ -378,8 +379,7 @@ class PipelineStage:
             self._check_autocast()
         # The cache of casts does not see that weights were written, and outlives this forward under an outer autocast.
         torch.clear_autocast_cache()
-        dtype = self.settings.dtype
-        precision = nullcontext() if dtype is None else torch.autocast(own.type, dtype)
+        precision = nullcontext() if (dtype := self.settings.dtype) is None else torch.autocast(own.type, dtype)
         with self._randomness(own) if trains else nullcontext(), precision:
             yield
         torch.clear_autocast_cache()

@@ -86,6 +86,12 @@ class OnDevice(Tensor):
     def data_ptr(self) -> int:
         return plain(self).data_ptr()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().clone().requires_grad_(self.requires_grad)
+        found: Tensor = memo[id(self)]
+        return found
+
     def record_stream(self, stream: "Stream") -> None:
         """What it keeps alive is alive here anyway."""
 
@@ -273,6 +279,11 @@ class Stream:
         event = event or Event()
         event.record(self)
         return event
+
+    def synchronize(self) -> None:
+        assert _device is not None
+        _device.seen.wait("Stream.synchronize")
+        _device.sanitizer._handle_stream_synchronization(self.number)
 
     def __enter__(self) -> "Stream":
         _outer.streams = [*getattr(_outer, "streams", []), library().stream_id()]
