@@ -45,9 +45,10 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
 
     if device_type == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        if any(name == "lo" for _, name in socket.if_nameindex()):
-            # One machine: without this, gloo looks up the host's own name, which may not resolve.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        # One machine: without this, gloo, which GPUs' ranks have beside NCCL, looks up the host's own name, which may
+        # not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ[LAUNCHER] = str(os.getpid())
     # torch's profiler, which counts memory on CPUs, logs its start and stop below this level, and DTensor's unused
     # results are warned of at exit below this one.

@@ -12,8 +12,9 @@ Forward and backward, H 32, H_kv 8, D 128, bf16, by the device's clock, the medi
   pairs, by the backend that the device gets. A step waits for that rank, so these compare with each other.
 - nccl: ring_attention on one rank a device, messages and all; only where this host has several devices.
 
-Samples are appended to cuda_samples.csv as they come, and those there are not taken again. After --budget seconds it
-stops, and goes on where it is called again.
+Samples are appended to cuda_samples.csv as they come, and those there are not taken again; what a backend refuses,
+or is not installed, is told and not kept. After --budget seconds, or where the device fails, it stops, and goes on
+where it is called again.
 """
 
 import argparse
@@ -198,8 +199,13 @@ class Samples:
         try:
             seconds, peak = measure()
             row |= {"seconds": f"{seconds:.6g}", "peak_mib": f"{peak:.1f}"}
-        except Exception as error:  # a kernel that this device does not have: its words are the result
+        except ValueError as refusal:  # not kept: what is not installed may be by the next call
+            print(kind, *case, refusal, flush=True)
+            return
+        except Exception as error:  # a kernel that does not do this here: its words are the result
             row["error"] = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            if isinstance(error, torch.AcceleratorError):  # this process's device answers nothing any more
+                self.ends = 0.0
         self.rows.append(row)
         append_row(self.path, row, FIELDS)
         print(" ".join(row[field] for field in FIELDS[:7]), flush=True)
@@ -288,7 +294,7 @@ def main() -> None:
         samples.take("nccl", case, "fourfold", lambda case=case: nccl(*case, repeats))
     print(table(samples.rows))
     if samples.left:
-        print(f"{samples.left} measurements were left: the budget of {given.budget:.0f} s is spent; call it again")
+        print(f"{samples.left} measurements were left: time is up, or the device failed; call it again")
     if device == "cuda":
         write_rows(given.out, results(samples.rows))
 

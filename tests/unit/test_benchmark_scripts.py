@@ -6,13 +6,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # One process for all calls, most of whose time is the import of torch and transformers.
 DRIVER = """
-import contextlib, importlib, io, json, sys
+import contextlib, importlib, io, json, os, pathlib, sys
 from unittest import mock
 import torch
 
@@ -30,7 +31,22 @@ for module, *words in calls:
         except SystemExit as end:
             code = end.code
     answers.append([code, told.getvalue()])
-print(json.dumps([answers, {name: importlib.import_module(f"benchmarks.{name}").results(rows[name]) for name in rows}]))
+
+def failing(error):
+    def measure():
+        raise error
+    return measure
+
+ring = importlib.import_module("benchmarks.ring_attention.cuda")
+with contextlib.redirect_stdout(io.StringIO()):
+    samples = ring.Samples([], pathlib.Path(os.devnull), "cpu", 60)
+    lost = torch.AcceleratorError
+    failures = {"refused": ValueError, "failed": RuntimeError, "device lost": lost, "after": ValueError}
+    for name, kind in failures.items():
+        samples.take("ring", (128, 2), name, failing(kind(name)))
+kept = [[row["provider"] for row in samples.rows], samples.left]
+results = {name: importlib.import_module(f"benchmarks.{name}").results(rows[name]) for name in rows}
+print(json.dumps([answers, results, kept]))
 """
 STREAM, RING, PROFILING = "stream_backprop.cuda", "ring_attention.cuda", "profiling.cuda"
 TAKEN_WITH = {"torch": "2.11.0", "python": "3.12.1", "commit": "abc"}
@@ -94,11 +110,13 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Answers:
-    """Of each refused call (exit code, what it told), the tables by name, and rows for results files by script."""
+    """Of each refused call (exit code, what it told), the tables by name, rows for results files by script; and of the
+    ring's failing measurements those that were kept, and how many were left."""
 
     refused: list[tuple[int, str]]
     tables: dict[str, str]
     results: dict[str, list[dict[str, str]]]
+    failed: list[Any]
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +154,12 @@ def answers(tmp_path_factory) -> Answers:
         [sys.executable, "-c", DRIVER], input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert not done.returncode, done.stderr
-    told, results = json.loads(done.stdout)
+    told, results, failed = json.loads(done.stdout)
     tables = told[len(REFUSED) :]
     assert [code for code, _ in tables] == [0] * len(printing)
     return Answers(
         [(code, text) for code, text in told[: len(REFUSED)]],
-        dict(zip(printing, (text for _, text in tables), strict=True)), results,
+        dict(zip(printing, (text for _, text in tables), strict=True)), results, failed,
     )  # fmt: skip
 
 
@@ -166,6 +184,10 @@ def test_a_ring_is_told_over_the_limit_of_the_same_device(answers):
     assert "| 65536, 8 | ring: cudnn | 0.0104 | 1.04 | 700 |" in lines
     assert "| 65536, 8 | ring: cudnn | 0.0200 |  | 700 |" in lines
     assert "| 65536, 8 | ring: flash_attn_3 | not installed | | |" in lines
+
+
+def test_what_is_not_installed_is_asked_for_again_and_a_lost_device_for_nothing_more(answers):
+    assert answers.failed == [["failed", "device lost"], 1]
 
 
 def test_launches_are_told_case_by_case_with_what_failed(answers):

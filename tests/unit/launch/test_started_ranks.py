@@ -1,4 +1,4 @@
-"""What srun and mpiexec tell a rank, as torch.distributed reads it; without either."""
+"""What srun, mpiexec and our own launcher tell a rank, as torch.distributed reads it; without any of them."""
 
 import os
 import sys
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fourfold.launch.processes import start_ranks
 from fourfold.launch.training.mpi import adopt_mpi_ranks, started_by_mpi
 from fourfold.launch.training.slurm import adopt_slurm_ranks, first_host, started_by_slurm, tasks_per_node
 
@@ -25,6 +26,17 @@ def adopted(monkeypatch):
         return [os.environ[name] for name in READ]
 
     return adopt
+
+
+@pytest.mark.parametrize(("device_type", "threads"), [("cpu", "1"), ("cuda", None)])
+def test_ranks_of_one_machine_do_not_look_up_its_name(monkeypatch, device_type, threads):
+    """Those on GPUs have gloo, too."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: lambda *words: None)
+    monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    start_ranks("fourfold.launch.train", [], num_ranks=2, device_type=device_type)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 def test_the_last_of_three_uneven_nodes(adopted):

@@ -46,6 +46,13 @@ def test_the_host_is_timed_apart_while_the_device_is_held_back():
     Clock(CPU).hold(1e9)  # a CPU is held back by nothing
 
 
+def test_a_device_of_a_fast_clock_is_held_back_for_as_long(monkeypatch):
+    cycles = []
+    monkeypatch.setattr(torch.cuda, "_sleep", cycles.append)
+    Clock(torch.device("cuda")).hold(0.1)
+    assert cycles[0] / 2.8e9 >= 0.1  # the highest clocks of consumer cards
+
+
 def test_operators_are_counted_in_both_passes_and_views_are_none():
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
     with OperatorCount() as forward:
