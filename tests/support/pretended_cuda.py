@@ -6,7 +6,8 @@ so losses can be compared with the CPU's. torch's own CUDA sanitizer says where 
 without an order between them.
 
 Needs a process in which nothing has gone backward before: autograd makes a thread for each device at its first step.
-What it cannot know: kernels' limits (support.emulated_kernels has those of attention's), memory, NCCL.
+What it cannot know: kernels' limits (support.emulated_kernels has those of attention's), what the allocator rounds up
+and where it runs out, what NCCL would deadlock on.
 """
 
 import threading
