@@ -38,6 +38,7 @@ dtype is what matrix products run in: on CUDA bfloat16 by autocast over fp32 wei
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,12 +68,25 @@ _LAYER = ("forward_s", "backward_s")
 _ENDS = ("embedding_forward_s", "embedding_backward_s", "head_forward_s", "head_backward_s")
 
 
-def layer_cases(
-    config: dict[str, Any], device: torch.device, *, tp: int, micro_batches: tuple[int, ...], seq_len: int
-) -> list[Case]:
-    """[[layer]] and [[ends]] for one tensor-parallel degree; the model is shared by all cases."""
+def timed_model(config: dict[str, Any], device: torch.device, *, tp: int = 1) -> Any:
+    """The layers and ends of one of `tp` ranks, on the device: DEPTH layers, which all cases of one kind share."""
     with device:
-        model = local_model(config, tp=tp, num_layers=DEPTH)
+        return local_model(config, tp=tp, num_layers=DEPTH)
+
+
+def _with_its_weights(whole: Any) -> Any:
+    """A copy of a model whose parameters, with gradients of their own, lie in the same memory.
+
+    The cases of a profile are there together, and of a model of 70B two layers and the ends alone take 15 GB.
+    """
+    shared: dict[int, Any] = {id(weight): nn.Parameter(weight.detach()) for weight in whole.parameters()}
+    return deepcopy(whole, shared)
+
+
+def layer_cases(
+    model: Any, device: torch.device, *, tp: int, micro_batches: tuple[int, ...], seq_len: int
+) -> list[Case]:
+    """[[layer]] and [[ends]] of `timed_model` for one tensor-parallel degree; the model is shared by all cases."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     named = {"dtype": str(dtype).removeprefix("torch."), "tp": tp}
     cases = []
@@ -89,16 +103,19 @@ def layer_cases(
 
 
 def compiled_layer_cases(
-    config: dict[str, Any],
+    whole: Any,
     device: torch.device,
     parallelism: Parallelism,
     *,
     micro_batches: tuple[int, ...],
     seq_len: int,
 ) -> list[Case]:
-    """[[layer]] of compiled layers on one rank; the compiler works before anything is timed."""
-    with device:
-        model = local_model(config, num_layers=DEPTH)
+    """[[layer]] of compiled layers on one rank; the compiler works before anything is timed.
+
+    Args:
+        whole: timed_model's of tp=1, which stays as it is; its weights are used, and its sizes.
+    """
+    model = _with_its_weights(whole)
     for layer in model.model.layers:
         parallelism.compile_layer(layer)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -119,7 +136,7 @@ def compiled_layer_cases(
 
 
 def tensor_parallel_cases(
-    config: dict[str, Any],
+    whole: Any,
     device: torch.device,
     parallelism: Parallelism,
     *,
@@ -131,12 +148,12 @@ def tensor_parallel_cases(
     """[[tp_layer]] and [[tp_ends]] for groups of `tp` neighbouring ranks; every rank of the world must call.
 
     Args:
+        whole: as of compiled_layer_cases.
         seq_len: tokens of a sequence, a multiple of tp where `sequence_parallel`: every rank then has seq_len / tp of
             them between its matrices.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size() // tp, tp), mesh_dim_names=("outer", "tp"))["tp"]
-    with device:
-        model = local_model(config, num_layers=DEPTH)
+    model = _with_its_weights(whole)
     for layer in model.model.layers:
         parallelism.cut_layer(layer, mesh, sequence_parallel=sequence_parallel)
     parallelism.cut_ends(model, mesh, sequence_parallel=sequence_parallel)
@@ -154,7 +171,7 @@ def tensor_parallel_cases(
 
 
 def context_parallel_cases(
-    config: dict[str, Any],
+    whole: Any,
     device: torch.device,
     parallelism: Parallelism,
     *,
@@ -165,11 +182,11 @@ def context_parallel_cases(
     """[[cp_layer]] for groups of `cp` neighbouring ranks; every rank of the world must call.
 
     Args:
+        whole: as of compiled_layer_cases.
         seq_len: tokens of the whole sequence, a multiple of 2 * cp: every rank holds seq_len / cp.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size() // cp, cp), mesh_dim_names=("outer", "cp"))["cp"]
-    with device:
-        model = local_model(config, num_layers=DEPTH)
+    model = _with_its_weights(whole)
     parallelism.put_ring_around(model, mesh.get_group())
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cases = []

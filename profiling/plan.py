@@ -22,6 +22,7 @@ from fourfold.profiling.layer import (
     layer_cases,
     optimizer_cases,
     tensor_parallel_cases,
+    timed_model,
 )
 from fourfold.profiling.links import Tier, link_cases
 from fourfold.profiling.parallelism import Parallelism
@@ -92,17 +93,18 @@ def _model_cases(
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     sizes: dict[str, Any] = {"micro_batches": settings.micro_batches, "seq_len": settings.seq_len}
     cases = []
+    whole = timed_model(config, device)
     for tp in model.tp_degrees(world_size):
-        cases += layer_cases(config, device, tp=tp, **sizes)
+        cases += layer_cases(whole if tp == 1 else timed_model(config, device, tp=tp), device, tp=tp, **sizes)
     if parallelism is not None:
         if _all_ranks(parallelism.compiles_on(device.type)):
-            cases += compiled_layer_cases(config, device, parallelism, **sizes)
+            cases += compiled_layer_cases(whole, device, parallelism, **sizes)
         for cp in _ring_sizes(per_host, settings.seq_len):
-            cases += context_parallel_cases(config, device, parallelism, cp=cp, **sizes)
+            cases += context_parallel_cases(whole, device, parallelism, cp=cp, **sizes)
         for tp in model.tp_degrees(per_host)[1:]:
             if model.vocab % tp == 0:
                 for cut in (False, True)[: 1 + (settings.seq_len % tp == 0)]:
-                    cases += tensor_parallel_cases(config, device, parallelism, tp=tp, sequence_parallel=cut, **sizes)
+                    cases += tensor_parallel_cases(whole, device, parallelism, tp=tp, sequence_parallel=cut, **sizes)
     return cases + optimizer_cases(model, device)
 
 

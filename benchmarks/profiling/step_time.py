@@ -22,7 +22,7 @@ from fourfold.parallel import init_mesh, parallelize
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.compute import AttentionShape, OperandPool, attention_case, matmul_case
 from fourfold.profiling.fitting import fit_latency_bandwidth
-from fourfold.profiling.layer import layer_cases, optimizer_cases, tensor_parallel_cases
+from fourfold.profiling.layer import layer_cases, optimizer_cases, tensor_parallel_cases, timed_model
 from fourfold.profiling.links import find_tiers, link_cases
 from fourfold.profiling.session import Case, Timings, measure
 from fourfold.profiling.shapes import ModelShape, model_shape
@@ -141,6 +141,7 @@ def parts_of(config: dict[str, Any], seq_len: int) -> Parts:
         batch=1, heads=shape.heads, kv_heads=shape.kv_heads, seq_len=seq_len, head_dim=shape.head_dim
     )
     (tier,) = find_tiers("cpu")
+    whole = timed_model(config, CPU)
     messages = sorted({KIB, 64 * KIB, 256 * KIB, 1024 * KIB, message, 4 * parameters})
     return Parts(
         shape=shape,
@@ -148,8 +149,8 @@ def parts_of(config: dict[str, Any], seq_len: int) -> Parts:
         gradient_bytes=4 * parameters,
         steps={axis: step_case(config, axis, seq_len) for axis in ("dp", "tp")},
         layers={
-            "dp": layer_cases(config, CPU, tp=1, **sizes),
-            "tp": tensor_parallel_cases(config, CPU, TrainingParallelism(), tp=2, **sizes),
+            "dp": layer_cases(whole, CPU, tp=1, **sizes),
+            "tp": tensor_parallel_cases(whole, CPU, TrainingParallelism(), tp=2, **sizes),
         },
         matmuls={
             (out, into): [

@@ -8,7 +8,7 @@ import torch
 from fourfold.launch.profile_ranks import TrainingParallelism
 from fourfold.profiling.clock import Clock
 from fourfold.profiling.hardware import held_outside_bytes
-from fourfold.profiling.layer import MOST_HELD_S, _Work, compiled_layer_cases, layer_cases, local_model
+from fourfold.profiling.layer import MOST_HELD_S, _Work, compiled_layer_cases, layer_cases, local_model, timed_model
 from fourfold.profiling.memory import OperatorCount
 
 CONFIG = {
@@ -61,8 +61,11 @@ def test_operators_are_counted_in_both_passes_and_views_are_none():
     with OperatorCount() as backward:
         y.backward(torch.ones_like(y))
     assert backward.count >= 2
-    (layer, _) = layer_cases(CONFIG, CPU, tp=1, **ONE)
-    few, many = layer.facts()["operators"], layer_cases(CONFIG, CPU, tp=1, micro_batches=(8,), seq_len=16)[0].facts()
+    (layer, _) = layer_cases(timed_model(CONFIG, CPU), CPU, tp=1, **ONE)
+    few, many = (
+        layer.facts()["operators"],
+        layer_cases(timed_model(CONFIG, CPU), CPU, tp=1, micro_batches=(8,), seq_len=16)[0].facts(),
+    )
     assert 50 < few == many["operators"] < 300  # a launch costs the same whatever it works on
 
 
@@ -74,11 +77,17 @@ def test_compiled_layers_are_compiled_before_they_are_timed():
             compiled.append(layer)
             layer.compile(backend="eager")
 
-    (case,) = compiled_layer_cases(CONFIG, CPU, Told(), **ONE)
+    whole = timed_model(CONFIG, CPU)
+    (case,) = compiled_layer_cases(whole, CPU, Told(), **ONE)
     assert case.fields["compiled"] is True
     assert case.fields["tp"] == 1
     assert len(compiled) == 2
+    # Two models in the memory of one; of each its own gradients.
+    mine, theirs = ([*layers.parameters()] for layers in (torch.nn.ModuleList(compiled), whole.model.layers))
+    assert [weight.data_ptr() for weight in mine] == [weight.data_ptr() for weight in theirs]
+    assert not {id(weight) for weight in mine} & {id(weight) for weight in theirs}
     case.prepare()
+    assert {layer._compiled_call_impl for layer in whole.model.layers} == {None}
     counters: Any = torch._dynamo.utils.counters
     before = dict(counters["frames"])
     assert min(case.run(Clock(CPU), 2)) > 0
