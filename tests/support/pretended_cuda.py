@@ -5,7 +5,8 @@ operator, reading a value, sizes that depend on values, copies from or to memory
 so losses can be compared with the CPU's. torch's own CUDA sanitizer says where two streams touch the same memory
 without an order between them.
 
-Needs a process in which nothing has gone backward before: autograd makes a thread for each device at its first step.
+Needs a torch that is built for CPUs alone, and a process in which nothing has gone backward before: autograd makes a
+thread for each device at its first step.
 What it cannot know: kernels' limits (support.emulated_kernels has those of attention's), what the allocator rounds up
 and where it runs out, what NCCL would deadlock on.
 """

@@ -11,12 +11,23 @@ import pytest
 import torch
 
 
+def _why_not() -> str:
+    if torch.cuda.is_available():
+        return "there is a device: tests/gpu runs on it"
+    if torch.version.cuda or torch.version.hip:
+        return "torch is built for devices, and its own attention asks their driver"
+    return "" if shutil.which("g++") else "no g++ here"
+
+
+only_pretended = pytest.mark.skipif(_why_not() != "", reason=_why_not())
+"""Of a module whose tests pretend devices: where that cannot be done, or one is there."""
+
+
 @cache
 def library() -> ctypes.CDLL:
     """pretended_cuda.cpp, compiled. Cost: two seconds of a compiler, once a process."""
     compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ here")
+    assert compiler is not None, "no g++ here"
     torch_folder, source = Path(torch.__file__).parent, Path(__file__).with_name("pretended_cuda.cpp")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder, "pretended_cuda.so")

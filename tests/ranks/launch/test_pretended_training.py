@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.pretended_cuda import pretended
+from support.pretended_library import only_pretended
 from support.tiny_config import CONFIG
 from support.training_process import forked_ranks
 
@@ -14,7 +14,7 @@ from fourfold.launch.runs import read_result
 from fourfold.layouts.inputs.layout import Layout, write_layout_file
 from fourfold.layouts.inputs.model import load_model
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: tests/gpu runs on it")
+pytestmark = only_pretended
 KEPT: list[Any] = []
 
 

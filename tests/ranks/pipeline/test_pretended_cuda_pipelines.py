@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from support.one_loss import adamw, tiny_model
 from support.pretended_cuda import Seen, pretended
+from support.pretended_library import only_pretended
 from support.rank_pool import RankPool
 
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
@@ -23,7 +24,7 @@ from fourfold.parallel.decoder import pipeline_decoder
 from fourfold.parallel.pipeline import links
 from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: tests/gpu runs on it")
+pytestmark = only_pretended
 IDS = torch.randint(64, (8, 2, 13), generator=torch.Generator().manual_seed(5))
 ROUNDING = 1e-12  # of fp64, through a few updates
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from support.large_logits import with_large_logits
 from support.pretended_cuda import pretended
+from support.pretended_library import only_pretended
 from support.rank_pool import RankPool
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold.parallel import init_mesh, parallelize
 from fourfold.parallel.stream.settings import StreamSettings
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device: tests/gpu runs on it")
+pytestmark = only_pretended
 IDS = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
 DOCUMENTS = torch.arange(32).ge(9).long().expand(2, -1)
 BY_HEADS = StreamSettings(chunk_size=16, mlp_chunk=16, head_groups=2)
