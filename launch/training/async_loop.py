@@ -225,11 +225,12 @@ class AsynchronousModel:
             return 0
         # Drained, every stage has made all updates; otherwise each lacks those of what is in flight on it.
         updates, saved = step * self.layout.updates_per_step, extra.pop(self._in_flight, None)
-        if saved is not None:
-            state = from_bytes(saved, self.device)
+        state = None if saved is None else from_bytes(saved, self.device)
+        if state is not None:
             updates = state["num_updates"]
-            self.pipeline.go_on(state["stream"])
         stage.go_on(num_updates=updates, num_forwards=step * self.layout.num_micro_batches, remembered=extra)
+        if state is not None:  # after the norms that all stages have written under one name
+            self.pipeline.go_on(state["stream"])
         for scheduler in stage.schedulers:  # none, where this replica owns no weights
             scheduler.last_epoch = updates - 1
             scheduler.step()  # sets the rates of the coming update

@@ -147,6 +147,7 @@ class StreamRun:
             "place": str(self.place), "first": self.first, "updates": self._updates, "under_way": self._under_way,
             "sums": None if self._sums is None else written(self._sums),
             "previous": self._previous, "arrived": self._arrived, "norms": dict(self.place.norms.parts),
+            "known_norms": dict(self.place.norms.known),  # stages that are updates apart need others
             "recipes": {micro_batch: recipe.state() for micro_batch, recipe in self._recipes.items()},
         }  # fmt: skip
 
@@ -167,6 +168,7 @@ class StreamRun:
         run._previous, run._arrived = (copied(state[key]) for key in ("previous", "arrived"))
         run._sums = None if state["sums"] is None else read_back(state["sums"], run.stage.weights.live)
         place.norms.parts = dict(state["norms"])
+        place.norms.known.update(state.get("known_norms", {}))
         run._recipes = {micro_batch: Recipe.of(each) for micro_batch, each in state["recipes"].items()}
         run._waiting = deque(sorted(run._recipes))
         return run

@@ -167,10 +167,10 @@ def test_training_equals_the_emulator_and_resuming_equals_no_stop(ranks, tmp_pat
 def test_checkpoints_and_evaluations_in_flight_leave_training_as_it_is(ranks, tmp_path, fields):
     plan, folder = layout(**fields), str(tmp_path / "checkpoints")
     pool, other = ranks(plan.world_size), str(tmp_path / "drained")
-    alone = pool(trained, plan, "", False, ALONE, plan.tp)
-    drained = pool(trained, plan, other, False, SETTINGS, plan.tp)
-    saved = pool(trained, plan, folder, False, IN_FLIGHT, plan.tp)
-    again = pool(trained, plan, folder, True, IN_FLIGHT, plan.tp)
+    alone = pool(trained, plan, "", False, ALONE, 2)
+    drained = pool(trained, plan, other, False, SETTINGS, 2)
+    saved = pool(trained, plan, folder, False, IN_FLIGHT, 2)
+    again = pool(trained, plan, folder, True, IN_FLIGHT, 2)
     for rank, (losses, held_out, state, *_) in enumerate(alone):
         assert drained[rank][2] != state  # draining at step 2 changes training
         assert saved[rank][:3] == (losses, held_out, state)
