@@ -1,8 +1,9 @@
 """What the autograd graph of a stage's first forward tells about weights that would not train as they should."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.distributed.tensor import DTensor
 
 _CASTS = ("ToCopyBackward0",)
@@ -53,18 +54,19 @@ def check_graph(
                 waiting.append(following)
 
 
-def needs_any(output: Tensor, leaves: Sequence[Tensor]) -> bool:
-    """Whether the graph of `output` reaches one of `leaves`. Cost: a walk over the graph."""
-    wanted = {id(leaf) for leaf in leaves}
-    waiting = [output.grad_fn]
+def reached(outputs: Iterable[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Those of `leaves` that the graphs of `outputs` reach. Cost: a walk over the graphs."""
+    nodes = nodes_below(output.grad_fn for output in outputs)
+    found = {id(getattr(node, "variable", None)) for node in nodes}
+    return [leaf for leaf in leaves if id(leaf) in found]
+
+
+def nodes_below(nodes: Iterable[Node | None]) -> set[Node]:
+    """The given nodes of an autograd graph and all that follow them in a backward. Cost: a walk over the graph."""
+    waiting = [node for node in nodes if node is not None]
     seen = set(waiting)
     while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if id(getattr(node, "variable", None)) in wanted:
-            return True
-        following = {each for each, _ in node.next_functions} - seen
+        following = {each for each, _ in waiting.pop().next_functions if each is not None} - seen
         seen |= following
         waiting.extend(following)
-    return False
+    return seen

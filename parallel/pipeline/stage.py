@@ -19,7 +19,8 @@ from fourfold.parallel.gradients import copy_weights
 from fourfold.parallel.pipeline import saving
 from fourfold.parallel.pipeline.accumulation import GradientSum
 from fourfold.parallel.pipeline.checks import check_gradients, check_module, check_passable, measured_loss
-from fourfold.parallel.pipeline.graphs import check_graph, needs_any
+from fourfold.parallel.pipeline.graphs import check_graph
+from fourfold.parallel.pipeline.halves import input_half, weight_half
 from fourfold.parallel.pipeline.masters import MasterWeights
 from fourfold.parallel.pipeline.optimizer import DelayedOptimizer
 from fourfold.parallel.pipeline.parts import Parts, no_norm
@@ -228,34 +229,22 @@ class PipelineStage:
 
     def backward_input(self, flight: Flight, gradients: Sequence[Tensor] | None, weight: float) -> list[Tensor]:
         """The first half of a backward: only the inputs' gradients. `backward_weight` must follow."""
-        from torch.distributed.pipelining._backward import stage_backward_input
-
         flight.weight = self.gradients.relative(weight)
         roots, seeds = self._roots(flight, gradients, flight.weight)
         if not flight.inputs:
             # Nothing comes before this stage that needs a gradient: all is the weights' half.
             flight.rest = roots, seeds
             return []
-        # So are outputs that no input reaches; torch's half would lose their gradients.
-        apart = [len(roots) > 1 and not needs_any(root, flight.inputs) for root in roots]
-        kept = [at for at, alone in enumerate(apart) if not alone]
-        own = [at for at, alone in enumerate(apart) if alone]
-        flight.rest = [roots[at] for at in own], None if seeds is None else [seeds[at] for at in own]
-        # torch detaches the outputs in place, which autograd refuses for a view.
-        halved = [roots[at].clone() if roots[at]._is_view() else roots[at] for at in kept]
-        given = None if seeds is None else [seeds[at] for at in kept]
         with self._reading(flight):
-            _, flight.halves = stage_backward_input(halved, given, flight.inputs, iter(self.weights.live))  # type: ignore[arg-type]
+            flight.halves, flight.rest = input_half(roots, seeds, flight.inputs, self.weights.live, self.index)
         return self._input_gradients(flight)
 
     def backward_weight(self, flight: Flight) -> None:
         """The second half: only the parameters' gradients."""
-        from torch.distributed.pipelining._backward import stage_backward_weight
-
         with self._reading(flight), self.gradients.adding(flight.weight):
             if flight.inputs:
                 with self.weights.accumulating():
-                    stage_backward_weight(iter(self.weights.live), flight.halves)
+                    weight_half(flight.halves, self.weights.live)
             if flight.rest[0]:
                 torch.autograd.backward(*flight.rest)
         self.meter.landed(flight.seen, flight.sample)
