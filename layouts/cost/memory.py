@@ -8,7 +8,6 @@ space, and communication buffers. The true peak scatters about this: a layout ha
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -218,7 +217,7 @@ def _changing(pricing: Pricing) -> _Changing:
         # As DecoderStage.gives_loss chooses where the layers do not stream.
         head = (layouts.tp == 1) & layouts.drains & ~layouts.zero_bubble & ~streams
         head &= streams_loss(layouts.tokens, model.hidden_size, model.vocab_size, pricing.cluster.device.type)
-        loss = np.where(head, _by_tokens(pricing, partial(_head_loss_bytes, pricing)), loss)
+        loss = np.where(head, _head_loss_bytes(pricing), loss * stages.waiting)
     logits = stages.has_head * loss
     # One layer at work: what is recomputed, and the gradients of its activations as they replace these.
     width = model.hidden_size * pricing.hidden_bytes
@@ -254,18 +253,23 @@ def _streamed_loss_bytes(pricing: Pricing) -> Column:
         a_token, fixed = work.head(tokens, "auto", device, wide_sums=software.weight_bytes < 4)
         return tokens * a_token + fixed
 
-    return _by_tokens(pricing, held)
+    return _of_each(held, pricing.layouts.tokens)
 
 
-def _head_loss_bytes(pricing: Pricing, tokens: int) -> float:
+def _head_loss_bytes(pricing: Pricing) -> Column:
     """What a head holds that alone is streamed, by the runtime's closed form."""
-    return loss_bytes(tokens, shape_of(pricing.model), pricing.software.compute_bytes, pricing.cluster.device.type)
+    shape, itemsize, kind = shape_of(pricing.model), pricing.software.compute_bytes, pricing.cluster.device.type
+
+    def held(tokens: int, wide: int, waiting: int) -> float:
+        return loss_bytes(tokens, shape, itemsize, kind, hidden_itemsize=wide, waiting=waiting)
+
+    return _of_each(held, pricing.layouts.tokens, pricing.hidden_bytes, pricing.stages.waiting)
 
 
-def _by_tokens(pricing: Pricing, held: Callable[[int], float]) -> Column:
-    """`held` of each layout's tokens of a micro-batch."""
-    tokens, places = np.unique(pricing.layouts.tokens, return_inverse=True)
-    column: Column = np.array([held(count) for count in tokens.tolist()])[places.reshape(-1)]
+def _of_each(held: Callable[..., float], *columns: Column) -> Column:
+    """`held` of each candidate's values, asked once for every combination that occurs."""
+    kinds, places = np.unique(np.stack(np.broadcast_arrays(*columns)).astype(int), axis=1, return_inverse=True)
+    column: Column = np.array([held(*kind) for kind in kinds.T.tolist()])[places.reshape(-1)]
     return column
 
 

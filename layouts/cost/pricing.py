@@ -58,7 +58,10 @@ class Pricing:
 
     @cached_property
     def stages(self) -> Stages:
-        return stages_of(self.model, self.layouts, overshoot=self.software.stages_overshoot)
+        software = self.software
+        return stages_of(
+            self.model, self.layouts, overshoot=software.stages_overshoot, few_at_once=software.few_at_once
+        )
 
     @cached_property
     def held_params(self) -> tuple[Column, Column]:

@@ -24,6 +24,8 @@ class Stages:
     has_head: Column
     in_flight: Column
     """Layer inputs held at the peak, in micro-batches' worth of this stage's layers (a fraction with interleaving)."""
+    waiting: Column
+    """Micro-batches whose losses wait for their backward together on the last stage, [candidates]."""
     mean_between: Column
     """Layers of a stage between first and last, in the mean: what fill and drain pass through."""
 
@@ -62,8 +64,12 @@ def ends_in_cut(num_layers: int, pp: int) -> tuple[int, int]:
     return int((num_layers + 2) % pp == 0), 1
 
 
-def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = False) -> Stages:
-    """The three kinds of stage of each candidate, under whichever schedule it has."""
+def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = False, few_at_once: bool = False) -> Stages:
+    """The three kinds of stage of each candidate, under whichever schedule it has.
+
+    Args:
+        few_at_once: see Software.few_at_once.
+    """
     pp, vp = layouts.pp, layouts.vp
     index = np.stack([np.zeros_like(pp), np.where(pp > 2, 1, 0), np.where(pp > 1, pp - 1, 0)])
     one_f_one_b = np.minimum(pp - index, layouts.num_micro_batches).astype(float)
@@ -72,6 +78,9 @@ def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = Fals
     # Zero-bubble warms up half as long, and holds on to as much for weight gradients that it puts off: pp everywhere.
     chunks = np.where(layouts.zero_bubble, vp * pp, chunks)
     in_flight = np.where(vp > 1, np.minimum(chunks / vp, layouts.num_micro_batches), one_f_one_b)
+    waiting = np.where(few_at_once & (vp == 1) & layouts.drains, np.minimum(layouts.num_micro_batches, pp), 1)
+    waiting = np.where(layouts.num_micro_batches < pp, waiting, 1)
+    in_flight = np.maximum(in_flight, waiting)
     sizes = layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)
     first, between, last = overshooting(model, pp) if overshoot else sizes
     mean_between = np.where(pp > 2, (model.num_layers - first - last) / np.maximum(pp - 2, 1), between)
@@ -81,6 +90,7 @@ def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = Fals
         has_embedding=index == 0,
         has_head=index == pp - 1,
         in_flight=asynchronous_in_flight(layouts, index, in_flight) if layouts.any_asynchronous else in_flight,
+        waiting=waiting,
         mean_between=mean_between,
     )
 

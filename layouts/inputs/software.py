@@ -81,6 +81,8 @@ class Software:
     """Vocabulary-parallel loss; else each tp rank holds all logits."""
     logits_bytes: float = 10.0
     """At the peak of the loss, a token and a vocabulary entry."""
+    few_at_once: bool = False
+    """Whether 1F1B runs all forwards first where there are fewer micro-batches than stages, as torch's pipelines do."""
     streams_head: bool = False
     """Whether large logits are made some tokens at a time, by the rule of this runtime (DecoderStage.gives_loss)."""
     head_sharded: bool = True

@@ -113,7 +113,7 @@ class AsyncDecoderStage(DecoderStage):
         targets = on_device(targets, hidden.device)
         with torch.autocast(hidden.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             shared = stage_run(self._stream, self.config, layer, hidden, RowsOfStage())
-            total = stream_loss(self._stream, shared, self.config, norm, self.lm_head, hidden, targets)
+            total = stream_loss(self._stream, shared, norm, self.lm_head, hidden, targets)
         return total / (targets >= 0).sum().clamp(min=1)
 
     def _on_device(self, value: Tensor, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

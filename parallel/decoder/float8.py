@@ -24,6 +24,7 @@ from fourfold.parallel.decoder.choice import Choice
 from fourfold.parallel.decoder.facts import DecoderFacts
 from fourfold.parallel.decoder.fp8_limits import FP8_PACKED, MULTIPLE
 from fourfold.parallel.decoder.precision import Precision
+from fourfold.parallel.stream.patching import hooks_of
 
 RECIPE = "rowwise"
 
@@ -53,16 +54,28 @@ def use_fp8(layer: nn.Module, stored: Precision) -> None:
 
     Args:
         layer: a decoder layer with its weights; every matrix's sides in multiples of 16 (decoder.limits).
+    Raises:
+        ValueError: a module that is more than an nn.Linear, which torchao would turn into a plain one.
     Cost: in a step each factor of each product is read twice more and written once, unless a compiler fuses that.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and not is_adapter(name) and not _is_plain(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__} with code of its own (a subclass, a replaced forward, or hooks), "
+                "which fp8 would pass by: take that off, or choose precision='bf16-mixed'"
+            )
     config = replace(Float8LinearConfig.from_recipe_name(RECIPE), emulate=stored.emulated)
     convert_to_float8_training(layer, config=config, module_filter_fn=lambda _, name: not is_adapter(name))
     if stored.emulated:
         for module in layer.modules():
             if type(module).__name__ == "Float8Linear":
                 module.register_forward_pre_hook(_autocast_input)
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not hooks_of(module)
 
 
 def trouble_with_tokens(mesh: DeviceMesh, stored: Precision, shape: tuple[int, int], *, packed: bool) -> str:

@@ -21,7 +21,8 @@ from fourfold.parallel.decoder.selective import run_selectively
 from fourfold.parallel.decoder.taken_over import refuse_wrapped
 from fourfold.parallel.ring.transformers import NAME as RING
 from fourfold.parallel.stream.attention import stream_attention_forward
-from fourfold.parallel.stream.patching import NAME, hooks_of
+from fourfold.parallel.stream.checks import end_is_watched
+from fourfold.parallel.stream.patching import NAME
 from fourfold.parallel.stream.settings import StreamSettings
 from fourfold.parallel.stream.stage import RowsOfStage, stage_run, stream_layers, stream_loss
 from fourfold.parallel.stream.work_space import streams_loss
@@ -146,15 +147,16 @@ class DecoderStage(nn.Module):
         """Whether the last stage, given the targets of a micro-batch of so many tokens on this rank, returns their
         loss and makes no whole logits.
 
-        It does where its layers stream, and else where logits are large (streams_loss), unless somebody waits for the
-        norm's or the head's output, or the head is more than a matrix.
+        It does where its layers stream, and else where logits are large (streams_loss), unless somebody has a say
+        in the norm or the head, or the head is more than a matrix.
         """
         if self.checkpointing == "stream":
             return True
-        if not (self.is_last and self.streams_head and type(self.lm_head) is nn.Linear):
+        if not (self.is_last and self.streams_head):
             return False
-        watched = hooks_of(cast(nn.Module, self.model.norm)) or hooks_of(self.lm_head)
-        return not watched and bool(streams_loss(tokens, self.hidden_size, self.vocab_size, device_type))
+        if end_is_watched(cast(nn.Module, self.model.norm), self.lm_head) is not None:
+            return False
+        return bool(streams_loss(tokens, self.hidden_size, self.vocab_size, device_type))
 
     @property
     def layers(self) -> nn.ModuleDict:
@@ -213,7 +215,7 @@ class DecoderStage(nn.Module):
                 hidden = self._run(layer, hidden, arguments)
             if targets is not None and self.gives_loss(targets.numel(), hidden.device.type):
                 norm, head = cast(nn.Module, self.model.norm), self.lm_head
-                return stream_loss(self._stream, None, self.config, norm, head, hidden, targets)
+                return stream_loss(self._stream, None, norm, head, hidden, targets)
             if self.is_last:
                 hidden = self.lm_head(self.model.norm(hidden))  # type: ignore[operator]
             return hidden if hidden.shape[0] == given[0] else hidden.unflatten(1, (given[0], -1))[0]
@@ -241,7 +243,7 @@ class DecoderStage(nn.Module):
         norm, head = cast(nn.Module, self.model.norm), self.lm_head
         if targets is None:
             return cast(Tensor, head(norm(hidden)))
-        return stream_loss(self._stream, shared, self.config, norm, head, hidden, targets)
+        return stream_loss(self._stream, shared, norm, head, hidden, targets)
 
     def _run(self, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self.checkpointing == "selective" and torch.is_grad_enabled():

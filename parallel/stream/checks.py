@@ -172,6 +172,22 @@ def is_plain_linear(head: nn.Module | None) -> bool:
     return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and plain_parameter(head, "weight")
 
 
+def end_is_watched(norm: nn.Module, head: nn.Module) -> str | None:
+    """Who has a say in the final norm or the head that a loss from their weights would pass by; None if nobody.
+
+    A replaced forward of the norm is called, and counts for nothing here.
+    """
+    if hooks_of_all_modules():
+        return "a hook is set on all modules"
+    for module, name in ((norm, "final norm"), (head, "head")):
+        mine = hooks_of(module)
+        if mine:
+            return f"the {name} has a hook of {_module_of(mine[0])}"
+    if not is_plain_linear(head):
+        return f"the head is a {type(head).__name__}"
+    return "the head's forward was replaced" if "forward" in head.__dict__ else None
+
+
 def unverifiable(model: PreTrainedModel) -> str | None:
     """Why the model cannot be compared with itself, plain, on a tiny batch here and now; None where it can."""
     if operations_are_watched():

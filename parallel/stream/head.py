@@ -173,10 +173,10 @@ class HeadLoss(torch.autograd.Function):
                 target = logits.gather(-1, place)
                 peak = logits.amax(-1, keepdim=True)
                 total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
-                loss -= (target - peak - total.log()).mul_(counts).sum() * weight
+                loss -= (target - peak - total.log()).where(counts, 0).sum() * weight
                 peaks[index], totals[index] = peak, total
                 if ctx.grad_hidden is not None:
-                    tokens = TokenGradients(peak, -share / total * counts, share.expand_as(total))
+                    tokens = TokenGradients(peak, (-share / total).where(counts, 0), share.expand_as(total))
                     logits = chunk.projection_grad(everything, logits.mul_(tokens.factor), slope, tokens)
                     chunk.add_gradients(everything, logits, None if ctx.tiled else sums)
                     ctx.grad_hidden.view(-1, hidden.shape[-1])[index] = chunk.finish(sums)

@@ -191,8 +191,9 @@ class HeadChunk:
 class HeadSums(ParameterSums):
     """Sums of the head: a norm's through autograd, and the projection's by products added in place."""
 
-    def __init__(self, leaves: list[Tensor], parameters: Sequence[Tensor], in_backward: bool) -> None:
+    def __init__(self, leaves: list[Tensor], parameters: Sequence[Tensor], in_backward: bool, rows: int) -> None:
         super().__init__(leaves, parameters if in_backward else ())
+        self._step = rows  # of the vocabulary, whose product is rounded before it is added
         self._places = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._sums += [None] * (len(parameters) - len(self._sums))
 
@@ -204,7 +205,8 @@ class HeadSums(ParameterSums):
             if total.dtype == grad.dtype:
                 total.addmm_(grad, x)
             else:
-                total += grad @ x
+                for some in slices(len(total), self._step):
+                    total[some] += grad[some] @ x
         index = self._places.get(id(projection.bias))
         if index is not None:
             self.total(index, projection.bias)[rows] += logits_grad.sum(0)
@@ -232,7 +234,7 @@ def products_dtype(head: HeadParts) -> torch.dtype:
 def head_sums(head: HeadParts, parameters: Sequence[Tensor], *, in_backward: bool) -> Iterator[HeadSums]:
     num_norm = sum(p.requires_grad for p in head.norm.parameters())
     with swapped_parameters(head.norm, parameters[:num_norm]) as leaves:
-        yield HeadSums(leaves, parameters, in_backward)
+        yield HeadSums(leaves, parameters, in_backward, head.tile[1])
 
 
 def slices(stop: int, size: int) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +96,25 @@ def free_memory(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+class LogitsForm(NamedTuple):
+    """Logits are soft_cap(scale * the projection's output); as they are in the families that `parallelize` cuts."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitsForm":
+        """As a model's own code may read its config; where it does not, streaming's comparison with it fails."""
+        scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
+        factor = getattr(config, "logit_scale", None)  # Cohere's: they are multiplied by it
+        scale = (1.0 if scaling is None else 1 / scaling) * (1.0 if factor is None else factor)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+
 def new_head(
     settings: StreamSettings,
     run: StreamRun | None,
-    config: Any,
+    logits: "LogitsForm",
     norm: nn.Module,
     normalise: Callable[[Tensor], Tensor],
     projection: nn.Linear,
@@ -108,19 +123,17 @@ def new_head(
 
     Args:
         run: None where the layers do not stream: then the head is to take no more time than whole logits would.
-        config: the model's, which may scale or cap logits.
+        logits: what becomes of the projection's output.
         norm, normalise, projection: see Head.
     """
     asked, kind = settings.logits_chunk, projection.weight.device.type
     size = logits_chunk_size if run is not None else loss_chunk_size
-    scaling = getattr(config, "logits_scaling", None)  # Granite's: logits are divided by it
-    factor = getattr(config, "logit_scale", None)  # Cohere's: they are multiplied by it
     return Head(
         norm=norm,
         normalise=normalise,
         projection=projection,
-        scale=(1.0 if scaling is None else 1 / scaling) * (1.0 if factor is None else factor),
-        soft_cap=getattr(config, "final_logit_softcapping", None),
+        scale=logits.scale,
+        soft_cap=logits.soft_cap,
         chunk=size(projection.out_features, kind) if asked == "auto" else asked,
         tile=logits_tile(projection.out_features, None if asked == "auto" else asked, kind),
         autocast=autocast_now(kind) if run is None else run.autocast,

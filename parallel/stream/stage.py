@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from fourfold.parallel.ring.options import RingSettings
 from fourfold.parallel.sequence.tensors import Documents
 from fourfold.parallel.stream.attention import row_masks
+from fourfold.parallel.stream.checks import end_is_watched
 from fourfold.parallel.stream.fused import liger
 from fourfold.parallel.stream.layer import Current, LayerStream
 from fourfold.parallel.stream.layer_run import StreamRun
 from fourfold.parallel.stream.patching import attention_function
 from fourfold.parallel.stream.ring_layer import around_ring
-from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
+from fourfold.parallel.stream.settings import LogitsForm, StreamSettings, new_head, new_run
 
 
 class RowsOfStage(NamedTuple):
@@ -64,15 +65,20 @@ def stream_layers(
 
 
 def stream_loss(
-    settings: StreamSettings, run: StreamRun | None, config: Any, norm: nn.Module, projection: nn.Linear,
-    hidden: Tensor, targets: Tensor,
+    settings: StreamSettings, run: StreamRun | None, norm: nn.Module, projection: nn.Linear, hidden: Tensor,
+    targets: Tensor,
 ) -> Tensor:  # fmt: skip
     """The cross-entropy of hidden [B, S_local, d] after the last layer, summed over targets [B, S_local] from 0 on.
 
     Args:
         run: stage_run's; None where the layers do not stream.
+    Raises:
+        ValueError: somebody has a say in the norm or the projection that would be passed by.
     Cost: see Head.loss; the device is not waited for.
     """
-    head = new_head(settings, run, config, norm, norm.forward, projection)
+    whose = end_is_watched(norm, projection)
+    if whose is not None:
+        raise ValueError(f"{whose}, which the streamed loss would pass by: take it off, or stream no layers")
+    head = new_head(settings, run, LogitsForm(), norm, norm.forward, projection)
     head = replace(head, skips=targets.device.type == "cpu")
     return head.loss(hidden, targets, torch.ones((), dtype=torch.float64, device=hidden.device))

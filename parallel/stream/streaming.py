@@ -46,7 +46,7 @@ from fourfold.parallel.stream.logits import LazyLogits
 from fourfold.parallel.stream.patching import Patches, attention_function, refuse_copy
 from fourfold.parallel.stream.ring_layer import RingRun, around_ring
 from fourfold.parallel.stream.router import asks_for_routing, routing_of, why_no_router_logits
-from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
+from fourfold.parallel.stream.settings import LogitsForm, StreamSettings, new_head, new_run
 from fourfold.parallel.stream.statistics import TokenStatistics
 from fourfold.parallel.stream.verify import (
     ASKED,
@@ -210,7 +210,7 @@ class Streaming:
         # The end, for the targets.
         targets = call.targets().to(hidden.device)
         projection = cast(nn.Linear, projection_of(self.model))
-        head = new_head(self.settings, run, self.model.config, self.norm, self._normalise, projection)
+        head = new_head(self.settings, run, LogitsForm.of(self.model.config), self.norm, self._normalise, projection)
         place = place_in(run.group) if isinstance(run, RingRun) else None
         auxiliary = None if run.routing is None else run.routing.loss(place)
         if call.return_token_statistics:

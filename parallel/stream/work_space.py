@@ -109,17 +109,27 @@ def streams_loss(tokens: Any, hidden: int, vocabulary: int, device_type: str) ->
     return tokens > max(loss_chunk_size(vocabulary, device_type), hidden)
 
 
-def loss_bytes(tokens: int, shape: "Shape", itemsize: int, device_type: str) -> int:
-    """What such a head holds for so many tokens, at most.
+def loss_bytes(
+    tokens: int, shape: "Shape", itemsize: int, device_type: str, *, hidden_itemsize: int, waiting: int = 1
+) -> int:
+    """What such a head holds for so many tokens of a micro-batch, at most.
 
-    The last hidden states with their gradient; the head's gradient in fp32; and of a chunk its logits in fp32, in the
-    products' dtype where that is narrower, and what the norm makes of its tokens.
+    The last hidden states with their gradient, and the head's gradient in fp32, from the forward to the backward. Of a
+    chunk its logits in fp32, in the products' dtype where that is narrower, and what the norm makes of its tokens. The
+    weight in the products' dtype, where autocast casts it; products of rows of the vocabulary before they are added.
+
+    Args:
+        itemsize: of what matrix products give.
+        hidden_itemsize: of hidden states: as `itemsize`, and wider under autocast.
+        waiting: micro-batches whose losses wait for their backward together.
     """
     hidden, vocabulary = shape.hidden, shape.vocabulary
     chunk = min(tokens, loss_chunk_size(vocabulary, device_type))
     narrow = itemsize if itemsize < 4 else 0
     logits = chunk * (vocabulary * (4 + narrow) + 6 * 4 * hidden)
-    return 2 * tokens * hidden * itemsize + vocabulary * hidden * (4 + narrow) + logits
+    rows = min(vocabulary, logits_tile(vocabulary, None, device_type)[1])
+    weight = hidden * narrow * (rows + (vocabulary if hidden_itemsize > itemsize else 0))
+    return waiting * (2 * tokens * hidden * hidden_itemsize + vocabulary * hidden * 4) + logits + weight
 
 
 def logits_tile(vocabulary: int, tokens: int | None = None, device_type: str = "cpu") -> tuple[int, int]:

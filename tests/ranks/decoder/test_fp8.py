@@ -253,6 +253,22 @@ def test_what_fp8_takes(ranks, options, sizes, length, answer):
     assert answer in ranks(1)(said, {"precision": "fp8-emulated", **options}, sizes, length)[0]
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["subclass", "forward", "hook"])
+def test_what_is_more_than_a_matrix_is_refused(change):
+    layer = nn.Sequential(nn.Linear(16, 16), Doubled(16, 16) if change == "subclass" else nn.Linear(16, 16))
+    if change == "forward":
+        layer[1].forward = lambda x: x
+    if change == "hook":
+        layer[1].register_forward_hook(lambda *_: None)
+    with torchao_found(), pytest.raises(ValueError, match=r"1 is a \w+ with code of its own"):
+        use_fp8(layer, precision.chosen_precision("fp8-emulated", None, layer, "cpu"))
+
+
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_stages_that_never_drain_have_none(num_stages):
     with pytest.raises(ValueError, match=r"fp8.*choose"):

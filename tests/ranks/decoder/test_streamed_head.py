@@ -51,20 +51,34 @@ def test_two_ranks(ranks, mesh_shape, options, model, calls):
     assert_streamed(ranks(2), mesh_shape, options, model, calls)
 
 
-def one_step(change) -> float:
+def one_step(change, **options) -> float:
     model = tiny_model(hidden_size=16)
-    change(model)
+    handle = change(model)
     ids, labels = batches(True)[0]
-    return parallelize(model, init_mesh(device_type="cpu")).forward_backward(ids, labels).item()
+    try:
+        return parallelize(model, init_mesh(device_type="cpu"), **options).forward_backward(ids, labels).item()
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def nothing(model) -> None:
     """The model as it is."""
 
 
-def listen(model) -> None:
+def listen(model):
     """Somebody reads logits."""
-    model.lm_head.register_forward_hook(lambda *_: None)
+    return model.lm_head.register_forward_hook(lambda *_: None)
+
+
+def listen_everywhere(model):
+    """Somebody reads what every module gives."""
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+def name_a_scale(model) -> None:
+    """A config's words that this family does not read."""
+    model.config.logit_scale, model.config.final_logit_softcapping = 3.0, 0.5
 
 
 class DoubledHead(nn.Linear):
@@ -79,8 +93,34 @@ def double(model) -> None:
     model.lm_head = head
 
 
+def replace_forward(model) -> None:
+    """The same of a head whose forward somebody replaced."""
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * plain(x)
+
+
 def test_a_head_that_is_more_than_a_matrix_makes_whole_logits(ranks):
-    plain, watched, doubled = (ranks(1)(with_large_logits, one_step, change)[0] for change in (nothing, listen, double))
-    assert (plain[1], watched[1], doubled[1]) == (1, 0, 0)
-    assert watched[0] == pytest.approx(plain[0], rel=1e-6)
-    assert doubled[0] != pytest.approx(plain[0], rel=1e-3)
+    changes = (nothing, name_a_scale, listen, listen_everywhere, double, replace_forward)
+    losses, streamed = zip(*(ranks(1)(with_large_logits, one_step, change)[0] for change in changes), strict=True)
+    assert streamed == (1, 1, 0, 0, 0, 0)
+    assert losses[:4] == pytest.approx([losses[0]] * 4, rel=1e-6)
+    doubled = ranks(1)(one_step, double)[0]
+    assert losses[4:] == pytest.approx([doubled] * 2, rel=1e-6)
+    assert doubled != pytest.approx(losses[0], rel=1e-3)
+
+
+def refused(change) -> str:
+    with pytest.raises(ValueError, match="would pass by") as raised:
+        one_step(change, checkpointing="stream")
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (listen, "the head has a hook"), (listen_everywhere, "a hook is set on all modules"),
+        (double, "the head is a DoubledHead"), (replace_forward, "the head's forward was replaced"),
+    ],
+)  # fmt: skip
+def test_where_layers_stream_it_is_refused(ranks, change, why):
+    assert why in ranks(1)(refused, change)[0]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fourfold.parallel.stream import work_space
 from fourfold.parallel.stream.model import stream_backprop
-from fourfold.parallel.stream.settings import StreamSettings, new_head, new_run
+from fourfold.parallel.stream.settings import LogitsForm, StreamSettings, new_head, new_run
 from fourfold.parallel.stream.statistics import token_statistics
 from fourfold.parallel.testing.compare import gradient_errors, gradients
 from fourfold.parallel.testing.tiny_models import batch, tiny
@@ -118,4 +118,4 @@ def test_tiles_only_where_they_save_memory(dtype, tokens, tiles):
     model, settings = tiny("llama", vocab_size=VOCABULARY).to(dtype), StreamSettings(logits_chunk=5)
     norm, head = model.model.norm, model.lm_head
     run = new_run(settings, model.config, [], (1, tokens), torch.device("cpu"), dtype)
-    assert new_head(settings, run, model.config, norm, norm.forward, head).by_tiles(tokens) == tiles
+    assert new_head(settings, run, LogitsForm(), norm, norm.forward, head).by_tiles(tokens) == tiles

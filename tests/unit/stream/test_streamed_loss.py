@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fourfold.parallel.stream import work_space
-from fourfold.parallel.stream.settings import StreamSettings, new_head
+from fourfold.parallel.stream.settings import LogitsForm, StreamSettings, new_head
 from fourfold.parallel.testing.compare import gradient_errors
 
 HIDDEN, VOCABULARY, TOKENS, CHUNK = 8, 96, 21, 5
@@ -33,7 +33,7 @@ class End(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") * WEIGHT
 
     def streamed(self, hidden: Tensor, targets: Tensor, **changes: bool) -> Tensor:
-        head = new_head(StreamSettings(logits_chunk=CHUNK), None, object(), self.norm, self.norm.forward, self.head)
+        head = new_head(StreamSettings(logits_chunk=CHUNK), None, LogitsForm(), self.norm, self.norm.forward, self.head)
         one = torch.ones((), dtype=torch.float64)
         return replace(head, **changes).loss(hidden, targets, one) * WEIGHT
 
