@@ -28,6 +28,7 @@ from fourfold.parallel.stream.gradients import ParameterSums
 from fourfold.parallel.stream.head_groups import TRIED_TOKENS, head_cut, is_whole, project
 from fourfold.parallel.stream.layer import HeadsOutput, TakeInput
 from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, finish_backward
+from fourfold.parallel.stream.passing import room_for
 from fourfold.parallel.stream.random_numbers import random_numbers
 from fourfold.parallel.stream.whole_attention import attend_whole, attend_whole_backward
 
@@ -92,12 +93,13 @@ class _HeadsLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, *router_grads: Tensor) -> tuple[Tensor | None, ...]:
         here: LayerRun = ctx.here
+        ours = here.run.passing.may_overwrite(grad)
         x, kept = here.saved(ctx)
         with here.recomputing() as leaves:
             inputs = None if kept else _inputs(here, x, replay=True)
             heads_out, lse = kept if inputs is None else _attend(here, inputs, replay=True)
             passing, sums = here.run.passing, here.sums(x, leaves)
-            grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
+            grads = LayerGradients([grad, *router_grads], room_for(x, grad, ours), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):
                 grad_out = finish_backward(here, x, heads_out, grads, piece=partial(_finish, here))

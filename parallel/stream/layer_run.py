@@ -32,7 +32,7 @@ from fourfold.parallel.stream.gradients import ParameterSums, entered_autocast, 
 from fourfold.parallel.stream.host_memory import HostMemory
 from fourfold.parallel.stream.kept_inputs import Lookup
 from fourfold.parallel.stream.layer import LayerStream, chunks_of
-from fourfold.parallel.stream.passing import PassingGradient
+from fourfold.parallel.stream.passing import PassingGradient, room_for
 from fourfold.parallel.stream.patching import (
     attention_function,
     inside_checkpoint,
@@ -58,8 +58,7 @@ class StreamRun:
         mlp_chunk: tokens a chunk of all that follows attention.
         backend: see LayerKeys.
         autocast: (device type, dtype) of an enabled autocast, which backward enters again.
-        passing: the hidden states' gradient on its way down. It is overwritten layer by layer: a hook that keeps it
-            must keep a clone.
+        passing: the hidden states' gradient on its way down, overwritten layer by layer where nobody else holds it.
         lookup: the token embedding's; None where it cannot be looked up again.
         host: where what backward needs waits for it; None is on the device.
         routing: what to gather of a mixture of experts' routers; None gathers nothing.
@@ -276,6 +275,7 @@ class _Layer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, *router_grads: Tensor) -> tuple[Tensor | None, ...]:
         here: LayerRun = ctx.here
+        ours = here.run.passing.may_overwrite(grad)
         x, kept = here.saved(ctx)
         with here.recomputing() as leaves:
             # All keys and values first: each chunk's queries need those before it.
@@ -283,9 +283,8 @@ class _Layer(torch.autograd.Function):
             with torch.no_grad():
                 for start, stop in here.chunks(x):
                     here.attend(x[:, start:stop], WriteKeys(keys, start), replay=True)
-            passing = here.run.passing
-            sums = here.sums(x, leaves)
-            grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
+            passing, sums = here.run.passing, here.sums(x, leaves)
+            grads = LayerGradients([grad, *router_grads], room_for(x, grad, ours), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):
                 # The last chunk first: then no later chunk has yet to add to the gradients of a chunk's keys.

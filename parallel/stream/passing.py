@@ -6,11 +6,13 @@ holds, serves as both.
 """
 
 import weakref
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourfold.parallel.stream.patching import held_once
+from fourfold.parallel.stream.patching import holders, unseen
 
 
 class PassingGradient:
@@ -23,8 +25,44 @@ class PassingGradient:
         self._made = weakref.ref(grad)
         return grad
 
-    def room_for(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Where to put the gradient of a layer's input x, chunk by chunk, given that of its output."""
-        # One use is this call's own; a hook's or autograd.grad's tensor has more, and keeps its values.
-        mine = self._made is not None and self._made() is grad and held_once(grad)
-        return grad if mine and grad.dtype == x.dtype and grad.shape == x.shape else torch.empty_like(x)
+    def may_overwrite(self, grad: Tensor) -> bool:
+        """Whether `grad`, which a layer's backward was just given, was made here and is held by nobody else.
+
+        A hook that keeps it, or autograd.grad, has it as it is then. To be asked by the backward itself, of its
+        argument, as the probe does: each further function that passes it on would count as a holder.
+        """
+        return self._made is not None and self._made() is grad and holders(grad) == _alone()
+
+
+def room_for(x: Tensor, grad: Tensor, ours: bool) -> Tensor:
+    """Where to put the gradient of a layer's input x, chunk by chunk: in that of its output, if that is `ours`."""
+    return grad if ours and grad.dtype == x.dtype and grad.shape == x.shape else torch.empty_like(x)
+
+
+class _Probe(torch.autograd.Function):
+    """Counts the holders of a gradient that its own backward made and that nobody keeps."""
+
+    found: tuple[int, int, int] = (0, 0, 0)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _count(grad)
+        return torch.zeros_like(grad)
+
+
+def _count(grad: Tensor) -> None:
+    _Probe.found = holders(grad)
+
+
+@cache
+def _alone() -> tuple[int, int, int]:
+    """The holders of a gradient that a backward was given and nobody keeps: versions of torch and Python differ."""
+    with torch.enable_grad(), unseen():
+        x = torch.zeros(1, requires_grad=True, device="cpu")
+        _Probe.apply(_Probe.apply(x)).backward()  # type: ignore[no-untyped-call]
+    return _Probe.found

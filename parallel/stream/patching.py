@@ -6,6 +6,7 @@ are made once, by `Patches.add`, and undone by `Patches.undo`; the others are co
 found, also after an exception.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ PATCHES = (
     Patch("hooks of nn.Module", "read", "hooks of the user's on the model's end must be found; torch has no list"),
     Patch("hooks of all modules", "read", "those, too; they would see the end of the model chunk by chunk"),
     Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
-    Patch("Tensor._use_count", "read", "a gradient that a hook or autograd.grad holds must not be overwritten"),
+    Patch("Tensor._use_count", "read", "a gradient that autograd.grad or a view holds must not be overwritten"),
+    Patch("torch._C._storage_Use_Count", "read", "nor one whose memory a hook's detached tensor or array holds"),
+    Patch("torch._C._DisableTorchDispatch", "read", "who holds a gradient is first counted where nobody looks on"),
     Patch("Tensor._version", "read", "a tensor that is changed while it is copied to the host must not be used"),
     Patch("Tensor._make_wrapper_subclass", "read", "logits that nobody reads need a shape without memory"),
     Patch("torch._C.DisableTorchFunctionSubclass", "read", "the shape of such a tensor is read without computing it"),
@@ -320,9 +323,14 @@ def accumulates_now(parameter: Tensor) -> bool:
         return False
 
 
-def held_once(tensor: Tensor) -> bool:
-    """Whether the caller is the only one who holds the tensor, here or in autograd."""
-    return tensor._use_count() == 1  # type: ignore[attr-defined, no-any-return]
+def holders(tensor: Tensor) -> tuple[int, int, int]:
+    """How many hold the tensor in autograd and in Python, and how many tensors its memory."""
+    return tensor._use_count(), sys.getrefcount(tensor), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def unseen() -> AbstractContextManager[None]:
+    """While entered, no mode of the user's sees what is computed."""
+    return torch._C._DisableTorchDispatch()  # type: ignore[no-any-return, attr-defined]
 
 
 def num_changes(tensor: Tensor) -> int:

@@ -26,6 +26,7 @@ from fourfold.parallel.ring.options import RingOptions, RingSettings
 from fourfold.parallel.sequence.tensors import Documents, document_ends
 from fourfold.parallel.stream.attention import Project, ScoreOptions
 from fourfold.parallel.stream.layer_run import LayerGradients, LayerRun, StreamRun, finish_backward
+from fourfold.parallel.stream.passing import room_for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,7 @@ class _RingLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, *router_grads: Tensor) -> tuple[Tensor | None, ...]:
         here: LayerRun = ctx.here
+        ours = here.run.passing.may_overwrite(grad)
         x, kept = here.saved(ctx)
         with here.recomputing() as leaves:
             with torch.no_grad():
@@ -104,7 +106,7 @@ class _RingLayer(torch.autograd.Function):
                 attended_to = ring.saved(q, k, v, *kept) if kept else ring.forward(q, k, v, sinks)
                 del q, k, v
             passing, sums = here.run.passing, here.sums(x, leaves)
-            grads = LayerGradients([grad, *router_grads], passing.room_for(x, grad), sums)
+            grads = LayerGradients([grad, *router_grads], room_for(x, grad, ours), sums)
             assert here.stream.linears is not None
             with here.stream.linears.into(sums):
                 attention = ring.to_tokens(attended_to.out)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, LlamaForCausalLM, LlamaModel
 from fourfold.parallel.stream import stream_backprop
 from fourfold.parallel.stream import streaming as streaming_module
 from fourfold.parallel.stream.attention import row_masks
-from fourfold.parallel.testing.compare import assert_gradients, gradients
+from fourfold.parallel.testing.compare import assert_gradients, gradients, relative_error
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
 LOSS_TOLERANCE, TOLERANCE = 1e-6, 2e-6  # as in test_stream_backprop.py
@@ -341,3 +341,26 @@ def test_positions_part_documents_where_transformers_parts_them(kind):
     plain = gradients(model, loss_of(model, position_ids=positions, use_cache=False))
     stream_backprop(model, **CHUNKS)
     assert_gradients(gradients(model, loss_of(model, position_ids=positions, use_cache=False)), plain, TOLERANCE)
+
+
+@pytest.mark.parametrize("head_groups", [0, 2])
+@pytest.mark.parametrize("kept", ["itself", "detached", "of the module"])
+def test_gradients_that_a_hook_keeps_are_not_overwritten(kept, head_groups):
+    held: list[Tensor] = []
+
+    def keep(grad: Tensor) -> None:
+        held.append(grad.detach() if kept == "detached" else grad)
+
+    model = tiny("llama", num_hidden_layers=3)
+    for layer in model.model.layers:
+        if kept == "of the module":
+            layer.register_full_backward_hook(lambda module, given, grads: keep(grads[0]))
+        else:
+            layer.register_forward_hook(lambda module, args, out: out.register_hook(keep) and None)
+    loss_of(model).backward()
+    plain = held[:]
+    held.clear()
+    stream_backprop(model, **CHUNKS, head_groups=head_groups)
+    loss_of(model).backward()
+    for mine, right in zip(held, plain, strict=True):
+        assert relative_error(mine, right) <= TOLERANCE
