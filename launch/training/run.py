@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def adopt_ranks(parent: int | None = None) -> None:
     """
     # torch's profiler, which counts memory on CPUs, tells of its start and stop below this level.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    # torch 2.11 tells every user of it what profiles of several cycles need.
+    warnings.filterwarnings("ignore", message="Warning: Profiler clears events")
     watch_launcher(os.environ, parent)
     if started_by_mpi(os.environ):
         adopt_mpi_ranks()
