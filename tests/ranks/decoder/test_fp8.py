@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from support.fp8_library import torchao_found
 from support.one_loss import GLOBAL_BATCH, MAX_NORM, adamw, batches, tiny_model
-from support.torchao import torchao_found
 from torch import nn
 
 from fourfold.parallel import init_mesh, parallelize
