@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.stream.patching import ROTARY, Rotary, swapped_parameters
+from fourfold.parallel.stream.patching import ROTARY, Rotary, hooks_of, swapped_parameters
 
 # What a kernel's output and gradients may differ by from the module's own, relative L2: some roundings of the dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -70,7 +70,7 @@ class Fused:
 
     kernels: Kernels
     _norms: dict[tuple[type, torch.dtype, torch.dtype], tuple[float, str] | None] = field(default_factory=dict)
-    _gates: dict[tuple[type, type, torch.dtype], Callable[[Tensor, Tensor], Tensor] | None] = field(
+    _gates: dict[tuple[type, type, torch.dtype, torch.dtype], Callable[[Tensor, Tensor], Tensor] | None] = field(
         default_factory=dict
     )
     _rotary: dict[tuple[Any, torch.dtype, int], bool] = field(default_factory=dict)
@@ -127,17 +127,18 @@ class Fused:
         return plain(x) if form is None else normed(form)(x)
 
     def _gate(self, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if not self._here(x):
+        if not self._here(x) or _products_dtype(x) not in TOLERANCES or hooks_of(module.act_fn):
             return plain(x)
 
         def gated(kernel: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda y: module.down_proj(kernel(module.gate_proj(y), module.up_proj(y)))
 
-        key = (type(module), type(module.act_fn), x.dtype)
+        products = _products_dtype(x)
+        key = (type(module), type(module.act_fn), x.dtype, products)
         if key not in self._gates:
             found = (self.kernels.silu_mul, self.kernels.gelu_mul)
             errors = {kernel: _difference(plain, gated(kernel), x, module) for kernel in found}
-            self._gates[key] = _best(errors, x.dtype)
+            self._gates[key] = _best(errors, products)
         kernel = self._gates[key]
         return plain(x) if kernel is None else gated(kernel)(x)
 
@@ -154,6 +155,12 @@ class Fused:
             )
             self._rotary[key] = error <= TOLERANCES[q.dtype]
         return self._rotary[key]
+
+
+def _products_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product of x comes in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -107,6 +107,30 @@ def test_what_was_taken_is_told(calls, monkeypatch):
     assert fused.taken() == {"norms": 1, "gates": 1, "rotary": 1}
 
 
+def test_activations_are_compared_in_the_dtype_of_their_products(calls, monkeypatch):
+    """Under autocast: hidden states are wider, and a kernel rounds elsewhere than the module's own operators do."""
+
+    def once_rounded(a: Tensor, b: Tensor) -> Tensor:
+        return (F.silu(a.float()) * b.float()).to(a.dtype)
+
+    fused = Fused(replace(calls.kernels(), silu_mul=once_rounded))
+    monkeypatch.setattr(streaming, "liger", lambda: fused)
+    model, ids = stream_backprop(tiny("llama"), **CHUNKS, verify=False), batch(2, 21)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert fused.taken()["gates"] == 1
+
+
+def test_an_activation_with_hooks_keeps_its_own_code(calls):
+    model, ids, seen = tiny("llama"), batch(2, 21), []
+    stream_backprop(model, **CHUNKS)
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert seen
+    assert calls.count["silu_mul"] == 0
+
+
 def test_nothing_of_it_is_left():
     found = Calls()
     before = modeling_llama.apply_rotary_pos_emb
