@@ -306,7 +306,7 @@ def _casts(pricing: Pricing, changing: _Changing) -> Column:
 
     It forgets them as each forward ends. The graph of a micro-batch in flight keeps its own, of checkpointed layers
     none: then the head's alone is there beside the loss, or one layer's beside its backward. All of them are there at
-    the end of the forward, when of the loss there are no more than low-precision logits.
+    the end of the forward, when of the loss there are no more than low-precision logits; not of layers that stream.
     """
     software, stages = pricing.software, pricing.stages
     if not software.cast_bytes:
@@ -314,8 +314,9 @@ def _casts(pricing: Pricing, changing: _Changing) -> Column:
     every = _held(pricing) * software.cast_bytes
     head = pricing.model.head_params / pricing.layouts.tp * software.cast_bytes
     one = np.where(changing.logits > 0, head, every / np.maximum(stages.layers, 1))
+    streams = pricing.layouts.checkpointing == STREAM  # whose layers let go of them one by one
     late = changing.logits + changing.workspace - changing.logits * (software.compute_bytes / software.logits_bytes)
-    checkpointed = np.maximum(np.minimum(one, every), every - late)
+    checkpointed = np.maximum(np.minimum(one, every), np.where(streams, 0.0, every - late))
     share = pricing.layouts.recomputed_share
     casts = share * checkpointed + (1 - share) * every * stages.in_flight
     return np.where(pricing.sharded_weights, 0.0, casts)  # what is gathered is cast already

@@ -260,7 +260,11 @@ class LayerStream:
         self._streamed = True
         self._current.num_streamed += 1
         with self.patched(), without_checkpointing(self.layer):
-            return run.layer(self, hidden_states, kwargs)
+            output = run.layer(self, hidden_states, kwargs)
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            # Else autocast keeps its copies of all layers' weights until the forward ends. No graph holds them here.
+            torch.clear_autocast_cache()
+        return output
 
     def _run(self, call: AttentionCall, x: Tensor, arguments: Mapping[str, Any]) -> Any:
         """The layer's own forward, whose attention module does as `call` says."""

@@ -263,3 +263,19 @@ def test_the_longest_sequence_is_cut_as_the_device_would_cut_it(step):
     assert least(longest) <= left < least(longest + 1)
     lengths = [max_seq_len(QWEN3_4B, memory + more, state_bytes_a_parameter=4, **step, **H100) for more in (1e8, 1e9)]
     assert longest < lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("head_groups", [0, 2])
+def test_autocast_keeps_the_weights_of_one_layer_at_most(head_groups):
+    """Of a short sequence they are most of a forward's memory."""
+    peaks = []
+    for layers in (2, 6):
+        model = Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "num_hidden_layers": layers}, max_position_embeddings=64))
+        stream_backprop(model, **{**CHUNKS, "logits_chunk": 8}, head_groups=head_groups, verify=False)
+        ids = torch.randint(0, 512, (1, 8))
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        peaks.append(live.peak)
+        loss.backward()
+    a_layer = 2 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    assert peaks[1] - peaks[0] < a_layer
