@@ -16,6 +16,22 @@ from fourfold.parallel.decoder.limits import FP8, drains
 from fourfold.parallel.pipeline.mitigation import Mitigation
 
 Column = NDArray[Any]
+
+
+def kinds_of(*columns: Column) -> tuple[Column, Column]:
+    """The first row of every combination of values that occurs in some columns, and of each row the combination's
+    place among these: what depends on nothing else is computed once for each.
+
+    Cost: a sort of each column.
+    """
+    keys = np.zeros(1, dtype=int)
+    for column in columns:
+        values, places = np.unique(column, return_inverse=True)
+        keys = keys * len(values) + places.reshape(-1)
+    _, firsts, places = np.unique(keys, return_index=True, return_inverse=True)
+    return firsts, places.reshape(-1)
+
+
 NONE, SELECTIVE, FULL, STREAM = range(len(CHECKPOINTING))
 FLUSHED, LOCKSTEP, ONE_F_ONE_B, DOUBLE_BUFFERED, ZERO_BUBBLE = range(len(EVERY_SCHEDULE))
 

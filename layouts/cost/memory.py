@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fourfold.layouts.cost.asynchronous import weight_copies
-from fourfold.layouts.cost.candidates import STREAM, Column
+from fourfold.layouts.cost.candidates import STREAM, Column, kinds_of
 from fourfold.layouts.cost.layer import active_ffn, output_gradient_bytes, saved_bytes
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.shares import owned_params, owns_a_share
@@ -267,9 +267,10 @@ def _head_loss_bytes(pricing: Pricing) -> Column:
 
 
 def _of_each(held: Callable[..., float], *columns: Column) -> Column:
-    """`held` of each candidate's values, asked once for every combination that occurs."""
-    kinds, places = np.unique(np.stack(np.broadcast_arrays(*columns)).astype(int), axis=1, return_inverse=True)
-    column: Column = np.array([held(*kind) for kind in kinds.T.tolist()])[places.reshape(-1)]
+    """`held` of each candidate's values, whole numbers, asked once for every combination that occurs."""
+    firsts, places = kinds_of(*columns)
+    kinds = zip(*(column[firsts].astype(int).tolist() for column in columns), strict=True)
+    column: Column = np.array([held(*kind) for kind in kinds])[places]
     return column
 
 

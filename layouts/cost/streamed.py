@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import STREAM, Column
+from fourfold.layouts.cost.candidates import STREAM, Column, kinds_of
 from fourfold.layouts.cost.layer import Times, attention_times, layer_times, one_projection
 from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.inputs.model import ModelConfig
@@ -54,37 +54,47 @@ def pieces_of(pricing: Pricing, free_bytes: Column) -> Pieces:
     Args:
         free_bytes: of a rank, beside weights, gradients and states. A column.
     """
+    layouts, shape = pricing.layouts, shape_of(pricing.model)
+    whole = np.ones(len(layouts), dtype=int)
+    columns = [whole.copy() for _ in range(4)] + [np.zeros(len(layouts))]
+    rows = np.flatnonzero(layouts.checkpointing == STREAM)
+    if len(rows):
+        free = np.maximum(free_bytes[rows], 0) // ROUNDED
+        firsts, places = kinds_of(
+            layouts.cp[rows], layouts.micro_batch[rows], pricing.hidden_bytes[rows], layouts.offload[rows],
+            layouts.stream_chunks[rows], free,
+        )  # fmt: skip
+        kinds = [_pieces(pricing, shape, rows[first], int(free[first]) * ROUNDED) for first in firsts]
+        for column, found in zip(columns, zip(*kinds, strict=True), strict=True):
+            column[rows] = np.array(found)[places]
+    groups, chunks, rest, summands, layer_bytes = columns
+    return Pieces(groups=groups, chunks=chunks, rest=rest, summands=summands, layer_bytes=layer_bytes)
+
+
+def _pieces(pricing: Pricing, shape: Shape, row: int, free: int) -> tuple[int, int, int, int, float]:
+    """The fields of Pieces for one layout, which has so many bytes free."""
     layouts, device = pricing.layouts, pricing.cluster.device.type
-    ones = np.ones(len(layouts), dtype=int)
-    columns = {name: ones.copy() for name in ("groups", "chunks", "rest", "summands")}
-    held = np.zeros(len(layouts))
-    shape, products = shape_of(pricing.model), pricing.software.compute_bytes
-    for row in np.flatnonzero(layouts.checkpointing == STREAM):
-        tokens = max(1, round(layouts.seq_len / int(layouts.cp[row])))
-        rows = max(1, round(float(layouts.micro_batch[row])))
-        arguments: dict[str, Any] = {
-            "batch": rows, "itemsize": int(pricing.hidden_bytes[row]), "device_type": device,
-            "offload": bool(layouts.offload[row]) and device == "cuda",
-        }  # fmt: skip
-        chunks = int(layouts.stream_chunks[row])
-        asked = Asked(chunk_size=-(-tokens // chunks)) if chunks > 1 else Asked()
-        free = max(0, int(free_bytes[row])) // ROUNDED * ROUNDED
-        sizes = _sizes(shape, tokens, asked, free, tuple(arguments.items()))
-        if layouts.cp[row] > 1 and sizes.groups:  # around a ring all heads are one group
-            sizes = replace(sizes, groups=1)
-        chunks = -(-tokens // min(sizes.chunk, tokens))
-        columns["groups"][row], columns["chunks"][row] = sizes.groups, chunks
-        if not sizes.groups:
-            columns["rest"][row] = columns["summands"][row] = chunks
-            continue
-        work = Work(
-            shape=shape, sizes=sizes, batch=rows, itemsize=arguments["itemsize"], keeps=False, products=products
-        )
-        a_token, fixed = work.by_heads(tokens)
-        columns["rest"][row] = num_pieces(tokens, sizes.mlp_chunk, sizes.mlp_chunk)
-        columns["summands"][row] = num_pieces(tokens, sizes.chunk, sizes.mlp_chunk)
-        held[row] = rows * tokens * a_token + fixed
-    return Pieces(**columns, layer_bytes=held)
+    tokens = max(1, round(layouts.seq_len / int(layouts.cp[row])))
+    rows = max(1, round(float(layouts.micro_batch[row])))
+    arguments: dict[str, Any] = {
+        "batch": rows, "itemsize": int(pricing.hidden_bytes[row]), "device_type": device,
+        "offload": bool(layouts.offload[row]) and device == "cuda",
+    }  # fmt: skip
+    chunks = int(layouts.stream_chunks[row])
+    asked = Asked(chunk_size=-(-tokens // chunks)) if chunks > 1 else Asked()
+    sizes = _sizes(shape, tokens, asked, free, tuple(arguments.items()))
+    if layouts.cp[row] > 1 and sizes.groups:  # around a ring all heads are one group
+        sizes = replace(sizes, groups=1)
+    chunks = -(-tokens // min(sizes.chunk, tokens))
+    if not sizes.groups:
+        return 0, chunks, chunks, chunks, 0.0
+    work = Work(
+        shape=shape, sizes=sizes, batch=rows, itemsize=arguments["itemsize"], keeps=False,
+        products=pricing.software.compute_bytes,
+    )  # fmt: skip
+    a_token, fixed = work.by_heads(tokens)
+    rest = num_pieces(tokens, sizes.mlp_chunk, sizes.mlp_chunk)
+    return sizes.groups, chunks, rest, num_pieces(tokens, sizes.chunk, sizes.mlp_chunk), rows * tokens * a_token + fixed
 
 
 @lru_cache(maxsize=1 << 14)
