@@ -11,6 +11,7 @@ from typing import Any
 from fourfold.layouts.inputs.cluster import Cluster
 from fourfold.layouts.inputs.layout import Layout
 from fourfold.layouts.inputs.model import ModelConfig
+from fourfold.parallel.decoder.limits import PRECISIONS
 
 COLUMNS = (
     "model", "params", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "seq_len", "gpu_type", "num_gpus",
@@ -21,9 +22,7 @@ COLUMNS = (
     "sharded_accumulation",
 )  # fmt: skip
 
-_PRECISIONS = {
-    "fp32": "fp32", "bf16-mixed": "bf16", "bf16": "bf16", "fp64": "fp64", "fp8": "fp8", "fp8-emulated": "fp8-emulated",
-}  # fmt: skip
+_PRECISIONS = {**{word: word for word in PRECISIONS}, "bf16-mixed": "bf16"}
 _CHECKPOINTING = {"none": "disabled", "selective": "selective", "full": "full", "stream": "stream"}
 
 

@@ -18,6 +18,7 @@ from fourfold.layouts.cost.pricing import Pricing
 from fourfold.layouts.cost.shares import owned_params, owns_a_share
 from fourfold.layouts.cost.stages import Stages
 from fourfold.layouts.cost.streamed import Pieces, pieces_of, shape_of
+from fourfold.parallel.decoder.limits import may_stream_head
 from fourfold.parallel.stream.work_space import PieceSizes, Work, loss_bytes, streams_loss
 
 SCORES_SPREAD = 0.2
@@ -215,7 +216,7 @@ def _changing(pricing: Pricing) -> _Changing:
         loss = np.where(streams, np.minimum(loss, _streamed_loss_bytes(pricing)), loss)
     if software.streams_head:
         # As DecoderStage.gives_loss chooses where the layers do not stream.
-        head = (layouts.tp == 1) & layouts.drains & ~layouts.zero_bubble & ~streams
+        head = may_stream_head(layouts.tp, layouts.schedule) & ~streams
         head &= streams_loss(layouts.tokens, model.hidden_size, model.vocab_size, pricing.cluster.device.type)
         loss = np.where(head, _head_loss_bytes(pricing), loss * stages.waiting)
     logits = stages.has_head * loss

@@ -78,8 +78,8 @@ def stages_of(model: ModelConfig, layouts: Candidates, *, overshoot: bool = Fals
     # Zero-bubble warms up half as long, and holds on to as much for weight gradients that it puts off: pp everywhere.
     chunks = np.where(layouts.zero_bubble, vp * pp, chunks)
     in_flight = np.where(vp > 1, np.minimum(chunks / vp, layouts.num_micro_batches), one_f_one_b)
-    waiting = np.where(few_at_once & (vp == 1) & layouts.drains, np.minimum(layouts.num_micro_batches, pp), 1)
-    waiting = np.where(layouts.num_micro_batches < pp, waiting, 1)
+    few = few_at_once & (vp == 1) & layouts.drains & (layouts.num_micro_batches < pp)
+    waiting = np.where(few, layouts.num_micro_batches, 1)
     in_flight = np.maximum(in_flight, waiting)
     sizes = layers_of(model.num_layers, pp, layouts.embedding_counts_as, layouts.head_counts_as)
     first, between, last = overshooting(model, pp) if overshoot else sizes

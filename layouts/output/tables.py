@@ -18,6 +18,7 @@ from fourfold.layouts.inputs.constants import load_constants
 from fourfold.layouts.inputs.model import human_count
 from fourfold.layouts.inputs.software import load_software
 from fourfold.layouts.search.rank import Plan
+from fourfold.parallel.decoder.limits import PRECISIONS
 
 
 def describe(priced: PricedLayout) -> dict[str, Any]:
@@ -145,10 +146,7 @@ _WORDS = (
     (r"sp", "sp: sequence parallelism in tp"),
     (r"z\d", "zN: ZeRO stage N (1 optimizer states sharded, 2 gradients too, 3 weights too)"),
     (r"shardacc", "shardacc: gradients are reduced and sharded after every micro-batch, not once a step"),
-    (
-        r"fp32|bf16-mixed|bf16|fp64|fp8-emulated|fp8",
-        "fp32, bf16-mixed, bf16, fp64, fp8, fp8-emulated: the precision, where it is not the device's own",
-    ),
+    ("|".join(PRECISIONS), f"{', '.join(PRECISIONS)}: the precision, where it is not the device's own"),
     (
         r"compile|nocompile",
         "compile, nocompile: layers run through torch.compile, or not; without a word as on the device",

@@ -29,6 +29,14 @@ def drains(schedule: Any) -> Any:
     return (schedule == DRAINED) | (schedule == ZERO_BUBBLE)
 
 
+def may_stream_head(tp: Any, schedule: Any) -> Any:
+    """Whether head and loss may be computed some tokens at a time where layers do not stream; of columns, elementwise.
+
+    Not where tp cuts the head, nor where a backward is split in two or comes late: such a loss has one that runs once.
+    """
+    return (tp == 1) & (schedule == DRAINED)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
     """A layout as the predicates read it: every field one value, or all those that vary a numpy column.

@@ -24,6 +24,7 @@ from fourfold.parallel.decoder.choice import Choice
 from fourfold.parallel.decoder.facts import DecoderFacts
 from fourfold.parallel.decoder.fp8_limits import FP8_PACKED, MULTIPLE
 from fourfold.parallel.decoder.precision import Precision
+from fourfold.parallel.stream.gradients import autocast_now
 from fourfold.parallel.stream.patching import hooks_of
 
 RECIPE = "rowwise"
@@ -97,9 +98,8 @@ def trouble_with_tokens(mesh: DeviceMesh, stored: Precision, shape: tuple[int, i
 def _autocast_input(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
     """What F.linear does to its input under autocast; Float8Linear does it under CUDA's only."""
     x: Tensor = given[0]
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return (x, *given[1:])
+    autocast = autocast_now(x.device.type)
+    return given if autocast is None else (x.to(autocast[1]), *given[1:])
 
 
 def _has_fp8(device_type: str) -> bool:

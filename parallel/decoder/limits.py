@@ -27,6 +27,7 @@ from fourfold.parallel.decoder.choice import Choice as Choice
 from fourfold.parallel.decoder.choice import Limit as Limit
 from fourfold.parallel.decoder.choice import as_number as as_number
 from fourfold.parallel.decoder.choice import drains as drains
+from fourfold.parallel.decoder.choice import may_stream_head as may_stream_head
 from fourfold.parallel.decoder.facts import LENGTH_DEPENDENT_ROPE
 from fourfold.parallel.decoder.facts import DecoderFacts as DecoderFacts
 from fourfold.parallel.decoder.facts import decoder_facts as decoder_facts

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from fourfold.parallel.decoder.adapters import without_wrapper
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.float8 import refuse_without_fp8, use_fp8
-from fourfold.parallel.decoder.limits import FP8, Choice, as_number, drains
+from fourfold.parallel.decoder.limits import FP8, Choice, as_number, drains, may_stream_head
 from fourfold.parallel.decoder.parallel_model import ParallelModel, StepOptions, device_of
 from fourfold.parallel.decoder.precision import Precision, chosen_precision
 from fourfold.parallel.decoder.stage import DecoderStage, check_decoder, has_sliding_window
@@ -164,7 +164,7 @@ def parallelize(
             autocast_dtype=stored.products if zero_stage == 0 else None,
         )
         made.sequence_shards = layout.tp if sequence_parallel else 1
-        made.streams_head = layout.tp == 1 and schedule != "zero-bubble"
+        made.streams_head = may_stream_head(layout.tp, layout.schedule)
         return made
 
     held = _layers_of_rank(model, mesh, layout)

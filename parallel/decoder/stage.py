@@ -127,8 +127,7 @@ class DecoderStage(nn.Module):
             self.lm_head = whole.lm_head
 
     streams_head = False
-    """Whether `gives_loss` may be, where the layers do not stream: not where tp cuts the head, nor where a backward is
-    split in two (zero-bubble), for the streamed loss has one that runs once."""
+    """Whether `gives_loss` may be, where the layers do not stream: see limits.may_stream_head."""
 
     gives_hidden = False
     """Whether a last stage that streams returns what its last layer gives, for a loss that streams by itself."""

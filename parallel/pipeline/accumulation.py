@@ -150,9 +150,9 @@ class GradientSum:
             norm: a scalar, best where the gradients are; nobody waits for it there.
         """
         gradients = [local_part(p.grad) for p in self._weights.live if p.grad is not None]
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(alike, scale.to(alike[0].device, dtype))
 
     def norm(self) -> Tensor:

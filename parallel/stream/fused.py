@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fourfold.parallel.stream.gradients import autocast_now
 from fourfold.parallel.stream.patching import ROTARY, Rotary, hooks_of, swapped_parameters
 
 # What a kernel's output and gradients may differ by from the module's own, relative L2: some roundings of the dtype.
@@ -127,13 +128,13 @@ class Fused:
         return plain(x) if form is None else normed(form)(x)
 
     def _gate(self, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if not self._here(x) or _products_dtype(x) not in TOLERANCES or hooks_of(module.act_fn):
+        products = _products_dtype(x)
+        if not self._here(x) or products not in TOLERANCES or hooks_of(module.act_fn):
             return plain(x)
 
         def gated(kernel: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda y: module.down_proj(kernel(module.gate_proj(y), module.up_proj(y)))
 
-        products = _products_dtype(x)
         key = (type(module), type(module.act_fn), x.dtype, products)
         if key not in self._gates:
             found = (self.kernels.silu_mul, self.kernels.gelu_mul)
@@ -159,8 +160,8 @@ class Fused:
 
 def _products_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product of x comes in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = autocast_now(x.device.type)
+    return x.dtype if autocast is None else autocast[1]
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -200,10 +200,10 @@ class SummedLinears:
         if any(linear is skipped for skipped in self._skipped):
             return _no_output(linear, x, rows, writable=self._clamped)
         sums, weight, bias = self._sums, linear.weight, linear.bias
-        casts = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if casts else weight.dtype
+        autocast = autocast_now(x.device.type)
+        dtype = weight.dtype if autocast is None else autocast[1]
         # Autocast casts every other dtype to its own, but for fp64.
-        usable = torch.float64 not in (x.dtype, weight.dtype) if casts else x.dtype == dtype
+        usable = x.dtype == dtype if autocast is None else torch.float64 not in (x.dtype, weight.dtype)
         if sums is None or not usable or not torch.is_grad_enabled() or sums.index(weight) is None:
             if rows is None:
                 return plain(x)
@@ -304,6 +304,11 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
         return without_graph(ctx, *grads)
 
     return checked
+
+
+def autocast_now(kind: str) -> tuple[str, torch.dtype] | None:
+    """(device type, dtype) of autocast where it is enabled for this kind of device."""
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
 @contextmanager

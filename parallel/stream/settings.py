@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.parallel.stream.attention import RowMask
+from fourfold.parallel.stream.gradients import autocast_now
 from fourfold.parallel.stream.head import Head
 from fourfold.parallel.stream.heads_layer import by_heads
 from fourfold.parallel.stream.host_memory import HostMemory, HostStore
@@ -83,11 +84,6 @@ def new_run(
     return by_heads(run, sizes.groups) if sizes.groups else run
 
 
-def autocast_now(kind: str) -> tuple[str, torch.dtype] | None:
-    """(device type, dtype) of autocast where it is enabled for this kind of device."""
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-
-
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a step may still allocate on the device; None where nobody tells."""
     if device.type != "cuda":
@@ -114,7 +110,7 @@ class LogitsForm(NamedTuple):
 def new_head(
     settings: StreamSettings,
     run: StreamRun | None,
-    logits: "LogitsForm",
+    logits: LogitsForm,
     norm: nn.Module,
     normalise: Callable[[Tensor], Tensor],
     projection: nn.Linear,

@@ -4,11 +4,15 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from support.rank_pool import RankPool
 
 
 def _why_not() -> str:
@@ -21,6 +25,18 @@ def _why_not() -> str:
 
 only_pretended = pytest.mark.skipif(_why_not() != "", reason=_why_not())
 """Of a module whose tests pretend devices: where that cannot be done, or one is there."""
+
+
+def own_pool(world_size: int) -> Any:
+    """A module's fixture: ranks that no other module has, for autograd counts the devices once a process."""
+
+    @pytest.fixture(scope="module")
+    def pool() -> Iterator[RankPool]:
+        ranks = RankPool(world_size)
+        yield ranks
+        ranks.close()
+
+    return pool
 
 
 @cache

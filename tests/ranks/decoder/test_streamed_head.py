@@ -103,6 +103,7 @@ def test_a_head_that_is_more_than_a_matrix_makes_whole_logits(ranks):
     changes = (nothing, name_a_scale, listen, listen_everywhere, double, replace_forward)
     losses, streamed = zip(*(ranks(1)(with_large_logits, one_step, change)[0] for change in changes), strict=True)
     assert streamed == (1, 1, 0, 0, 0, 0)
+    # fp32, summed in chunks or whole; a head that gives twice as much has another loss.
     assert losses[:4] == pytest.approx([losses[0]] * 4, rel=1e-6)
     doubled = ranks(1)(one_step, double)[0]
     assert losses[4:] == pytest.approx([doubled] * 2, rel=1e-6)

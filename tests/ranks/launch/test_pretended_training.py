@@ -38,6 +38,7 @@ def trained(folder: Path, before: Callable[[], None] | None) -> dict[str, Any]:
 def test_ranks_train_on_devices_of_their_own(tmp_path):
     there, here = trained(tmp_path / "cuda", on_two_devices), trained(tmp_path / "cpu", None)
     assert (there["device"], here["device"]) == ("cuda", "cpu")
+    # fp32, and operators in another order: a few roundings.
     assert there["losses"] == pytest.approx(here["losses"], rel=1e-5)
     assert there["heldout_loss"] == pytest.approx(here["heldout_loss"], rel=1e-5)
     assert there["reserved_bytes"] >= there["peak_bytes"] > 0

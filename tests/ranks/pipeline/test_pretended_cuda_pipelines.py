@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from support.one_loss import adamw, tiny_model
 from support.pretended_cuda import Seen, pretended
-from support.pretended_library import only_pretended
-from support.rank_pool import RankPool
+from support.pretended_library import only_pretended, own_pool
 
 from fourfold.launch.training.checkpoints import Checkpoints, Resume
 from fourfold.parallel import init_mesh, parallelize
@@ -25,15 +24,9 @@ from fourfold.parallel.pipeline import links
 from fourfold.parallel.testing.compare import assert_ranks, full_tensor, relative_error
 
 pytestmark = only_pretended
+two = own_pool(2)
 IDS = torch.randint(64, (8, 2, 13), generator=torch.Generator().manual_seed(5))
 ROUNDING = 1e-12  # of fp64, through a few updates
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[RankPool]:
-    pool = RankPool(2)
-    yield pool
-    pool.close()
 
 
 def draining(device: str, seen: Seen | None, folder: Path) -> tuple[dict[str, Any], list[Any]]:

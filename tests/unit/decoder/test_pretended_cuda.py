@@ -3,21 +3,20 @@
 Rank 0 of a pool of its own runs them: autograd counts the devices once a process (support.pretended_cuda).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support.large_logits import with_large_logits
 from support.pretended_cuda import pretended
-from support.pretended_library import only_pretended
-from support.rank_pool import RankPool
+from support.pretended_library import only_pretended, own_pool
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fourfold.parallel import init_mesh, parallelize
 from fourfold.parallel.stream.settings import StreamSettings
 
 pytestmark = only_pretended
+rank = own_pool(1)
 IDS = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(2))
 DOCUMENTS = torch.arange(32).ge(9).long().expand(2, -1)
 BY_HEADS = StreamSettings(chunk_size=16, mlp_chunk=16, head_groups=2)
@@ -26,13 +25,6 @@ BY_QUERIES = StreamSettings(chunk_size=16, mlp_chunk=16, head_groups=0, offload=
 STEPS = 2
 # What is offloaded leaves the device only once the host has seen its copy done.
 STREAMED = {"Event.synchronize"}
-
-
-@pytest.fixture(scope="module")
-def rank() -> Iterator[RankPool]:
-    pool = RankPool(1)
-    yield pool
-    pool.close()
 
 
 def steps(device: str, documents: torch.Tensor | None, **options: Any) -> list[tuple[float, float]]:

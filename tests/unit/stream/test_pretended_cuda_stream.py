@@ -3,14 +3,12 @@
 Rank 0 of a pool of its own runs it: autograd counts the devices once a process (support.pretended_cuda).
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support.pretended_cuda import pretended
-from support.pretended_library import only_pretended
-from support.rank_pool import RankPool
+from support.pretended_library import only_pretended, own_pool
 
 from fourfold.parallel import stream_backprop
 from fourfold.parallel.stream import token_logprobs
@@ -18,17 +16,11 @@ from fourfold.parallel.testing.compare import relative_error
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
 pytestmark = only_pretended
+rank = own_pool(1)
 IDS = batch(2, 45)
 POSITIONS = torch.cat([torch.arange(length) for length in (9, 1, 35)]).expand(2, -1)
 SIZES = {"chunk_size": 16, "mlp_chunk": 24, "offload": "host"}
 ROUNDING = 1e-5  # of fp32, sums in another order
-
-
-@pytest.fixture(scope="module")
-def rank() -> Iterator[RankPool]:
-    pool = RankPool(1)
-    yield pool
-    pool.close()
 
 
 def gradients(device: str, family: str, by_tokens: bool, settings: dict[str, Any]) -> list[torch.Tensor]:
