@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fourfold.parallel.attention.blocks import Block
+from fourfold.parallel.attention.efficient import EfficientAttention
 from fourfold.parallel.attention.flash_packages import FlashAttn, FlashAttn3, FlashAttn4
 from fourfold.parallel.attention.flex import FlexAttention
 from fourfold.parallel.attention.kernels import (
@@ -33,18 +34,19 @@ BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
         CpuFlash(), FlashAttn(), CudaFlash(), MathAttention(), CudnnAttention(), FlashAttn3(), FlashAttn4(),
-        FlexAttention(),
+        FlexAttention(), EfficientAttention(),
     )
 }  # fmt: skip
 # (device type, least compute capability, backends, the fastest first). The last row that fits a device is its own.
 # On an H100 cuDNN's kernel took 0.55 to 0.6 of the time of torch's flash kernel. FlashAttention 3 and 4 have not been
 # measured here; who has built one wants it, and their papers have them at or ahead of cuDNN on these devices.
-# FlexAttention has not been measured either, and is used where it is asked for by name.
+# FlexAttention has not been measured either, and is used where it is asked for by name. The memory-efficient kernel has
+# not run: it is there for fp32, which none of the others takes, and `math` would hold the scores.
 PREFERENCES: tuple[tuple[str, tuple[int, int], tuple[str, ...]], ...] = (
     ("cpu", (0, 0), ("cpu_flash", "math")),
-    ("cuda", (0, 0), ("flash_attn", "cuda_flash", "math")),
-    ("cuda", (9, 0), ("flash_attn_3", "cudnn", "flash_attn", "cuda_flash", "math")),
-    ("cuda", (10, 0), ("flash_attn_4", "cudnn", "cuda_flash", "math")),
+    ("cuda", (0, 0), ("flash_attn", "cuda_flash", "efficient", "math")),
+    ("cuda", (9, 0), ("flash_attn_3", "cudnn", "flash_attn", "cuda_flash", "efficient", "math")),
+    ("cuda", (10, 0), ("flash_attn_4", "cudnn", "cuda_flash", "efficient", "math")),
 )
 # Kernels that cap scores by themselves; made for one cap each.
 CAPPING: dict[str, Callable[[float], AttentionBackend]] = {

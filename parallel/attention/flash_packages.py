@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.kernels import Gradients, Limits, PackedKernel, SavedAttention
+from fourfold.parallel.attention.kernels import HALF, Gradients, Limits, PackedKernel, SavedAttention
 
 
 class FlashAttn:
@@ -12,7 +12,7 @@ class FlashAttn:
     name = "flash_attn"
     leaf = 0
     limits = Limits(
-        kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 256),
+        kind="cuda", capability=(8, 0), dtypes=HALF, head_sizes=(8, 256),
         package=("flash_attn", "pip install flash-attn"),
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ class FlashAttn3:
     name = "flash_attn_3"
     leaf = 0
     limits = Limits(
-        kind="cuda", capability=(9, 0), up_to=(10, 0), half=True, head_sizes=(8, 256),
+        kind="cuda", capability=(9, 0), up_to=(10, 0), dtypes=HALF, head_sizes=(8, 256),
         package=("flash_attn_interface", "build it from flash-attention/hopper"),
     )  # fmt: skip
 
@@ -80,7 +80,7 @@ class FlashAttn4:
     name = "flash_attn_4"
     leaf = 0
     limits = Limits(
-        kind="cuda", capability=(10, 0), half=True, head_sizes=(8, 128),
+        kind="cuda", capability=(10, 0), dtypes=HALF, head_sizes=(8, 128),
         package=("flash_attn.cute", "pip install flash-attn-4"),
     )  # fmt: skip
 

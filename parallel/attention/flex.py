@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention.kernels import Gradients, Limits, PackedKernel, SavedAttention
+from fourfold.parallel.attention.kernels import HALF, Gradients, Limits, PackedKernel, SavedAttention
 
 Flex = Callable[..., tuple[Tensor, Any]]
 """torch's flex_attention, or what stands for it."""
@@ -30,7 +30,7 @@ class FlexAttention:
 
     name = "flex"
     leaf = 0
-    limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(16, 256))
+    limits = Limits(kind="cuda", capability=(8, 0), dtypes=HALF, head_sizes=(16, 256))
     packed: PackedKernel | None = None
 
     def __init__(self, soft_cap: float = 0.0) -> None:

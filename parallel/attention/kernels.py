@@ -23,6 +23,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
+HALF = (torch.bfloat16, torch.float16)
 
 
 class SavedAttention(NamedTuple):
@@ -64,7 +65,7 @@ class Limits:
         kind: the device type it needs; None takes any.
         capability: the least it needs. up_to: the first that it no longer runs on.
         package: (module, how to install it), where it does not come with torch.
-        half: bf16 and fp16 only; else every floating-point dtype.
+        dtypes: those it takes; () is every floating-point dtype.
         head_sizes: (multiple of, at most); None takes any.
     """
 
@@ -72,7 +73,7 @@ class Limits:
     capability: tuple[int, int] = (0, 0)
     up_to: tuple[int, int] = (99, 0)
     package: tuple[str, str] | None = None
-    half: bool = False
+    dtypes: tuple[torch.dtype, ...] = ()
     head_sizes: tuple[int, int] | None = None
 
     def refusal(self, name: str, hardware: Hardware, dtype: torch.dtype, head_size: int) -> str | None:
@@ -86,8 +87,9 @@ class Limits:
             return f"{name} does not run on compute capability {hardware.capability}: leave the backend to be chosen"
         if not dtype.is_floating_point:
             return f"{name} attention needs floating-point tensors, not {dtype}"
-        if self.half and dtype not in (torch.bfloat16, torch.float16):
-            return f"{name} takes bf16 and fp16, not {dtype}: cast, or ask for backend='math'"
+        if self.dtypes and dtype not in self.dtypes:
+            taken = " and ".join(str(each).removeprefix("torch.") for each in self.dtypes)
+            return f"{name} takes {taken}, not {dtype}: cast, or ask for backend='math'"
         if self.head_sizes is not None and (head_size % self.head_sizes[0] or head_size > self.head_sizes[1]):
             multiple, most = self.head_sizes
             return f"{name} takes head sizes that are multiples of {multiple} up to {most}, not {head_size}"
@@ -226,7 +228,7 @@ class CudaFlash:
 
     name = "cuda_flash"
     leaf = 0
-    limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 256))
+    limits = Limits(kind="cuda", capability=(8, 0), dtypes=HALF, head_sizes=(8, 256))
 
     def __init__(self, packed: PackedKernel | None = None) -> None:
         self.packed = packed
@@ -253,7 +255,7 @@ class CudnnAttention:
 
     name = "cudnn"
     leaf = 0
-    limits = Limits(kind="cuda", capability=(8, 0), half=True, head_sizes=(8, 128))
+    limits = Limits(kind="cuda", capability=(8, 0), dtypes=HALF, head_sizes=(8, 128))
 
     def __init__(self, packed: PackedKernel | None = None) -> None:
         self.packed = packed

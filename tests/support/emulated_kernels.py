@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from fourfold.parallel.attention.kernels import widen
 
 
 @dataclass
@@ -74,9 +77,21 @@ def check(tensors: dict[str, Tensor], mask: Mask, longest: tuple[int, int] | Non
         assert longest == (int(mask.starts_q.diff().max()), int(mask.starts_k.diff().max()))
 
 
+def check_efficient(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What torch's memory-efficient kernels take of [B, H, S, D] in fp32 on compute capability 8.0 and later."""
+    assert q.shape[1] == k.shape[1] == v.shape[1], "no groups of query heads"
+    for x in (q, k, v):
+        assert x.dtype in (torch.float32, torch.float64), "fp64 only to compare the calls"
+        assert x.shape[3] % 4 == 0
+        assert x.stride(3) == 1
+        assert not any(step % 4 for step in (*x.stride()[:3], x.storage_offset())), "read four numbers at a time"
+        assert max(x.stride()[1:]) < 2**31
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [T, H, D], lse [H, T])."""
-    out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan)
+    """(out [T, H, D], lse [H, T]), summed in fp32 (fp64) as kernels do."""
+    out, (q, k, v) = torch.full_like(q, torch.nan), map(widen, (q, k, v))
+    lse = q.new_full((q.shape[1], len(q)), torch.nan)
     for queries, keys, hidden in mask.sequences():
         _, scores = _scores(q[queries], k[keys], mask.cap, scale)
         scores = scores.masked_fill(hidden, -torch.inf)
@@ -87,9 +102,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
 
 def backward(grad: Tensor, saved: tuple[Tensor, ...], mask: Mask, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), from an output and lse that may be those of more keys."""
-    q, k, v, out, lse = saved
+    dq, dk, dv = (torch.full_like(x, torch.nan) for x in saved[:3])
+    q, k, v, out, lse, grad = map(widen, (*saved, grad))
     assert lse.shape == (q.shape[1], len(q))
-    dq, dk, dv = torch.full_like(q, torch.nan), torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
     for queries, keys, hidden in mask.sequences():
         slope, scores = _scores(q[queries], k[keys], mask.cap, scale)
         weights = (scores.masked_fill(hidden, -torch.inf) - lse[:, queries, None]).exp()
@@ -142,12 +157,19 @@ def emulated() -> Iterator[Calls]:
         _fill_flash_attn_3(third, calls)
         for name, module in (("flash_attn", package), (interface.__name__, interface), (third.__name__, third)):
             patch.setitem(sys.modules, name, module)
-        library = torch.library.Library("aten", "IMPL")
-        _fill_aten(library, calls)
-        try:
+        with torch_kernels(calls):
             yield calls
-        finally:
-            library._destroy()
+
+
+@contextmanager
+def torch_kernels(calls: Calls) -> Iterator[None]:
+    """Meanwhile torch's CUDA operators of attention run here, and are noted in `calls`."""
+    library = torch.library.Library("aten", "IMPL")
+    _fill_aten(library, calls)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _fill_flash_attn(module: Any, calls: Calls) -> None:
@@ -283,6 +305,25 @@ def _fill_aten(library: torch.library.Library, calls: Calls) -> None:
     ):  # fmt: skip
         return _plain_backward(grad_out, (q, k, v, out, logsumexp), is_causal, scale)
 
+    def efficient(q, k, v, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+        check_efficient(q, k, v)
+        out, lse = _plain("efficient", q, k, v, is_causal, scale)
+        empty = q.new_empty((), dtype=torch.int64)
+        return out, pad(lse, (0, -q.shape[2] % 32), value=torch.inf), empty, empty
+
+    def efficient_backward(
+        grad_out, q, k, v, attn_bias, out, logsumexp, philox_seed, philox_offset, dropout_p, grad_input_mask,
+        is_causal=False, *, scale=None,
+    ):  # fmt: skip
+        check_efficient(q, k, v)
+        assert out.transpose(1, 2).is_contiguous(), "the kernel takes its rows to lie H * D apart, and does not look"
+        assert logsumexp.is_contiguous()
+        assert logsumexp.shape[2] % 32 == 0
+        lse, beyond = logsumexp.tensor_split([q.shape[2]], dim=2)
+        assert beyond.eq(torch.inf).all()
+        assert list(grad_input_mask) == [True, True, True, False]
+        return *_plain_backward(grad_out, (q, k, v, out, lse), is_causal, scale), None
+
     def _plain(name, q, k, v, causal, scale):
         tokens = [x.transpose(1, 2) for x in (q, k, v)]
         mask = _whole(tokens[0], tokens[1], causal)
@@ -301,6 +342,8 @@ def _fill_aten(library: torch.library.Library, calls: Calls) -> None:
         "_flash_attention_backward": packed_backward,
         "_scaled_dot_product_cudnn_attention": cudnn,
         "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
+        "_scaled_dot_product_efficient_attention": efficient,
+        "_scaled_dot_product_efficient_attention_backward": efficient_backward,
         "_scaled_dot_product_flash_attention": flash,
         "_scaled_dot_product_flash_attention_backward": flash_backward,
     }

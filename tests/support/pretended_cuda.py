@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fourfold.parallel.attention import backends
+from support.emulated_kernels import Calls, torch_kernels
 from support.pretended_functions import Seen, State, begin, current_stream, device_of, end, functions, places
 from support.pretended_library import library
 
@@ -280,7 +281,7 @@ def pretended(devices: int = 1, capability: tuple[int, int] = (9, 0)) -> Iterato
             # The sanitizer looks at the stack for every kernel, which takes longer than all else.
             no_stack = SimpleNamespace(StackSummary=SimpleNamespace(extract=lambda *_, **__: []), walk_stack=id)
             patch.setattr(_sanitizer, "traceback", no_stack)
-            with _device:
+            with _device, torch_kernels(Calls()):
                 yield _device.seen
     finally:
         _device = None

@@ -21,14 +21,15 @@ pytestmark = [
 ]
 # None is what the device gets: with documents and windows, two kernels side by side.
 NAMES = [None, "cuda_flash", "cudnn", "flash_attn", "flash_attn_3", "flash_attn_4", "flex", "math"]
+KERNELS = [*((name, torch.bfloat16) for name in NAMES), (None, torch.float32), ("efficient", torch.float32)]
 # Two roundings of the same size, in other places.
 TIMES_PLAIN = 1.5
 
 
-def inputs(seq_len: int, size: int) -> list[torch.Tensor]:
+def inputs(seq_len: int, size: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 8, seq_len, size), (1, 2, seq_len, size), (1, 2, seq_len, size), (1, 8, seq_len, size)]
-    return [torch.randn(shape, generator=generator).to("cuda", torch.bfloat16) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -36,9 +37,9 @@ def error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @cache
-def plain_error(size: int, options: tuple[tuple[str, Any], ...]) -> float:
-    """The worst of the output's and the three gradients' errors, of plain attention in bf16."""
-    q, k, v, grad = inputs(333, size)
+def plain_error(size: int, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> float:
+    """The worst of the output's and the three gradients' errors, of plain attention in this dtype."""
+    q, k, v, grad = inputs(333, size, dtype)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     mask = attention_mask(333, **dict(options)).cuda()
     scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True).backward(grad)
@@ -50,7 +51,7 @@ def plain_error(size: int, options: tuple[tuple[str, Any], ...]) -> float:
     return max([*found, *(error(mine.grad, leaf.grad) for mine, leaf in zip(leaves, exact, strict=True))])
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize(
     "options",
@@ -63,8 +64,8 @@ def plain_error(size: int, options: tuple[tuple[str, Any], ...]) -> float:
         {"cu_seqlens": (0, 3, 200, 300), "window": (50, 0)},
     ],
 )
-def test_ring_blocks_equal_fp64(backend, size, options):
-    q, k, v, grad = inputs(333, size)
+def test_ring_blocks_equal_fp64(backend, dtype, size, options):
+    q, k, v, grad = inputs(333, size, dtype)
     try:
         select_backend(backend, q, k)
     except ValueError as refusal:
@@ -75,7 +76,7 @@ def test_ring_blocks_equal_fp64(backend, size, options):
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     truth = attention_reference(*leaves, **options)
     truth.backward(grad.double())
-    bound = TIMES_PLAIN * plain_error(size, tuple(options.items()))
+    bound = TIMES_PLAIN * plain_error(size, dtype, tuple(options.items()))
     assert error(out, truth) <= bound
     for mine, leaf in zip(local, leaves, strict=True):
         assert error(mine.grad, leaf.grad) <= bound
@@ -115,9 +116,10 @@ def test_capped_scores_equal_fp64(backend):
     assert max(capped_errors(out, local)) <= TIMES_PLAIN * max(capped_errors(plain, leaves))
 
 
-def test_fp32_falls_back_to_math():
+def test_fp32_gets_the_memory_efficient_kernel():
     q, k, _, _ = (x.float() for x in inputs(16, 64))
-    assert select_backend(None, q, k).name == "math"
+    expected = "efficient" if torch.cuda.get_device_capability() >= (8, 0) else "math"
+    assert select_backend(None, q, k).name == expected
 
 
 def test_what_this_device_gets_by_default():

@@ -10,6 +10,7 @@ from fourfold.parallel.attention import flex
 from fourfold.parallel.attention.backends import BACKENDS, choose_backend, fast_path, merge, select_backend
 from fourfold.parallel.attention.blocks import Block
 from fourfold.parallel.attention.calls import calls, takes_window
+from fourfold.parallel.attention.efficient import EfficientAttention
 from fourfold.parallel.attention.flex import FlexAttention
 from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, Hardware, SavedAttention
 from fourfold.parallel.attention.merged import Merged
@@ -99,7 +100,10 @@ CHOICES = [
     ("cuda", (9, 0), (), torch.bfloat16, 128, "cudnn"),  # H100, H200
     ("cuda", (9, 0), (), torch.float16, 64, "cudnn"),
     ("cuda", (9, 0), (), torch.bfloat16, 256, "cuda_flash"),
-    ("cuda", (9, 0), (), torch.float32, 128, "math"),
+    ("cuda", (9, 0), (), torch.float32, 128, "efficient"),
+    ("cuda", (9, 0), ("flash_attn_interface",), torch.float32, 96, "efficient"),
+    ("cuda", (9, 0), (), torch.float32, 30, "math"),
+    ("cuda", (9, 0), (), torch.float64, 128, "math"),
     ("cuda", (9, 0), (), torch.bfloat16, 100, "math"),
     ("cuda", (9, 0), ("flash_attn",), torch.bfloat16, 128, "cudnn"),
     ("cuda", (9, 0), ("flash_attn_interface",), torch.bfloat16, 128, "flash_attn_3"),
@@ -196,10 +200,10 @@ def test_the_choice_and_its_refusals():
         select_backend("math", q.long(), k.long())
 
 
-@pytest.mark.parametrize("backend", [CudaFlash(), CudnnAttention()])
+@pytest.mark.parametrize("backend", [CudaFlash(), CudnnAttention(), EfficientAttention()])
 def test_cuda_calls_fit_the_operators(backend):
     """Shapes and arguments against torch's own shape functions; the numbers are checked in tests/gpu."""
-    q, k, v, grad = (x.to("meta") for x in block(16, 16, torch.bfloat16))
+    q, k, v, grad = (x.to("meta", backend.limits.dtypes[0]) for x in block(16, 16))
     out, lse = backend.forward(q, k, v, causal=True, scale=0.2)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
     gradients = backend.backward(grad, SavedAttention(q, k, v, out, lse), causal=True, scale=0.2)
@@ -210,7 +214,8 @@ def test_cuda_calls_fit_the_operators(backend):
 PATHS = [
     ("cuda", (9, 0), (), torch.bfloat16, 128, False, ("cudnn", "cuda_flash")),  # H100, H200
     ("cuda", (9, 0), (), torch.bfloat16, 256, False, ("cuda_flash", "cuda_flash")),
-    ("cuda", (9, 0), (), torch.float32, 128, False, ("math", None)),
+    ("cuda", (9, 0), (), torch.float32, 128, False, ("efficient", None)),
+    ("cuda", (9, 0), (), torch.float32, 128, True, ("math", None)),
     ("cuda", (9, 0), (), torch.bfloat16, 128, True, ("math", None)),
     ("cuda", (9, 0), ("flash_attn",), torch.bfloat16, 128, False, ("cudnn", "flash_attn")),
     ("cuda", (9, 0), ("flash_attn",), torch.bfloat16, 256, True, ("flash_attn", "flash_attn")),

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fourfold.parallel.attention import calls as calls_module
 from fourfold.parallel.attention.backends import CAPPING
+from fourfold.parallel.attention.efficient import EfficientAttention
 from fourfold.parallel.attention.flash_packages import FlashAttn, FlashAttn3
 from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, SavedAttention
+from fourfold.parallel.attention.merged import Merged
 from fourfold.parallel.attention.packed import PackedCudaFlash, PackedFlashAttn, PackedFlashAttn3
 from fourfold.parallel.stream.attention import RowMask, ScoreOptions
 from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
@@ -39,6 +41,7 @@ KERNELS = {
     "flash_attn_3": lambda: FlashAttn3(PackedFlashAttn3()),
     "cuda_flash": lambda: CudaFlash(PackedCudaFlash()),
     "cudnn": lambda: CudnnAttention(PackedCudaFlash()),
+    "efficient": EfficientAttention,
 }
 
 
@@ -108,6 +111,44 @@ def test_large_blocks_stay_with_the_fastest_kernel(mask, monkeypatch):
         assert max(errors(KERNELS["cudnn"](), mask)) < 1e-13
     calls_module._grouped.cache_clear()
     assert {name for name, *_ in seen.seen} <= {"cudnn", "cuda_flash"}  # blocks of one token are cuda_flash's
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize("tokens", [(1, 64), (33, 7), (32, 32)])
+def test_the_fp32_kernel_of_a_gpu_in_what_it_takes(heads, tokens):
+    """Slices of a longer row at odd places, heads that are far apart, a merged output, a tail of rows: two blocks."""
+    generator, backend = torch.Generator().manual_seed(4), EfficientAttention()
+    (queries, keys), (many, few) = tokens, heads
+    q, k, v, grad = (
+        torch.randn(2, count, heads, 18 if odd else 12, generator=generator).transpose(1, 2)[..., -12:]
+        for count, heads, odd in ((queries, many, 1), (2 * keys, few, 1), (2 * keys, few, 0), (queries, many, 0))
+    )
+    causal, parts = queries == keys, (slice(0, keys), slice(keys, None))
+    merged = Merged(q, [(0, queries)] * 2)
+    with emulated() as seen:
+        for number, part in enumerate(parts):
+            found = backend.forward(q, k[:, :, part], v[:, :, part], causal=causal and number == 0, scale=0.3)
+            merged.add((0, queries), *found)
+        out = merged.out.contiguous()  # head by head: not as the kernel takes it
+        saved = [SavedAttention(q, k[:, :, part], v[:, :, part], out, merged.lse) for part in parts]
+        one, other = (
+            backend.backward(grad, rows, causal=causal and number == 0, scale=0.3) for number, rows in enumerate(saved)
+        )
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    wide = [x.repeat_interleave(many // few, dim=1) for x in leaves[1:]]
+    scores = leaves[0] @ wide[0].mT * 0.3
+    hidden = torch.ones(queries, 2 * keys, dtype=torch.bool).triu(1) & (torch.arange(2 * keys) < keys) & causal
+    expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ wide[1]
+    expected.backward(grad.double())
+    results = [
+        merged.out,
+        one[0] + other[0],
+        *(torch.cat(pair, dim=2) for pair in zip(one[1:], other[1:], strict=True)),
+    ]
+    for mine, right in zip(results, (expected.detach(), *(leaf.grad for leaf in leaves)), strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - right).norm() < 2e-6 * right.norm()
+    assert len(seen.seen) == 2
 
 
 def forwards(kernel: str, mask: str) -> Calls:
