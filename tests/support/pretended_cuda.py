@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import StackSummary
 from types import SimpleNamespace
 from typing import Any
 
@@ -279,7 +280,8 @@ def pretended(devices: int = 1, capability: tuple[int, int] = (9, 0)) -> Iterato
             patch.setattr(torch._C._distributed_c10d.Logger, "set_runtime_stats_and_log", lambda self: None)
             patch.setattr(backends, "_fused_merge", lambda: backends._merge)
             # The sanitizer looks at the stack for every kernel, which takes longer than all else.
-            no_stack = SimpleNamespace(StackSummary=SimpleNamespace(extract=lambda *_, **__: []), walk_stack=id)
+            no_frames = SimpleNamespace(extract=lambda *_, **__: StackSummary())
+            no_stack = SimpleNamespace(StackSummary=no_frames, walk_stack=id)
             patch.setattr(_sanitizer, "traceback", no_stack)
             with _device, torch_kernels(Calls()):
                 yield _device.seen
