@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from fourfold.parallel.decoder.adapters import without_wrapper
 from fourfold.parallel.decoder.compiled import chosen_backend, compile_layer
 from fourfold.parallel.decoder.float8 import refuse_without_fp8, use_fp8
+from fourfold.parallel.decoder.fused_layers import use_fused
 from fourfold.parallel.decoder.limits import FP8, Choice, as_number, drains, may_stream_head
 from fourfold.parallel.decoder.parallel_model import ParallelModel, StepOptions, device_of
 from fourfold.parallel.decoder.precision import Precision, chosen_precision
@@ -182,6 +183,8 @@ def parallelize(
         backend=backend,
     )
     _place(stage, runs, model, mesh, placement)
+    if backend is None:
+        use_fused(stage.layers.values(), layout)
     kept = {id(parameter) for parameter in stage.parameters()}
     mark_replaced(parameter for parameter in before if id(parameter) not in kept)
     take_over(model, *([given, cast(Any, given).base_model] if adapted else []))

@@ -4,28 +4,40 @@ In a model's own code each of these is some ten kernels in fp32 on a GPU, and co
 a streamed layer's time than its matrix products beside attention. Liger-Kernel has each as one Triton kernel; where it
 is installed, and tensors are on CUDA, its kernels take the place of the modules' own forwards while the model streams.
 
-What is computed stays the model's: a kernel is taken for a class of modules only after it gave that class's own output
-and gradients for a few random numbers, within the rounding of their dtype. Everything else keeps its own code.
+What is computed stays the model's: a kernel is taken for a kind of modules (a class, its code, and what they were made
+with) only after it gave such a module's own output and gradients for a few random numbers, within the rounding of their
+dtype. Everything else keeps its own code: modules that somebody gave a forward, activations that hooks look at.
 """
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.stream.gradients import autocast_now
-from fourfold.parallel.stream.patching import ROTARY, Rotary, hooks_of, swapped_parameters
+from fourfold.parallel.stream.gradients import autocast_now, own_saved_tensors
+from fourfold.parallel.stream.patching import (
+    ROTARY,
+    Rotary,
+    has_own_forward,
+    hooks_of,
+    hooks_of_all_modules,
+    swapped_parameters,
+    unseen,
+)
 
 # What a kernel's output and gradients may differ by from the module's own, relative L2: some roundings of the dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Forms of RMS norm among transformers' models: (added to the weight, whether the weight multiplies before rounding).
 NORMS: tuple[tuple[float, str], ...] = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"))
 TRIED_ROWS = 3
+# Of attributes that say what a module was made with.
+PLAIN_TYPES = frozenset((bool, int, float, str, NoneType, FunctionType, BuiltinFunctionType))
 Choice = TypeVar("Choice")
 
 
@@ -67,24 +79,32 @@ def liger() -> "Fused | None":
 
 @dataclass(slots=True)
 class Fused:
-    """Kernels, and for which classes of modules they were found to compute the same."""
+    """Kernels, and for which kinds of modules they were found to compute the same."""
 
     kernels: Kernels
-    _norms: dict[tuple[type, torch.dtype, torch.dtype], tuple[float, str] | None] = field(default_factory=dict)
-    _gates: dict[tuple[type, type, torch.dtype, torch.dtype], Callable[[Tensor, Tensor], Tensor] | None] = field(
-        default_factory=dict
-    )
-    _rotary: dict[tuple[Any, torch.dtype, int], bool] = field(default_factory=dict)
+    _norms: dict[Hashable, tuple[float, str] | None] = field(default_factory=dict)
+    _gates: dict[Hashable, Callable[[Tensor, Tensor], Tensor] | None] = field(default_factory=dict)
+    _rotary: dict[Hashable, torch.dtype | None] = field(default_factory=dict)
 
     def replacement(self, module: nn.Module) -> Callable[..., Any] | None:
         """What takes the place of the module's forward, called with that forward first; None leaves it."""
-        norm = type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor)
-        if norm and _epsilon(module) is not None:
-            return lambda plain, x: self._norm(module, plain, x)
+        if has_own_forward(module):
+            return None
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
-        if all(isinstance(part, nn.Module) for part in parts) and len(list(module.children())) == 4:
-            return lambda plain, x: self._gate(module, plain, x)
-        return None
+        if type(module).__name__.endswith("RMSNorm"):
+            weighted = isinstance(getattr(module, "weight", None), Tensor) and _epsilon(module) is not None
+            run = self._norm if weighted else None
+        else:
+            gated = all(isinstance(part, nn.Module) for part in parts) and len(list(module.children())) == 4
+            run = self._gate if gated else None
+        if run is None:
+            return None
+
+        def forward(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            usual = len(args) == 1 and not kwargs and self._here(args[0])
+            return run(module, plain, args[0]) if usual else plain(*args, **kwargs)
+
+        return forward
 
     def rotary(self, attention: nn.Module) -> Rotary | None:
         """(names that the module's code sees, what is to stand there for its rotary embedding); None leaves it."""
@@ -95,32 +115,35 @@ class Fused:
 
         def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
             usual = not args and not kwargs and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
-            if usual and self._here(q) and self._same_rotary(plain, q, k, (cos, sin)):
-                return self.kernels.rotary(q, k, cos.to(q.dtype), sin.to(q.dtype))
+            dtype = self._rotated_dtype(plain, q, (cos, sin)) if usual and self._here(q) else None
+            if dtype is not None:
+                return self._rotated(q, k, (cos, sin), dtype)
             return plain(q, k, cos, sin, *args, **kwargs)
 
         return names, rotate
 
     def taken(self) -> dict[str, int]:
-        """For how many classes of norms, gated activations and rotary embeddings a kernel was taken so far."""
+        """For how many kinds of norms, gated activations and rotary embeddings a kernel was taken so far."""
         return {
             "norms": sum(form is not None for form in self._norms.values()),
             "gates": sum(kernel is not None for kernel in self._gates.values()),
-            "rotary": sum(self._rotary.values()),
+            "rotary": sum(dtype is not None for dtype in self._rotary.values()),
         }
 
-    def _here(self, x: Tensor) -> bool:
-        return x.device.type == self.kernels.device_type and x.dtype in TOLERANCES
+    def _here(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.device.type == self.kernels.device_type and x.dtype in TOLERANCES
 
     def _norm(self, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         eps = _epsilon(module)
-        if eps is None or not self._here(x):
+        if eps is None:
             return plain(x)
 
         def normed(form: tuple[float, str]) -> Callable[[Tensor], Tensor]:
-            return lambda y: self.kernels.rms_norm(y, module.weight, eps, *form)
+            # The kernel gives what it takes; Llama's code multiplies by the weight last, and gives the wider of both.
+            wide = torch.promote_types(x.dtype, module.weight.dtype) if form[1] == "llama" else x.dtype
+            return lambda y: self.kernels.rms_norm(y.to(wide), module.weight, eps, *form)
 
-        key = (type(module), x.dtype, module.weight.dtype)
+        key = (*_kind(module), x.dtype, module.weight.dtype)
         if key not in self._norms:
             errors = {form: _difference(plain, normed(form), x, module) for form in NORMS}
             self._norms[key] = _best(errors, x.dtype)
@@ -128,14 +151,15 @@ class Fused:
         return plain(x) if form is None else normed(form)(x)
 
     def _gate(self, module: Any, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        products = _products_dtype(x)
-        if not self._here(x) or products not in TOLERANCES or hooks_of(module.act_fn):
+        products, activation = _products_dtype(x), module.act_fn
+        watched = hooks_of(activation) or hooks_of_all_modules() or has_own_forward(activation)
+        if products not in TOLERANCES or watched:
             return plain(x)
 
         def gated(kernel: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda y: module.down_proj(kernel(module.gate_proj(y), module.up_proj(y)))
 
-        key = (type(module), type(module.act_fn), x.dtype, products)
+        key = (*_kind(module), *_kind(activation), x.dtype, products)
         if key not in self._gates:
             found = (self.kernels.silu_mul, self.kernels.gelu_mul)
             errors = {kernel: _difference(plain, gated(kernel), x, module) for kernel in found}
@@ -143,19 +167,37 @@ class Fused:
         kernel = self._gates[key]
         return plain(x) if kernel is None else gated(kernel)(x)
 
-    def _same_rotary(self, plain: Callable[..., Any], q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor]) -> bool:
-        key = (plain, q.dtype, q.shape[-1])
+    def _rotated(self, q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Rotated where both are exact: under autocast, and in some models always, angles are wider than queries."""
+        wide = torch.promote_types(q.dtype, angles[0].dtype)
+        rotated = self.kernels.rotary(*(x.to(wide) for x in (q, k, *angles)))
+        return [x.to(dtype) for x in rotated]
+
+    def _rotated_dtype(self, plain: Callable[..., Any], q: Tensor, angles: tuple[Tensor, Tensor]) -> torch.dtype | None:
+        """What the model's own code gives for such queries; None if the kernel gives something else."""
+        key = (plain, q.dtype, angles[0].dtype, q.shape[-1])
         if key not in self._rotary:
-            cos, sin = (angle[:, -TRIED_ROWS:] for angle in angles)
-            heads = [_random((1, 2, cos.shape[1], q.shape[-1]), q) for _ in range(2)]
-            cos, sin = cos[:1], sin[:1]
-            error = _worst(
-                lambda a, b: plain(a, b, cos, sin),
-                lambda a, b: self.kernels.rotary(a.clone(), b.clone(), cos.to(a.dtype), sin.to(a.dtype)),
-                heads,
-            )
-            self._rotary[key] = error <= TOLERANCES[q.dtype]
+            cos, sin = (angle[:1, -TRIED_ROWS:] for angle in angles)
+            heads = [_random((1, 2, cos.shape[1], q.shape[-1]), q, seed=seed) for seed in range(2)]
+            dtypes: list[torch.dtype] = []
+
+            def own(a: Tensor, b: Tensor) -> Sequence[Tensor]:
+                found: Sequence[Tensor] = plain(a, b, cos, sin)
+                dtypes.append(found[0].dtype)
+                return found
+
+            error = _worst(own, lambda a, b: self._rotated(a.clone(), b.clone(), (cos, sin), dtypes[0]), heads)
+            self._rotary[key] = dtypes[0] if error <= TOLERANCES[q.dtype] else None
         return self._rotary[key]
+
+
+def _kind(module: nn.Module) -> tuple[Hashable, ...]:
+    """What modules have in common that compute the same from the same parameters and inputs."""
+    made = [
+        item for item in vars(module).items()
+        if item[0][0] != "_" and type(item[1]) in PLAIN_TYPES and item[0] != "training"
+    ]  # fmt: skip
+    return type(module), type(module).forward, *made
 
 
 def _products_dtype(x: Tensor) -> torch.dtype:
@@ -181,14 +223,14 @@ def _difference(
 ) -> float:
     """How far apart the two are for a few random rows such as `like` has, and their gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    x = _random((1, TRIED_ROWS, like.shape[-1]), like)
+    x = _random((1, TRIED_ROWS, like.shape[-1]), like, seed=0)
     # Leaves in the parameters' places: nobody's hooks are to see gradients of this.
     with swapped_parameters(module, parameters) as leaves:
         return _worst(lambda y: (plain(y),), lambda y: (fused(y),), [x], leaves)
 
 
-def _random(shape: Sequence[int], like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+def _random(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device=like.device, dtype=like.dtype)
 
 
@@ -196,18 +238,23 @@ def _worst(
     plain: Callable[..., Sequence[Tensor]], fused: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
     parameters: Sequence[Tensor] = (),
 ) -> float:  # fmt: skip
-    """The largest relative L2 difference of outputs and of gradients of inputs and parameters; inf, if one has none."""
+    """The largest relative L2 difference of outputs and of gradients of inputs and parameters; inf, if one has none or
+    comes in another dtype.
+
+    A checkpoint around the layer neither keeps nor counts what is computed here.
+    """
     results = []
     for function in (plain, fused):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        with torch.enable_grad():
+        with torch.enable_grad(), own_saved_tensors(), unseen():
             outs = function(*leaves)
-            given = [_random(out.shape, out) for out in outs]
+            # Not along the inputs: no gradient of a norm is left of such, only rounding.
+            given = [_random(out.shape, out, seed=2 + index) for index, out in enumerate(outs)]
             grads = torch.autograd.grad(outs, [*leaves, *parameters], given, allow_unused=True)
         results.append([*(out.detach() for out in outs), *grads])
     errors = [0.0]
     for expected, found in zip(*results, strict=True):
-        if expected is None or found is None:
+        if expected is None or found is None or found.dtype != expected.dtype:
             errors.append(0.0 if expected is found else math.inf)
         else:
             difference = float((found.double() - expected.double()).norm())

@@ -66,7 +66,7 @@ PATCHES = (
     Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
     Patch("Tensor._use_count", "read", "a gradient that autograd.grad or a view holds must not be overwritten"),
     Patch("torch._C._storage_Use_Count", "read", "nor one whose memory a hook's detached tensor or array holds"),
-    Patch("torch._C._DisableTorchDispatch", "read", "who holds a gradient is first counted where nobody looks on"),
+    Patch("torch._C._DisableTorchDispatch", "read", "what is first tried or counted here is nobody else's to see"),
     Patch("Tensor._version", "read", "a tensor that is changed while it is copied to the host must not be used"),
     Patch("Tensor._make_wrapper_subclass", "read", "logits that nobody reads need a shape without memory"),
     Patch("torch._C.DisableTorchFunctionSubclass", "read", "the shape of such a tensor is read without computing it"),
@@ -275,6 +275,11 @@ def without_checkpointing(layer: nn.Module) -> Iterator[None]:
 def plain_parameter(module: nn.Module, name: str) -> bool:
     """Whether the module's `name` is a parameter of its own, and not computed from others (a parametrization)."""
     return module._parameters.get(name) is not None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody gave this module a forward, besides its class's."""
+    return not _of_class(module, module.__dict__.get("forward"))
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:

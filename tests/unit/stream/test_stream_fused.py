@@ -3,6 +3,7 @@
 The kernels here are plain torch, on a CPU: Liger-Kernel's have the same arguments and run on CUDA (tests/gpu).
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ class Calls:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         if casting == "llama":
-            return (weight + offset) * wide.to(x.dtype)
+            return ((weight + offset) * wide.to(x.dtype)).to(x.dtype)
         return (wide * (weight.float() + offset)).to(x.dtype)
 
     def silu_mul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -99,6 +100,26 @@ def test_a_kernel_that_computes_something_else_is_not_taken(wrong, calls, monkey
     assert min(others.values()) > 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_that_only_rounds_elsewhere_is_taken(dtype, calls, monkeypatch):
+    """As each on a GPU does: these compute in fp64, and round once."""
+
+    def exact(kernel):
+        def run(*arguments):
+            out = kernel(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
+            return tuple(x.to(dtype) for x in out) if isinstance(out, tuple) else out.to(dtype)
+
+        return run
+
+    kernels = calls.kernels()
+    names = ("rms_norm", "silu_mul", "gelu_mul", "rotary")
+    fused = Fused(replace(kernels, **{name: exact(getattr(kernels, name)) for name in names}))
+    monkeypatch.setattr(streaming, "liger", lambda: fused)
+    model, ids = stream_backprop(tiny("qwen3").to(dtype), **CHUNKS, verify=False), batch(2, 21)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert fused.taken() == {"norms": 1, "gates": 1, "rotary": 1}
+
+
 def test_what_was_taken_is_told(calls, monkeypatch):
     fused = Fused(calls.kernels())
     monkeypatch.setattr(streaming, "liger", lambda: fused)
@@ -121,14 +142,82 @@ def test_activations_are_compared_in_the_dtype_of_their_products(calls, monkeypa
     assert fused.taken()["gates"] == 1
 
 
-def test_an_activation_with_hooks_keeps_its_own_code(calls):
+def hook(activation, seen, stack):
+    activation.register_forward_hook(lambda *_: seen.append(1))
+
+
+def hook_of_all(activation, seen, stack):
+    def note(module, *_):
+        if module is activation:
+            seen.append(1)
+
+    stack.callback(torch.nn.modules.module.register_module_forward_hook(note).remove)
+
+
+def own_forward(activation, seen, stack):
+    plain = activation.forward
+    activation.forward = lambda x: (seen.append(1), plain(x))[1]
+
+
+@pytest.mark.parametrize("watch", [hook, hook_of_all, own_forward])
+def test_an_activation_that_is_watched_keeps_its_own_code(watch, calls):
     model, ids, seen = tiny("llama"), batch(2, 21), []
     stream_backprop(model, **CHUNKS)
-    for layer in model.model.layers:
-        layer.mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
-    model(input_ids=ids, labels=ids).loss.backward()
+    with ExitStack() as stack:
+        for layer in model.model.layers:
+            watch(layer.mlp.act_fn, seen, stack)
+        model(input_ids=ids, labels=ids).loss.backward()
     assert seen
     assert calls.count["silu_mul"] == 0
+
+
+def scaled_norm(model):
+    """One norm does what somebody gave it, the others what their class does."""
+    norm = model.model.layers[-1].post_attention_layernorm
+    norm.forward = lambda x: 2 * type(norm).forward(norm, x)
+
+
+def scaled_gate(model):
+    mlp = model.model.layers[-1].mlp
+    mlp.forward = lambda x: 2 * type(mlp).forward(mlp, x)
+
+
+def other_activation(model):
+    """Two of one class, made with something else."""
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Swish(1.0 + number)
+
+
+class Swish(torch.nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.slope * x)
+
+
+@pytest.mark.parametrize("change", [scaled_norm, scaled_gate, other_activation])
+def test_a_module_that_is_unlike_the_others_of_its_class_keeps_its_own_code(change, calls):
+    model, ids = tiny("llama"), batch(2, 21)
+    change(model)
+    plain = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop(model, **CHUNKS)
+    assert_gradients(gradients(model, model(input_ids=ids, labels=ids).loss), plain, TOLERANCE)
+    assert min(calls.count["rms_norm"], calls.count["silu_mul"]) > 4  # the others took theirs
+
+
+def test_a_class_that_is_given_another_forward_later_keeps_that(calls, monkeypatch):
+    model, ids = stream_backprop(tiny("llama"), **CHUNKS), batch(2, 21)
+    before = model(input_ids=ids, labels=ids).loss
+    norm = modeling_llama.LlamaRMSNorm
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, hidden_states: 2 * plain(self, hidden_states=hidden_states))
+    found = gradients(model, model(input_ids=ids, labels=ids).loss)
+    stream_backprop_disable(model)
+    loss = model(input_ids=ids, labels=ids).loss
+    assert abs(loss - before) > 1e-3
+    assert_gradients(found, gradients(model, loss), TOLERANCE)
 
 
 def test_nothing_of_it_is_left():
