@@ -172,8 +172,13 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 def _fused_merge() -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
     """_merge compiled: each number is read and written once, and there is no fp32 copy of a block's output.
 
-    Sizes are symbols, so that blocks of any size share a kernel.
+    Sizes are symbols, so that blocks of any size share a kernel. Where there is no Triton for the device, as on Windows
+    or before Volta, it is _merge itself.
     """
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return _merge
     compiled: Callable[[Tensor, Tensor, Tensor, Tensor], None] = torch.compile(_merge, dynamic=True)
     return compiled
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.parallel.attention import flex
+from fourfold.parallel.attention import backends, flex
 from fourfold.parallel.attention.backends import BACKENDS, choose_backend, fast_path, merge, select_backend
 from fourfold.parallel.attention.blocks import Block
 from fourfold.parallel.attention.calls import calls, takes_window
@@ -93,6 +93,12 @@ def test_merging_with_nothing_changes_nothing():
     assert torch.equal(lse, finite)
     merge(out, lse, nothing, minus)
     assert torch.equal(out, something)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_merge_is_compiled_where_triton_is(triton, monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
+    assert (backends._fused_merge.__wrapped__() is backends._merge) is not triton
 
 
 CHOICES = [
