@@ -28,7 +28,7 @@ from fourfold.parallel.stream.patching import (
     hooks_of,
     hooks_of_all_modules,
     swapped_parameters,
-    unseen,
+    unwatched,
 )
 
 # What a kernel's output and gradients may differ by from the module's own, relative L2: some roundings of the dtype.
@@ -243,13 +243,14 @@ def _worst(
 
     A checkpoint around the layer neither keeps nor counts what is computed here.
     """
-    results = []
+    results, given = [], list[Tensor]()
     for function in (plain, fused):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        with torch.enable_grad(), own_saved_tensors(), unseen():
+        with torch.enable_grad(), own_saved_tensors(), unwatched():
             outs = function(*leaves)
-            # Not along the inputs: no gradient of a norm is left of such, only rounding.
-            given = [_random(out.shape, out, seed=2 + index) for index, out in enumerate(outs)]
+        # Not along the inputs: no gradient of a norm is left of such, only rounding.
+        given = given or [_random(out.shape, out, seed=2 + index) for index, out in enumerate(outs)]
+        with own_saved_tensors(), unwatched():
             grads = torch.autograd.grad(outs, [*leaves, *parameters], given, allow_unused=True)
         results.append([*(out.detach() for out in outs), *grads])
     errors = [0.0]

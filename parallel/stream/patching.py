@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface
 
 # The name by which transformers finds stream.attention's function.
@@ -66,7 +67,8 @@ PATCHES = (
     Patch("torch._C._will_engine_execute_node", "read", "autograd.grad must not find its results added to .grad"),
     Patch("Tensor._use_count", "read", "a gradient that autograd.grad or a view holds must not be overwritten"),
     Patch("torch._C._storage_Use_Count", "read", "nor one whose memory a hook's detached tensor or array holds"),
-    Patch("torch._C._DisableTorchDispatch", "read", "what is first tried or counted here is nobody else's to see"),
+    Patch("torch._C._DisableTorchDispatch", "read", "who holds a gradient is first counted where nobody looks on"),
+    Patch("torch.utils._python_dispatch._disable_current_modes", "read", "no checkpoint keeps what is only tried"),
     Patch("Tensor._version", "read", "a tensor that is changed while it is copied to the host must not be used"),
     Patch("Tensor._make_wrapper_subclass", "read", "logits that nobody reads need a shape without memory"),
     Patch("torch._C.DisableTorchFunctionSubclass", "read", "the shape of such a tensor is read without computing it"),
@@ -336,6 +338,11 @@ def holders(tensor: Tensor) -> tuple[int, int, int]:
 def unseen() -> AbstractContextManager[None]:
     """While entered, no mode of the user's sees what is computed."""
     return torch._C._DisableTorchDispatch()  # type: ignore[no-any-return, attr-defined]
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """While entered, no mode sees what is computed; tensors of subclasses are what they are."""
+    return _disable_current_modes()
 
 
 def num_changes(tensor: Tensor) -> int:

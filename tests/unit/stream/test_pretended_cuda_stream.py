@@ -4,14 +4,17 @@ Rank 0 of a pool of its own runs it: autograd counts the devices once a process 
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from support.fused_kernels import FusedKernels
 from support.pretended_cuda import pretended
 from support.pretended_library import only_pretended, own_pool
 
 from fourfold.parallel import stream_backprop
-from fourfold.parallel.stream import token_logprobs
+from fourfold.parallel.stream import streaming, token_logprobs
+from fourfold.parallel.stream.fused import Fused
 from fourfold.parallel.testing.compare import relative_error
 from fourfold.parallel.testing.tiny_models import batch, tiny
 
@@ -38,11 +41,13 @@ def gradients(device: str, family: str, by_tokens: bool, settings: dict[str, Any
     return [parameter.grad.cpu() for parameter in model.parameters()]
 
 
-def on_both(*case: Any) -> tuple[float, list[str]]:
-    with pretended() as seen:
+def on_both(*case: Any) -> tuple[float, list[str], dict[str, int]]:
+    fused = Fused(FusedKernels().kernels("cuda"))
+    with pretended() as seen, mock.patch.object(streaming, "liger", return_value=fused):
         there = gradients("cuda", *case)
     here = gradients("cpu", *case)
-    return max(relative_error(one, other) for one, other in zip(there, here, strict=True)), seen.faults
+    error = max(relative_error(one, other) for one, other in zip(there, here, strict=True))
+    return error, seen.faults, fused.taken()
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,7 @@ def on_both(*case: Any) -> tuple[float, list[str]]:
     ids=["a model's loss, heads", "token_logprobs, queries"],
 )
 def test_gradients_are_the_cpu_s(rank, family, by_tokens, settings):
-    error, faults = rank(on_both, family, by_tokens, settings)[0]
+    error, faults, taken = rank(on_both, family, by_tokens, settings)[0]
     assert error <= ROUNDING
     assert faults == []
+    assert taken == {"norms": 1, "gates": 1, "rotary": 1}

@@ -1,6 +1,7 @@
 """Fused kernels take the place of a model's own code where they compute the same, and nowhere else.
 
-The kernels here are plain torch, on a CPU: Liger-Kernel's have the same arguments and run on CUDA (tests/gpu).
+The kernels here are plain torch (support.fused_kernels): Liger-Kernel's have the same arguments and run on CUDA
+(tests/gpu).
 """
 
 from contextlib import ExitStack
@@ -9,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from support.fused_kernels import FusedKernels
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 from fourfold.parallel.stream import streaming
-from fourfold.parallel.stream.fused import Fused, Kernels, liger
+from fourfold.parallel.stream.fused import Fused, liger
 from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
 from fourfold.parallel.testing.compare import assert_gradients, gradients
 from fourfold.parallel.testing.tiny_models import FAMILIES, batch, tiny
@@ -22,43 +24,9 @@ TOLERANCE = 2e-6
 CHUNKS = {"chunk_size": 8, "mlp_chunk": 3, "logits_chunk": 5}
 
 
-class Calls:
-    """Kernels of plain torch, and how often each was called."""
-
-    def __init__(self) -> None:
-        self.count = dict.fromkeys(("rms_norm", "silu_mul", "gelu_mul", "rotary"), 0)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
-        self.count["rms_norm"] += 1
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        if casting == "llama":
-            return ((weight + offset) * wide.to(x.dtype)).to(x.dtype)
-        return (wide * (weight.float() + offset)).to(x.dtype)
-
-    def silu_mul(self, a: Tensor, b: Tensor) -> Tensor:
-        self.count["silu_mul"] += 1
-        return F.silu(a) * b
-
-    def gelu_mul(self, a: Tensor, b: Tensor) -> Tensor:
-        self.count["gelu_mul"] += 1
-        return F.gelu(a, approximate="tanh") * b
-
-    def rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        self.count["rotary"] += 1
-        half = q.shape[-1] // 2
-        rotated = [
-            x * cos.unsqueeze(1) + torch.cat([-x[..., half:], x[..., :half]], -1) * sin.unsqueeze(1) for x in (q, k)
-        ]
-        return rotated[0], rotated[1]
-
-    def kernels(self) -> Kernels:
-        return Kernels("cpu", self.rms_norm, self.silu_mul, self.gelu_mul, self.rotary)
-
-
 @pytest.fixture
-def calls(monkeypatch) -> Calls:
-    found = Calls()
+def calls(monkeypatch) -> FusedKernels:
+    found = FusedKernels()
     monkeypatch.setattr(streaming, "liger", lambda: Fused(found.kernels()))
     return found
 
@@ -96,8 +64,7 @@ def test_a_kernel_that_computes_something_else_is_not_taken(wrong, calls, monkey
     for _ in range(2):
         assert_gradients(gradients(model, model(input_ids=ids, labels=ids).loss), plain, TOLERANCE)
     assert 1 <= len(seen) <= 3  # it was tried, once in each form
-    others = {name: count for name, count in calls.count.items() if name not in (wrong, "gelu_mul")}
-    assert min(others.values()) > 4
+    assert min(calls.count[name] for name in ("rms_norm", "silu_mul", "rotary") if name != wrong) > 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,7 +188,7 @@ def test_a_class_that_is_given_another_forward_later_keeps_that(calls, monkeypat
 
 
 def test_nothing_of_it_is_left():
-    found = Calls()
+    found = FusedKernels()
     before = modeling_llama.apply_rotary_pos_emb
     model, ids = tiny("llama"), batch(2, 21)
     with pytest.MonkeyPatch.context() as patch:
@@ -251,7 +218,7 @@ def test_off_when_told_off_and_where_liger_is_not(calls):
     model, ids = tiny("llama"), batch(2, 21)
     stream_backprop(model, **CHUNKS, fused=False)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert set(calls.count.values()) == {0}
+    assert not calls.count
     if not torch.cuda.is_available():
         found = liger()
         assert found is None or found.kernels.device_type == "cuda"
