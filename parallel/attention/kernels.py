@@ -166,16 +166,19 @@ class AttentionBackend(Protocol):
     packed: PackedKernel | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        """(out [B, H, S_q, D] in q.dtype, lse [B, H, S_q])."""
+        """(out [B, H, S_q, D] in q.dtype or the accumulation dtype, lse [B, H, S_q])."""
         ...
 
     def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
-        """(dq, dk, dv) of this block alone, in the inputs' dtype; saved.out and saved.lse are the merged ones."""
+        """(dq, dk, dv) of this block alone, in either of these; saved.out and saved.lse are the merged ones."""
         ...
 
 
 class MathAttention:
-    """Plain matrix products on any device and dtype; holds S_q * S_k scores a head."""
+    """Plain matrix products on any device and dtype; holds S_q * S_k scores a head.
+
+    Results stay in the accumulation dtype, so that blocks are rounded once, as their sum.
+    """
 
     name = "math"
     leaf = 0
@@ -187,7 +190,7 @@ class MathAttention:
         lse = scores.logsumexp(-1)
         weights = (scores - lse.unsqueeze(-1)).exp()
         out = weights @ widen(v).unsqueeze(2)
-        return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+        return out.flatten(1, 2), lse.flatten(1, 2)
 
     def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:
         q, k, v, out, lse = saved
@@ -198,7 +201,7 @@ class MathAttention:
         grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta) * scale
         grad_q = (grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2)
         grad_k = (grad_scores.mT @ by_key_head(widen(q), k)).sum(2)
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return grad_q, grad_k, grad_v
 
 
 class CpuFlash:

@@ -27,7 +27,7 @@ class SoftCapAttention(MathAttention):
             scores = self._masked(self._capped(q[:, :, start : start + ROWS], k, scale), causal, start)
             lse = scores.logsumexp(-1)
             out = (scores - lse.unsqueeze(-1)).exp() @ widen(v).unsqueeze(2)
-            parts.append((out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)))
+            parts.append((out.flatten(1, 2), lse.flatten(1, 2)))
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
@@ -42,10 +42,10 @@ class SoftCapAttention(MathAttention):
             delta = (grad * out).sum(-1, keepdim=True)
             grad_scores = weights * (grad @ widen(v).unsqueeze(2).mT - delta)
             grad_scores *= (1 - (capped / self.cap).square()) * scale  # the slope of tanh
-            parts.append((grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2).to(saved.q.dtype))
+            parts.append((grad_scores @ widen(k).unsqueeze(2)).flatten(1, 2))
             grad_k += (grad_scores.mT @ queries).sum(2)
             grad_v += (weights.mT @ grad).sum(2)
-        return torch.cat(parts, dim=2), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return torch.cat(parts, dim=2), grad_k, grad_v
 
     def _capped(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[B, H_kv, H // H_kv, S_q, S_k]."""

@@ -63,7 +63,8 @@ def attend_blocks(
     """
     each = calls(backend, q, blocks)
     if len(each) == 1 and _is_all(each[0].queries(q.device), q):
-        return attend_call(backend, q, k, v, each[0], scale)
+        out, lse = attend_call(backend, q, k, v, each[0], scale)
+        return out.to(q.dtype), lse
     merged = Merged(q, [block.q for block in blocks], v.shape[3])
     for call in each:
         merged.add_call(call, *attend_call(backend, q, k, v, call, scale))
@@ -77,7 +78,8 @@ def attend_blocks_backward(
     q, k, v = saved.q, saved.k, saved.v
     each = calls(backend, q, blocks)
     if len(each) == 1 and _is_all(each[0].queries(q.device), q) and _is_all(each[0].keys(k.device), k):
-        return attend_call_backward(backend, grad_out, saved, each[0], scale)
+        dq, dk, dv = attend_call_backward(backend, grad_out, saved, each[0], scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     alone = [_side_by_side([block.q for block in blocks]), _side_by_side([block.k for block in blocks])]
     totals = [
         torch.zeros_like(x, dtype=x.dtype if one else accumulation_dtype(x.dtype))

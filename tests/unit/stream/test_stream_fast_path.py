@@ -9,13 +9,15 @@ from support.emulated_kernels import Calls, emulated
 from torch import Tensor
 
 from fourfold.parallel.attention import calls as calls_module
-from fourfold.parallel.attention.backends import CAPPING
+from fourfold.parallel.attention.backends import BACKENDS, CAPPING
+from fourfold.parallel.attention.blocks import Block
 from fourfold.parallel.attention.efficient import EfficientAttention
 from fourfold.parallel.attention.flash_packages import FlashAttn, FlashAttn3
 from fourfold.parallel.attention.kernels import CudaFlash, CudnnAttention, SavedAttention
 from fourfold.parallel.attention.merged import Merged
 from fourfold.parallel.attention.packed import PackedCudaFlash, PackedFlashAttn, PackedFlashAttn3
 from fourfold.parallel.stream.attention import RowMask, ScoreOptions
+from fourfold.parallel.stream.block_attention import attend_blocks, attend_blocks_backward
 from fourfold.parallel.stream.model import stream_backprop, stream_backprop_disable
 from fourfold.parallel.stream.whole_attention import attend_whole, attend_whole_backward
 from fourfold.parallel.testing.compare import assert_gradients, gradients
@@ -198,3 +200,12 @@ def test_a_model_of_packed_documents_has_plain_gradients(family, kernel):
         stream_backprop_disable(model)
     assert any(name.endswith("packed") for name, *_ in seen.seen)
     assert not math.isnan(float(sum(gradient.sum() for gradient in plain.values())))
+
+
+def test_a_single_block_s_results_are_in_the_inputs_dtype():
+    """Plain products leave theirs in fp32, for those that have more blocks to add."""
+    q, k, v, grad = tensors(torch.bfloat16)
+    blocks = (Block((0, TOKENS), (0, TOKENS), "causal"),)
+    out, lse = attend_blocks(BACKENDS["math"], q, k, v, blocks, 0.3)
+    found = attend_blocks_backward(BACKENDS["math"], grad, SavedAttention(q, k, v, out, lse), blocks, 0.3)
+    assert [x.dtype for x in (out, *found)] == [torch.bfloat16] * 4
