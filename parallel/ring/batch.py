@@ -11,7 +11,16 @@ from torch import Tensor
 from fourfold.parallel.communication import agree, digest, place_in
 from fourfold.parallel.sequence.documents import KEYS, ends_of_documents, real_tokens
 from fourfold.parallel.sequence.sharding import Shard
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL, Documents, Group, shard_labels, shard_sequence, take
+from fourfold.parallel.sequence.tensors import (
+    IGNORED_LABEL,
+    Documents,
+    Group,
+    on_device,
+    on_host,
+    shard_labels,
+    shard_sequence,
+    take,
+)
 
 TAKEN = {"input_ids", "inputs_embeds", "labels", "attention_mask", *KEYS}
 
@@ -45,7 +54,8 @@ def shard_batch(
     Raises:
         ValueError: other keys in the batch, documents that are told in two ways which differ, labels at padding, or
             ranks of the group that hold different batches.
-    Cost: 32 bytes a rank; the batch is read by the host where it tells documents or padding.
+    Cost: 32 bytes a rank. The host reads a sum of each tensor, and all of what tells documents or padding; it waits for
+        a batch on CUDA, and for none that is still on the host.
     """
     unknown = set(batch) - TAKEN
     if unknown:
@@ -61,7 +71,7 @@ def shard_batch(
     tokens: Tensor = batch[name]
     rows, seq_len = tokens.shape[:2]
     ends = ends_of_documents(batch, (rows, seq_len), cu_seqlens)
-    mask = batch.get("attention_mask")
+    mask = batch["attention_mask"].cpu() if batch.get("attention_mask") is not None else None
     held = [range(seq_len)] * rows if mask is None or bool((mask == 1).all()) else real_tokens(mask)
     positions = _positions(batch, ends, tokens)
     whole = {name: tokens, "position_ids": positions}
@@ -87,26 +97,29 @@ def shard_batch(
 
 def _check_alike(batch: Mapping[str, Any], group: dist.ProcessGroup | None, cu_seqlens: Documents) -> None:
     """Refuse different batches on the ranks of a group: shards of them would be no sequence at all."""
+    place = place_in(group)
+    if place.size == 1:
+        return
     name = "input_ids" if "input_ids" in batch else "inputs_embeds"
     ids: Tensor = batch[name]
     told = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
     tensors = [(name, tuple(value.shape)) for name, value in batch.items() if isinstance(value, Tensor)]
     given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    others = [x for _, x in sorted(batch.items()) if isinstance(x, Tensor) and x is not ids]
+    mine, *theirs = (int(number) for number in on_host(*map(_checksum, [ids, *others])))
     numbers = {
         "the shapes of their batches": digest((sorted(tensors), sorted(told.items()), given)),
-        name: digest(_checksum(ids)),
-        "the other tensors of their batches": digest(
-            [_checksum(x) for _, x in sorted(batch.items()) if isinstance(x, Tensor) and x is not ids]
-        ),
+        name: digest(mine),
+        "the other tensors of their batches": digest(theirs),
     }
-    agree(place_in(group), numbers, ids.device)
+    agree(place, numbers, ids.device)
 
 
-def _checksum(x: Tensor) -> int:
-    """It depends on the order of the numbers; of fractions on their leading digits."""
+def _checksum(x: Tensor) -> Tensor:
+    """A number that depends on the order of the numbers; of fractions on their leading digits."""
     values = (x.detach().flatten().double() * 1024 if x.is_floating_point() else x.flatten()).to(torch.int64)
     weights = torch.arange(1, values.numel() + 1, device=x.device) * 2654435761 % 1000003
-    return int(((values + 1) * weights).sum()) % (1 << 62)
+    return ((values + 1) * weights).sum()
 
 
 def _positions(batch: Mapping[str, Any], ends: list[tuple[int, ...]], x: Tensor) -> Tensor:
@@ -115,7 +128,7 @@ def _positions(batch: Mapping[str, Any], ends: list[tuple[int, ...]], x: Tensor)
     if given is not None:
         return given.expand(x.shape[:2])
     tokens = torch.arange(x.shape[1], device=x.device)
-    starts = [torch.tensor(cuts, device=x.device) for cuts in ends]
+    starts = [on_device(torch.tensor(cuts), x.device) for cuts in ends]
     return torch.stack([tokens - cuts[torch.searchsorted(cuts, tokens, right=True) - 1] for cuts in starts])
 
 
@@ -130,9 +143,12 @@ def _shifted(labels: Tensor, held: list[range], cu_seqlens: tuple[int, ...] | No
             nothing.
     """
     shifted = shard_labels(labels, (0, 1), sharding="contiguous", cu_seqlens=cu_seqlens)
-    for number, (row, tokens) in enumerate(zip(shifted, held, strict=True)):
-        if bool((row[tokens.stop :] != IGNORED_LABEL).any()):
-            raise ValueError(f"row {number} has labels at its padding: set them to {IGNORED_LABEL} there")
+    if any(tokens.stop < labels.shape[1] for tokens in held):
+        stops = on_device(torch.tensor([tokens.stop for tokens in held]), labels.device)
+        padding = torch.arange(labels.shape[1], device=labels.device) >= stops[:, None]
+        wrong = ((shifted != IGNORED_LABEL) & padding).any(1).tolist()
+        if any(wrong):
+            raise ValueError(f"row {wrong.index(True)} has labels at its padding: set them to {IGNORED_LABEL} there")
     return shifted
 
 

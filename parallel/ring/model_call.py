@@ -23,7 +23,7 @@ from fourfold.parallel.ring.router_loss import ring_router_loss
 from fourfold.parallel.ring.unchanged import Snapshot, checksum
 from fourfold.parallel.ring.whole_length import give_whole_length
 from fourfold.parallel.sequence.sharding import shard_ranges
-from fourfold.parallel.sequence.tensors import IGNORED_LABEL, document_ends
+from fourfold.parallel.sequence.tensors import IGNORED_LABEL, document_ends, indices, on_host
 
 CACHED = (
     "a cache of keys (use_cache, past_key_values, generate) around a ring: each rank would cache its own shard's; call "
@@ -75,19 +75,21 @@ class ModelCalls:
         place = place_in(self.settings.group)
         kwargs = {"use_cache": False, **kwargs, **_by_name(model, args)}
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        # What this rank alone refuses is said by a message to all, for the others would wait in theirs.
-        problem = CACHED if kwargs["use_cache"] or kwargs.get("past_key_values") is not None else _missing(kwargs)
+        cached = kwargs["use_cache"] or kwargs.get("past_key_values") is not None
         if place.size == 1:
-            if problem is CACHED:
-                raise ValueError(problem)
+            if cached:
+                raise ValueError(CACHED)
             if isinstance(tokens, Tensor):  # else the model says what it misses
                 _tell_documents(kwargs, tokens)
             return (), kwargs
+        seen = _on_host(kwargs)
+        # What this rank alone refuses is said by a message to all, for the others would wait in theirs.
+        problem = CACHED if cached else _missing(kwargs, seen)
         if not isinstance(tokens, Tensor):
             problem, tokens = problem or f"a call without input_ids or inputs_embeds: {MADE_BY}", torch.zeros(0, 0)
         if problem is None and self.tried is not None:
-            problem = self.tried.change(model) or _outside(model, kwargs)
-        positions = kwargs.get("position_ids")
+            problem = self.tried.change(model) or _outside(model, kwargs, seen)
+        positions = seen.get("position_ids")
         # Messages of other sizes than a rank expects would end the process.
         largest = -1 if positions is None or not positions.numel() else int(positions.max())
         everyone = gather_numbers(place, [tokens.shape[1], largest], tokens.device)
@@ -107,7 +109,7 @@ class ModelCalls:
             "ring_seq_len": seq_len,
             "ring_cu_seqlens": digest(ends),
             "the position of the sequence's first token, as their position_ids have it,": offset,
-            "num_items_in_batch": int(kwargs.get("num_items_in_batch") or 0),
+            "num_items_in_batch": int(seen.get("num_items_in_batch", kwargs.get("num_items_in_batch")) or 0),
             "the names of their arguments": digest(sorted(name for name in kwargs if kwargs[name] is not None)),
             "the weights of their models": weights,
             "their modes (training, gradients, autocast, dtype)": digest(_modes(model, tokens.device)),
@@ -141,17 +143,17 @@ class ModelCalls:
     ) -> tuple[str | None, int]:
         """What is wrong with position ids [B or 1, S_local], or None; and where they say that the sequence begins.
 
-        Within a document a token's position is its place in the sequence, but for one number.
+        They are on the CPU. Within a document a token's position is its place in the sequence, but for one number.
         """
         sharding = self.settings.options.sharding
         shard = shard_ranges(seq_len, place.size, sharding, ends)[place.rank]
-        places = torch.tensor([token for tokens in shard for token in tokens], device=positions.device)
+        places = indices(shard, "cpu")
         if positions.shape[1] != len(places):
             return (
                 f"rank {place.rank} holds {positions.shape[1]} tokens, but its {sharding} shard of "
                 f"ring_seq_len={seq_len} has {len(places)}: {MADE_BY}"
             ), 0
-        cuts = torch.tensor(ends or (0, seq_len), device=positions.device)
+        cuts = torch.tensor(ends or (0, seq_len))
         documents = torch.searchsorted(cuts, places, right=True)
         distance = positions - places
         steps = (distance.diff(dim=1) != 0) & (documents.diff() == 0) & (places[1:] < cuts[-1])
@@ -193,8 +195,36 @@ def _by_name(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     return dict(zip(names, args, strict=False))
 
 
-def _missing(kwargs: Mapping[str, Any]) -> str | None:
-    """What a call on several ranks has to say and does not, or None."""
+def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What must be known of a call's tensors, by argument: numbers, whether a mask is all ones, ids' least and largest.
+
+    All in one copy: on CUDA the host waits once.
+    """
+    found = {name: kwargs.get(name) for name in ("position_ids", "num_items_in_batch")}
+    mask, ids, labels = (kwargs.get(name) for name in ("attention_mask", "input_ids", "shift_labels"))
+    if isinstance(mask, Tensor):
+        found["attention_mask"] = mask.all()
+    if isinstance(labels, Tensor):
+        labels = labels.masked_fill(labels == _ignored(kwargs), 0)
+    for name, x in (("input_ids", ids), ("shift_labels", labels)):
+        if isinstance(x, Tensor) and x.numel() and not x.is_floating_point():
+            found[name] = torch.stack(x.aminmax())
+    tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    return dict(zip(tensors, on_host(*tensors.values()), strict=True))
+
+
+def _ignored(kwargs: Mapping[str, Any]) -> int:
+    """The label that is to be left out."""
+    label: int = kwargs.get("ignore_index", IGNORED_LABEL)
+    return label
+
+
+def _missing(kwargs: Mapping[str, Any], seen: Mapping[str, Tensor]) -> str | None:
+    """What a call on several ranks has to say and does not, or None.
+
+    Args:
+        seen: what _on_host gave.
+    """
     missing = [name for name in ("position_ids",) if kwargs.get(name) is None]
     if kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None:
         missing += [name for name in ("shift_labels", "num_items_in_batch") if kwargs.get(name) is None]
@@ -209,7 +239,7 @@ def _missing(kwargs: Mapping[str, Any]) -> str | None:
             "an attention mask that is not [B, S] around a ring, which makes its own: causal, windows, documents as "
             f"shard_batch tells them; {MADE_BY}"
         )
-    if mask is not None and not mask.all():
+    if mask is not None and not seen["attention_mask"]:
         return "an attention_mask with padding: pack the documents into one row and give ring_cu_seqlens"
     kept = kwargs.get("logits_to_keep", 0)
     if isinstance(kept, Tensor) or kept:
@@ -217,20 +247,15 @@ def _missing(kwargs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _outside(model: nn.Module, kwargs: Mapping[str, Any]) -> str | None:
+def _outside(model: nn.Module, kwargs: Mapping[str, Any], seen: Mapping[str, Tensor]) -> str | None:
     """Why token ids or labels would be an error on this rank alone; None where they lie in the vocabulary."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
-    given = {name: kwargs.get(name) for name in ("input_ids", "shift_labels")}
-    found = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.numel() and not x.is_floating_point()}
-    if not isinstance(size, int) or not found:
-        return None
-    ignored = kwargs.get("ignore_index", IGNORED_LABEL)
-    if "shift_labels" in found:
-        found["shift_labels"] = found["shift_labels"].masked_fill(found["shift_labels"] == ignored, 0)
-    ends = torch.stack([end.long() for x in found.values() for end in x.aminmax()]).tolist()
-    for name, low, high in zip(found, ends[::2], ends[1::2], strict=True):
-        if low < 0 or high >= size:
-            return f"{name} from {low} to {high}, of a vocabulary of {size}: labels to be left out are {ignored}"
+    for name in ("input_ids", "shift_labels"):
+        if name in seen and isinstance(size, int):
+            low, high = seen[name].tolist()
+            if low < 0 or high >= size:
+                left_out = _ignored(kwargs)
+                return f"{name} from {low} to {high}, of a vocabulary of {size}: labels to be left out are {left_out}"
     return None
 
 
@@ -251,7 +276,7 @@ def _tell_documents(kwargs: dict[str, Any], tokens: Tensor) -> None:
     told = kwargs.get("ring_cu_seqlens") is not None or kwargs.get("attention_mask") is not None
     if told or not isinstance(positions, Tensor) or positions.dim() != 2:
         return
-    steps = positions.diff(dim=1) != 1
+    steps = on_host(positions)[0].diff(dim=1) != 1
     if not bool(steps.any()):
         return
     if tokens.shape[0] != 1:

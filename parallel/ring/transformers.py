@@ -74,8 +74,8 @@ def use_ring_attention(
         ValueError: the model has no attention modules, cannot take attention functions, mixes tokens elsewhere too (a
             convolution, a state space), has positions that are not rotary, or its heads do not fit.
     Cost: see ring.trial. Then at each call of the model two messages of at most 64 bytes a rank, and on CUDA the host
-        waits to read position ids, labels and their count. The first call reads every weight, to see that all ranks
-        have the same.
+        waits once, before anything is computed, to read position ids, the labels' count and the range of all ids. The
+        first call reads every weight, to see that all ranks have the same.
     """
     stop_ring_attention(model)
     model = _inner(model)

@@ -38,6 +38,18 @@ def on_device(x: Tensor, device: torch.device | str | None) -> Tensor:
     return x.to(device)
 
 
+def on_host(*tensors: Tensor) -> list[Tensor]:
+    """Whole numbers as int64 on the CPU, each as it is shaped. Cost: on CUDA the host waits once, for all of them."""
+    found = [x.detach().long() for x in tensors]
+    for device in {x.device for x in found if x.device.type != "cpu"}:
+        places = [place for place, x in enumerate(found) if x.device == device]
+        there = torch.cat([found[place].flatten() for place in places]).cpu()
+        parts = torch.split(there, [found[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            found[place] = part.view(found[place].shape)
+    return found
+
+
 def shard_sequence(
     x: Tensor, group: Group, *, dim: int, sharding: str = "zigzag", cu_seqlens: Documents = None
 ) -> Tensor:
@@ -104,7 +116,7 @@ def shard_positions(
     ends = document_ends(cu_seqlens)
     shard = shard_ranges(seq_len, size, sharding, ends)[rank]
     if ends is None:
-        return _indices(shard, device)
+        return indices(shard, device)
     return on_device(torch.tensor(positions(shard, ends), dtype=torch.int64), device)
 
 
@@ -141,7 +153,7 @@ def take(x: Tensor, shard: Shard, dim: int) -> Tensor:
     """The shard's tokens of x along `dim`; a view where they are one range."""
     if len(shard) == 1 and shard[0].step == 1:
         return x.narrow(dim, shard[0].start, len(shard[0]))
-    return x.index_select(dim, _indices(shard, x.device))
+    return x.index_select(dim, indices(shard, x.device))
 
 
 class _Unshard(torch.autograd.Function):
@@ -156,7 +168,7 @@ class _Unshard(torch.autograd.Function):
         exchange(place, [(mine, rank) for rank in others], [(pieces[rank], rank) for rank in others]).wait()
         whole = _resized(x, dim, sum(map(shard_length, shards)))
         for shard, piece in zip(shards, pieces, strict=True):
-            whole.index_copy_(dim, _indices(shard, x.device), piece)
+            whole.index_copy_(dim, indices(shard, x.device), piece)
         return whole
 
     @staticmethod
@@ -181,7 +193,8 @@ def _rank_and_size(group: Group) -> tuple[int, int]:
     return place.rank, place.size
 
 
-def _indices(shard: Shard, device: torch.device | str | None) -> Tensor:
+def indices(shard: Shard, device: torch.device | str | None) -> Tensor:
+    """[S_local], int64: the shard's tokens."""
     runs = [torch.arange(tokens.start, tokens.stop, tokens.step, device=device) for tokens in shard]
     return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device=device)
 

@@ -142,6 +142,8 @@ class Device(TorchDispatchMode):
 
         arguments, named = tree_map(unwrap, (args, kwargs))
         named.pop("pin_memory", None)
+        if func is aten.histc.default:  # which the CPU has for fractions alone
+            arguments = (arguments[0].double(), *arguments[1:])
         with self._own_random_numbers(func, (*args, *kwargs.values())):
             out = func(*arguments, **named)
         made: list[Tensor] = []
