@@ -188,8 +188,8 @@ class MathAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         scores = _scores(q, k, causal, scale)
         lse = scores.logsumexp(-1)
-        weights = (scores - lse.unsqueeze(-1)).exp()
-        out = weights @ widen(v).unsqueeze(2)
+        # Not by the lse: its rounding would be in the whole row, and backward would take it for a gradient of scores.
+        out = scores.softmax(-1) @ widen(v).unsqueeze(2)
         return out.flatten(1, 2), lse.flatten(1, 2)
 
     def backward(self, grad_out: Tensor, saved: SavedAttention, *, causal: bool, scale: float) -> Gradients:

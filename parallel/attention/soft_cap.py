@@ -26,7 +26,7 @@ class SoftCapAttention(MathAttention):
         for start in range(0, q.shape[2], ROWS):
             scores = self._masked(self._capped(q[:, :, start : start + ROWS], k, scale), causal, start)
             lse = scores.logsumexp(-1)
-            out = (scores - lse.unsqueeze(-1)).exp() @ widen(v).unsqueeze(2)
+            out = scores.softmax(-1) @ widen(v).unsqueeze(2)
             parts.append((out.flatten(1, 2), lse.flatten(1, 2)))
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

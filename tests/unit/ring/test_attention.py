@@ -53,6 +53,15 @@ def test_a_square_block_equals_fp64(name, dtype, tolerance, causal):
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 50.0])
+def test_weights_of_a_row_sum_to_one_where_scores_are_large(soft_cap):
+    """Divided by their sum: by an lse of about 20, rows would be off by its rounding."""
+    q, k, _, _ = block(45, 45)
+    ones = torch.ones_like(k)
+    out, _ = select_backend("math", q, ones, soft_cap).forward(q + 2, k + 2, ones, causal=True, scale=0.2)
+    assert error(out, ones.double().repeat_interleave(2, 1)) < 2 * torch.finfo(torch.float32).eps
+
+
 @pytest.mark.parametrize("name", ["cpu_flash", "math"])
 def test_blocks_of_keys_merge_to_the_whole(name):
     q, k, v, grad = block(20, 70)
