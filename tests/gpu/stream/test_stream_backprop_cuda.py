@@ -1,10 +1,14 @@
 """StreamBP on CUDA: no further from fp64 than plain backpropagation is there, and less memory where it offloads.
 
-Every bound is a multiple of what plain backpropagation itself is off from fp64 on that device, in that dtype.
+Every bound is a multiple of what plain backpropagation itself is off from fp64 on that device, in that dtype. In fp32
+torch holds all scores where heads share keys, and its kernels that hold none are further off, ours being one of them:
+there the slope of a query's scores comes from its output, whose rounding all its keys share. Plain backpropagation may
+use those, too.
 """
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -41,6 +45,9 @@ def check(model: nn.Module, inputs: dict[str, Any], steps: int = 1, **settings: 
     exact_model.config._experts_implementation = "eager"  # grouped products of experts know no fp64
     exact = gradients(exact_model, exact_model(**inputs).loss)
     plain = worst_error(gradients(model, model(**inputs).loss), exact)
+    # Keys are repeated for each query head, for which torch has a kernel that holds no scores in fp32.
+    with mock.patch("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", return_value=False):
+        plain = max(plain, worst_error(gradients(model, model(**inputs).loss), exact))
     stream_backprop(model, **settings)
     for _ in range(steps):  # later ones use pinned memory, and the device's, again
         assert_gradients(gradients(model, model(**inputs).loss), exact, FACTOR * plain, f"plain is off by {plain:.3g}")
