@@ -110,7 +110,6 @@ def test_no_worse_than_plain_against_fp64(dtype, settings):
     plain = gradient_errors(gradients(model, model(input_ids=ids, labels=ids).loss), exact)
     stream_backprop(model, **{**settings, "head_groups": 4})
     streamed = gradient_errors(gradients(model, model(input_ids=ids, labels=ids).loss), exact)
-    print(max(plain.values()), max(streamed.values()))
     assert max(streamed.values()) <= 1.5 * max(plain.values())
 
 
