@@ -49,9 +49,11 @@ class Seen:
 
 
 def places() -> tuple[str, ...]:
+    """Files of the repository on the stack; an environment that lies in it is not of it."""
     frames = ((Path(frame.filename).resolve(), frame.lineno) for frame in reversed(traceback.extract_stack()))
     own = ("pretended_cuda.py", Path(__file__).name)
-    return tuple([f"{p.relative_to(ROOT)}:{line}" for p, line in frames if ROOT in p.parents and p.name not in own][:4])
+    ours = [(p, line) for p, line in frames if ROOT in p.parents and "site-packages" not in p.parts]
+    return tuple([f"{p.relative_to(ROOT)}:{line}" for p, line in ours if p.name not in own][:4])
 
 
 class Memory:
