@@ -145,7 +145,9 @@ class Fused:
 
         key = (*_kind(module), x.dtype, module.weight.dtype)
         if key not in self._norms:
-            errors = {form: _difference(plain, normed(form), x, module) for form in NORMS}
+            # Rows of the epsilon's size, too: where it is added shows there alone.
+            scales = [1.0, eps**0.5, 30.0]
+            errors = {form: _difference(plain, normed(form), x, module, scales) for form in NORMS}
             self._norms[key] = _best(errors, x.dtype)
         form = self._norms[key]
         return plain(x) if form is None else normed(form)(x)
@@ -161,8 +163,8 @@ class Fused:
 
         key = (*_kind(module), *_kind(activation), x.dtype, products)
         if key not in self._gates:
-            found = (self.kernels.silu_mul, self.kernels.gelu_mul)
-            errors = {kernel: _difference(plain, gated(kernel), x, module) for kernel in found}
+            kernels = [k for k in (self.kernels.silu_mul, self.kernels.gelu_mul) if _is_gate(k, activation, x)]
+            errors = {kernel: _difference(plain, gated(kernel), x, module) for kernel in kernels}
             self._gates[key] = _best(errors, products)
         kernel = self._gates[key]
         return plain(x) if kernel is None else gated(kernel)(x)
@@ -214,19 +216,32 @@ def _epsilon(module: nn.Module) -> float | None:
 
 def _best(errors: Mapping[Choice, float], dtype: torch.dtype) -> Choice | None:
     """The choice with the least error, if that is rounding."""
-    found = min(errors, key=lambda choice: errors[choice])
-    return found if errors[found] <= TOLERANCES[dtype] else None
+    found = min(errors, key=lambda choice: errors[choice], default=None)
+    return found if found is not None and errors[found] <= TOLERANCES[dtype] else None
 
 
 def _difference(
-    plain: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], like: Tensor, module: nn.Module
-) -> float:
-    """How far apart the two are for a few random rows such as `like` has, and their gradients."""
+    plain: Callable[[Tensor], Tensor], fused: Callable[[Tensor], Tensor], like: Tensor, module: nn.Module,
+    scales: Sequence[float] = (1.0,) * TRIED_ROWS,
+) -> float:  # fmt: skip
+    """How far apart the two are for a few random rows such as `like` has, of these sizes, and their gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    x = _random((1, TRIED_ROWS, like.shape[-1]), like, seed=0)
+    x = _random((1, len(scales), like.shape[-1]), like, seed=0)
+    x *= torch.tensor(scales, dtype=like.dtype, device=like.device).unsqueeze(-1)
     # Leaves in the parameters' places: nobody's hooks are to see gradients of this.
     with swapped_parameters(module, parameters) as leaves:
         return _worst(lambda y: (plain(y),), lambda y: (fused(y),), [x], leaves)
+
+
+def _is_gate(kernel: Callable[[Tensor, Tensor], Tensor], activation: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+    """Whether the kernel is this activation times its other input, in fp32 and where the activation is bent.
+
+    In a module with small weights of the gate all there is of it is its slope at zero, and in bf16 GELU's two formulas
+    are one.
+    """
+    wide, other = (_random((TRIED_ROWS, 64), like, seed).float() for seed in range(2))
+    error = _worst(lambda a, b: (activation(a) * b,), lambda a, b: (kernel(a, b),), [2 * wide, other])
+    return error <= TOLERANCES[torch.float32]
 
 
 def _random(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
@@ -252,7 +267,8 @@ def _worst(
         given = given or [_random(out.shape, out, seed=2 + index) for index, out in enumerate(outs)]
         with own_saved_tensors(), unwatched():
             grads = torch.autograd.grad(outs, [*leaves, *parameters], given, allow_unused=True)
-        results.append([*(out.detach() for out in outs), *grads])
+        # Kernels give gradients in the memory of what they kept, which has a graph.
+        results.append([None if x is None else x.detach() for x in (*outs, *grads)])
     errors = [0.0]
     for expected, found in zip(*results, strict=True):
         if expected is None or found is None or found.dtype != expected.dtype:

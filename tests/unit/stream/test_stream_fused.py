@@ -74,7 +74,8 @@ def test_a_kernel_that_only_rounds_elsewhere_is_taken(dtype, calls, monkeypatch)
     def exact(kernel):
         def run(*arguments):
             out = kernel(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
-            return tuple(x.to(dtype) for x in out) if isinstance(out, tuple) else out.to(dtype)
+            given = arguments[0].dtype
+            return tuple(x.to(given) for x in out) if isinstance(out, tuple) else out.to(given)
 
         return run
 
@@ -172,6 +173,48 @@ def test_a_module_that_is_unlike_the_others_of_its_class_keeps_its_own_code(chan
     stream_backprop(model, **CHUNKS)
     assert_gradients(gradients(model, model(input_ids=ids, labels=ids).loss), plain, TOLERANCE)
     assert min(calls.count["rms_norm"], calls.count["silu_mul"]) > 4  # the others took theirs
+
+
+def small_gates(model):
+    """GELU and SiLU have one slope at zero."""
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data.zero_()
+        layer.mlp.act_fn = torch.nn.GELU(approximate="tanh")
+
+
+class OutsideRMSNorm(modeling_llama.LlamaRMSNorm):
+    """Its epsilon is added to the root."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        root = hidden_states.square().mean(-1, keepdim=True).sqrt()
+        return self.weight * (hidden_states / (root + self.variance_epsilon))
+
+
+def epsilon_outside(model):
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = OutsideRMSNorm(model.config.hidden_size)
+
+
+def exact_gelu(model):
+    """In bf16 the kernel's formula is the same but for rounding."""
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    model.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("change", "gate"), [(small_gates, "gelu_mul"), (epsilon_outside, "silu_mul"), (exact_gelu, None)]
+)
+def test_a_try_goes_where_kernels_differ(change, gate, calls, monkeypatch):
+    """Numbers of usual size would not tell these from what a kernel computes."""
+    fused = Fused(calls.kernels())
+    monkeypatch.setattr(streaming, "liger", lambda: fused)
+    model, ids = tiny("llama"), batch(2, 21)
+    change(model)
+    stream_backprop(model, **CHUNKS, verify=False)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert fused.taken() == {"norms": 1, "gates": int(gate is not None), "rotary": 1}
+    assert {name for name in ("silu_mul", "gelu_mul") if calls.count[name] > 3} == ({gate} if gate else set())
 
 
 def test_a_class_that_is_given_another_forward_later_keeps_that(calls, monkeypatch):
