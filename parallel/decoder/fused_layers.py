@@ -1,7 +1,7 @@
 """Liger-Kernel's norm, rotary embedding and gated activation in layers that no compiler and no streaming fuses.
 
 On a GPU each of these is some ten kernels in a model's own code; stream.fused takes Liger's in their places, for
-classes of modules of which they were found to compute the same. Not yet run on a GPU.
+kinds of modules of which they were found to compute the same. Not yet run on a GPU.
 """
 
 from collections.abc import Iterable
@@ -33,10 +33,7 @@ def use_fused(layers: Iterable[nn.Module], layout: Choice) -> None:
         return
     patches = Patches()
     for layer in layers:
-        for module in layer.modules():
-            replacement = kernels.replacement(module)
-            if replacement is not None:
-                patches.add(module, replacement)
+        kernels.replace_in(layer, patches)
         attention = cast(nn.Module, layer.self_attn)
         rotary = None if layout.checkpointing == SELECTIVE else kernels.rotary(attention)
         if rotary is not None:

@@ -47,7 +47,7 @@ def ring_router_loss(model: nn.Module, output: Any, arguments: Mapping[str, Any]
     everything = routers[0].new_ones(routers[0].shape[0], dtype=torch.bool)
     coefficient = _first_number(model, ("router_aux_loss_coef", "aux_loss_coef"))
     if model not in _known:
-        _check_formula(model, own, routers, top_k)
+        _check_formula(model, own, routers, top_k, everything)
         _known.add(model)
     real = _real_tokens(everything, arguments, settings)
     chosen, probability = _sums(routers, top_k, real)
@@ -61,9 +61,8 @@ def ring_router_loss(model: nn.Module, output: Any, arguments: Mapping[str, Any]
     return output
 
 
-def _check_formula(model: nn.Module, own: Tensor, routers: list[Tensor], top_k: int) -> None:
-    """The same formula on this rank's tokens alone must give what the model gave."""
-    everything = routers[0].new_ones(routers[0].shape[0], dtype=torch.bool)
+def _check_formula(model: nn.Module, own: Tensor, routers: list[Tensor], top_k: int, everything: Tensor) -> None:
+    """The same formula on this rank's tokens alone, all of them, must give what the model gave."""
     chosen, probability = _sums(routers, top_k, everything)
     rows = len(routers) * len(everything)
     known = routers[0].shape[-1] * (chosen / rows * probability / rows).sum()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fourfold.parallel.stream.gradients import autocast_now, own_saved_tensors
 from fourfold.parallel.stream.patching import (
     ROTARY,
+    Patches,
     Rotary,
     has_own_forward,
     hooks_of,
@@ -85,6 +86,13 @@ class Fused:
     _norms: dict[Hashable, tuple[float, str] | None] = field(default_factory=dict)
     _gates: dict[Hashable, Callable[[Tensor, Tensor], Tensor] | None] = field(default_factory=dict)
     _rotary: dict[Hashable, torch.dtype | None] = field(default_factory=dict)
+
+    def replace_in(self, layer: nn.Module, patches: Patches) -> None:
+        """Let the layer's norms and gated activations be fused, until patches.undo."""
+        for module in layer.modules():
+            replacement = self.replacement(module)
+            if replacement is not None:
+                patches.add(module, replacement)
 
     def replacement(self, module: nn.Module) -> Callable[..., Any] | None:
         """What takes the place of the module's forward, called with that forward first; None leaves it."""
@@ -181,15 +189,14 @@ class Fused:
         if key not in self._rotary:
             cos, sin = (angle[:1, -TRIED_ROWS:] for angle in angles)
             heads = [_random((1, 2, cos.shape[1], q.shape[-1]), q, seed=seed) for seed in range(2)]
-            dtypes: list[torch.dtype] = []
-
-            def own(a: Tensor, b: Tensor) -> Sequence[Tensor]:
-                found: Sequence[Tensor] = plain(a, b, cos, sin)
-                dtypes.append(found[0].dtype)
-                return found
-
-            error = _worst(own, lambda a, b: self._rotated(a.clone(), b.clone(), (cos, sin), dtypes[0]), heads)
-            self._rotary[key] = dtypes[0] if error <= TOLERANCES[q.dtype] else None
+            with torch.no_grad(), unwatched():
+                dtype: torch.dtype = plain(*heads, cos, sin)[0].dtype
+            error = _worst(
+                lambda a, b: plain(a, b, cos, sin),
+                lambda a, b: self._rotated(a.clone(), b.clone(), (cos, sin), dtype),
+                heads,
+            )
+            self._rotary[key] = dtype if error <= TOLERANCES[q.dtype] else None
         return self._rotary[key]
 
 

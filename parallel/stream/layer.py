@@ -162,9 +162,8 @@ class LayerStream:
         for module in self.layer.modules():
             if self._router is not None and isinstance(module, self._router):
                 patches.add(module, self._router_forward)
-            replacement = None if self._fused is None else self._fused.replacement(module)
-            if replacement is not None:
-                patches.add(module, replacement)
+        if self._fused is not None:
+            self._fused.replace_in(self.layer, patches)
         patches.add(self.attention, self._attention_forward)
         patches.add(self.layer, self._layer_forward)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.parallel.attention.kernels import widen
 from fourfold.parallel.stream.fused import Kernels
 
 
@@ -23,7 +24,7 @@ class FusedKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> Tensor:
         self.count["rms_norm"] += 1
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widen(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         if casting == "llama":
             return ((weight + offset) * wide.to(x.dtype)).to(x.dtype)

@@ -11,8 +11,8 @@ import torch
 
 from fourfold.parallel import ring_attention
 from fourfold.parallel.attention.backends import merge, select_backend
-from fourfold.parallel.attention.kernels import hardware_of
-from fourfold.parallel.testing.reference import attention_mask
+from fourfold.parallel.attention.kernels import accumulation_dtype, hardware_of
+from fourfold.parallel.testing.reference import attention_mask, attention_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cap: float = 0.0, *
     scores = q @ k.mT * q.shape[-1] ** -0.5
     scores = cap * (scores / cap).tanh() if cap else scores
     hidden = ~attention_mask(q.shape[2], **options).to(q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulation_dtype(q.dtype)
     # A query that sees nothing gets zeros; a row of -inf would be nan.
     weights = scores.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1, dtype=wide).masked_fill(hidden, 0.0)
     return weights.to(q.dtype) @ v
@@ -61,7 +61,7 @@ def plain_error(size: int, dtype: torch.dtype, options: tuple[tuple[str, Any], .
 def errors(out: torch.Tensor, leaves: list[torch.Tensor], grad: torch.Tensor, options: dict[str, Any]) -> list[float]:
     """Of attention's output and of the three gradients, which `leaves` have, against fp64."""
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    truth = plain(*exact, **options)
+    truth = plain(*exact, **options) if "cap" in options else attention_reference(*exact, **options)
     truth.backward(grad.double())
     return [error(out, truth), *(error(mine.grad, leaf.grad) for mine, leaf in zip(leaves, exact, strict=True))]
 
