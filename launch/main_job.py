@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from fourfold.layouts.inputs.huggingface import model_from_config
+from fourfold.layouts.inputs.model import ModelConfig
 
 TRAINING_S = 240.0
 REACHED = 0.3
@@ -44,8 +45,8 @@ class MainJob:
     learning_rate: float
 
     @property
-    def num_params(self) -> int:
-        return model_from_config(dict(self.config)).num_params
+    def model(self) -> ModelConfig:
+        return model_from_config(dict(self.config))
 
 
 # Hidden size, layers, heads, key heads, feed-forward width, and the learning rate that GPT-3's table has for the size.
@@ -61,11 +62,14 @@ def main_job(machine: Machine, *, steps: int) -> MainJob:
 
     On a GPU: the largest model whose states take a quarter of a device's memory at most, and that takes its steps in
     some four minutes; the smallest has 100 million parameters and is taken in any case.
+    The batch is the first number of sequences from 8 on, on GPUs from 32 on, that can be shared among all devices: any
+    number of them then has a layout.
     """
     shipped = json.loads(files("fourfold.launch").joinpath("data/byte-llama.json").read_text())
+    least = 8 if machine.device_type == "cpu" else 32
+    global_batch = -(-least // machine.num_devices) * machine.num_devices
     if machine.device_type == "cpu":
-        return MainJob(name="byte-llama", config=shipped, seq_len=256, global_batch=8, learning_rate=3e-3)
-    global_batch = -(-32 // machine.num_devices) * machine.num_devices  # which every number of replicas divides
+        return MainJob(name="byte-llama", config=shipped, seq_len=256, global_batch=global_batch, learning_rate=3e-3)
     chosen = None
     for name, (hidden, layers, heads, key_heads, width, rate) in _SIZES.items():
         sizes = {
@@ -75,9 +79,9 @@ def main_job(machine: Machine, *, steps: int) -> MainJob:
         job = MainJob(
             name=name, config={**shipped, **sizes}, seq_len=1024, global_batch=global_batch, learning_rate=rate
         )
-        flops = 6.0 * job.num_params * steps * job.global_batch * job.seq_len
+        flops = 6.0 * job.model.num_params * steps * job.global_batch * job.seq_len
         seconds = flops / (REACHED * machine.peak_flops_per_s * machine.num_devices)
-        fits = BYTES_A_PARAMETER * job.num_params <= MEMORY_SHARE * machine.memory_bytes and seconds <= TRAINING_S
+        fits = BYTES_A_PARAMETER * job.model.num_params <= MEMORY_SHARE * machine.memory_bytes and seconds <= TRAINING_S
         if chosen is None or fits:
             chosen = job
     assert chosen is not None
@@ -89,9 +93,11 @@ def this_machine(num_ranks: int | None) -> Machine:
     import torch
 
     from fourfold.layouts.inputs.cluster import load_cluster, preset_for_gpu
+    from fourfold.profiling.hardware import default_num_ranks
 
     if not torch.cuda.is_available():
-        return Machine(device_type="cpu", num_devices=num_ranks or 1, memory_bytes=0.0, peak_flops_per_s=0.0)
+        num_devices = num_ranks or default_num_ranks("cpu")
+        return Machine(device_type="cpu", num_devices=num_devices, memory_bytes=0.0, peak_flops_per_s=0.0)
     properties = torch.cuda.get_device_properties(0)
     try:
         peak = load_cluster(preset_for_gpu(properties.name)).device.peak_flops_per_s

@@ -29,7 +29,7 @@ from fourfold.layouts.inputs.model import ModelConfig, load_model
 from fourfold.layouts.inputs.reading import whole
 from fourfold.layouts.output.report import write_report
 from fourfold.layouts.output.tables import gib_text, plan_table, seconds_text, why_not, write_csv
-from fourfold.layouts.search.rank import Plan, advice, rank_layouts
+from fourfold.layouts.search.rank import Plan, advice, candidates_of, rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 from fourfold.profiling.settings import ProfileSettings
 
@@ -48,7 +48,11 @@ def demo(
         int | None, typer.Option(min=2, help="Tokens a sequence; default: 256, with the default model on GPUs 1024.")
     ] = None,
     global_batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences a step; default: 8, with the default model on GPUs 32.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sequences a step; default: 8, with the default model on GPUs 32, or the next multiple of ranks.",
+        ),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to use; default: one a GPU, or a core (at most 4).")
@@ -64,23 +68,25 @@ def demo(
     for name, size in (("--seq-len", seq_len), ("--global-batch", global_batch), ("--steps", steps)):
         if size is not None:
             whole(size, name)  # before the minute of a profile
+    devices = _known_machine(cluster) if cluster is not None else this_machine(ranks)
+    # For somebody's own model the job is no more than a batch, on GPUs as on processors.
+    job = main_job(devices if model is None else replace(devices, device_type="cpu"), steps=steps)
+    seq_len, global_batch = seq_len or job.seq_len, global_batch or job.global_batch
+    name, read = (job.name, job.model) if model is None else (model.stem, load_model(model))
+    decoder = replace(read, name=name)
+    request = SearchRequest(num_devices=devices.num_devices, global_batch=global_batch, seq_len=seq_len)
+    candidates_of(decoder, request)  # what no layout can cut is told before the minute of a profile, too
     out.mkdir(parents=True, exist_ok=True)
-    job = main_job(_known_machine(cluster) if cluster is not None else this_machine(ranks), steps=steps)
     config = model
     if config is None:
         config = out / f"{job.name}.json"
         config.write_text(json.dumps(dict(job.config), indent=1) + "\n", encoding="utf-8")
-    else:  # somebody else's model: of the job only the size of a batch on processors is left
-        job = main_job(_PROCESSORS, steps=steps)
-    seq_len, global_batch = seq_len or job.seq_len, global_batch or job.global_batch
-    decoder = replace(load_model(config), name=config.stem)
 
     _headline(console, "1. profile", "what this machine can do")
     machine = _measured_cluster(out, config, cluster, seq_len, ranks, profile_seconds)
     _show_machine(console, machine)
 
     _headline(console, "2. plan", f"every layout of {machine.num_devices} ranks, priced")
-    request = SearchRequest(num_devices=machine.num_devices, global_batch=global_batch, seq_len=seq_len)
     plan = rank_layouts(decoder, machine, request)
     if not plan.layouts:
         raise ValueError(advice(plan))
@@ -111,15 +117,17 @@ def demo(
     console.print(f"Done in {summary['wall_s']:.0f} s.")
 
 
-_PROCESSORS = Machine(device_type="cpu", num_devices=1, memory_bytes=0.0, peak_flops_per_s=0.0)
-
-
 def _known_machine(cluster: Path) -> Machine:
     """What a cluster.toml says of the machine that it was measured on."""
     known = load_cluster(cluster)
+    if known.num_devices < 1:
+        raise ValueError(
+            f"--cluster {cluster} was not measured on a machine: give a file that `layout-advisor profile` wrote, or "
+            f"leave it out"
+        )
     return Machine(
         device_type=known.device.type,
-        num_devices=known.num_devices or 1,
+        num_devices=known.num_devices,
         memory_bytes=known.device.memory_bytes,
         peak_flops_per_s=known.device.peak_flops_per_s,
     )

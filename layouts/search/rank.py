@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fourfold.layouts.cost.candidates import Column
+from fourfold.layouts.cost.candidates import Candidates, Column
 from fourfold.layouts.cost.memory import memory_of
 from fourfold.layouts.cost.price import (
     FITS,
@@ -84,14 +84,7 @@ def rank_layouts(
     Cost: some 3 microseconds a candidate.
     """
     cluster.check_links(request.num_devices)
-    model.check_length(request.seq_len)
-    _check_fixed_axes(request.fix, request.num_devices)
-    candidates, reasons = enumerate_space(model, request)
-    if not len(candidates):
-        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items() if count)
-        raise ValueError(
-            f"no layout of {request.num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
-        )
+    candidates, reasons = candidates_of(model, request)
     if software is None:
         software = software_for(cluster, request.space, candidates.precision, compiled=bool(candidates.compile))
     pricing = Pricing(
@@ -133,6 +126,23 @@ class _Found:
     margin: Column
     fit_probability: Column
     nearest: int
+
+
+def candidates_of(model: ModelConfig, request: SearchRequest) -> tuple[Candidates, dict[str, int]]:
+    """What there is to rank before anything is known of a cluster; see `enumerate_space`.
+
+    Raises:
+        ValueError: as `rank_layouts`, whatever the cluster.
+    """
+    model.check_length(request.seq_len)
+    _check_fixed_axes(request.fix, request.num_devices)
+    candidates, reasons = enumerate_space(model, request)
+    if not len(candidates):
+        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items() if count)
+        raise ValueError(
+            f"no layout of {request.num_devices} devices can cut this model and batch: {why or 'the space is empty'}"
+        )
+    return candidates, reasons
 
 
 def _scan(parts: list[tuple[Column, Pricing]]) -> _Found:

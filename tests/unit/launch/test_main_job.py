@@ -6,7 +6,6 @@ import pytest
 
 from fourfold.launch.main_job import Machine, main_job
 from fourfold.layouts.inputs.cluster import load_cluster
-from fourfold.layouts.inputs.huggingface import model_from_config
 from fourfold.layouts.search.rank import rank_layouts
 from fourfold.layouts.search.request import SearchRequest
 
@@ -16,7 +15,7 @@ H100 = Machine(device_type="cuda", num_devices=1, memory_bytes=80e9, peak_flops_
 def test_on_processors_the_job_is_the_small_one():
     job = main_job(Machine(device_type="cpu", num_devices=2, memory_bytes=0.0, peak_flops_per_s=0.0), steps=200)
     assert (job.name, job.seq_len, job.global_batch, job.learning_rate) == ("byte-llama", 256, 8, 3e-3)
-    assert job.num_params < 5e6
+    assert job.model.num_params < 5e6
 
 
 @pytest.mark.parametrize(
@@ -33,13 +32,14 @@ def test_on_processors_the_job_is_the_small_one():
 def test_on_gpus_memory_and_time_decide(change, steps, name):
     job = main_job(replace(H100, **change), steps=steps)
     assert job.name == name
-    assert job.num_params > 9e7
+    assert job.model.num_params > 9e7
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 3, 7, 8])
-def test_every_number_of_devices_has_a_layout_that_fits(num_devices):
-    job = main_job(replace(H100, num_devices=num_devices), steps=200)
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_every_number_of_devices_has_a_layout_that_fits(device_type, num_devices):
+    job = main_job(replace(H100, device_type=device_type, num_devices=num_devices), steps=200)
     assert job.global_batch % num_devices == 0
     request = SearchRequest(num_devices=num_devices, global_batch=job.global_batch, seq_len=job.seq_len)
-    plan = rank_layouts(model_from_config(dict(job.config)), load_cluster("H100-80GB"), request, top=3)
+    plan = rank_layouts(job.model, load_cluster("H100-80GB"), request, top=3)
     assert plan.layouts[0].safe

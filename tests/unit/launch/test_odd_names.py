@@ -148,3 +148,20 @@ def test_the_demo_refuses_a_size_before_it_measures(command, tmp_path, option):
     assert code == 2
     assert said.strip() == f"error: {option}=9223372036854775808, but it is at most 2147483648"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--ranks", 7, "--global-batch", 8], "no layout of 7 devices can cut this model and batch"),
+        (["--cluster", "H100-80GB"], "was not measured on a machine"),
+    ],
+    ids=str,
+)
+def test_the_demo_refuses_what_no_layout_can_cut_before_it_measures(command, tmp_path, words, reason):
+    code, said = command("demo", "--out", tmp_path / "run", *words)
+    assert code == 2
+    (line,) = said.strip().splitlines()
+    assert line.startswith("error:")
+    assert reason in line
+    assert not (tmp_path / "run").exists()
