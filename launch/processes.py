@@ -6,10 +6,13 @@ first failure becomes one exception with that rank's own traceback.
 
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from fourfold.launch.refusal import says_neighbour_lost
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -71,10 +74,21 @@ def start_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, device
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as failure:
-        rank, first = failure.get_first_failure()
+        rank, first = min(failure.failures.items(), key=lambda failed: (_follows(failed[1]), failed[1].timestamp))
         raise RankFailure(f"rank {rank} of {num_ranks} failed: {_reason(first)}", first.exitcode) from None
     finally:
         os.environ.pop(LAUNCHER, None)
+
+
+def _follows(failure: "ProcessFailure") -> bool:
+    """Whether the rank ended because another had: it lost it, or the agent ended it.
+
+    The time alone does not tell: it is in whole seconds, and that of a rank without a traceback (killed, or refused)
+    is when the agent looked, by which the ranks that lost it may have left theirs.
+    """
+    left: Any = failure.message  # a traceback comes as a table, whose "message" is the error alone
+    words = left.get("message") if isinstance(left, dict) else left
+    return failure.exitcode == -signal.SIGTERM or says_neighbour_lost(str(words))
 
 
 def _reason(failure: "ProcessFailure") -> str:

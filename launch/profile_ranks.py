@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.elastic.multiprocessing.errors import record
 
+from fourfold.launch.error_file import recorded
 from fourfold.launch.refusal import leave, refuse
 from fourfold.parallel import use_ring_attention
 from fourfold.parallel.decoder import tensor_parallel
@@ -44,7 +44,7 @@ class TrainingParallelism:
         use_ring_attention(model, cp_group)
 
 
-@record
+@recorded
 def main() -> None:
     """Profile on the ranks that torchrun started. Exit code 2 and one line for what a user got wrong."""
     # Refuse what can be refused before the ranks meet.

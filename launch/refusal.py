@@ -38,7 +38,12 @@ def refuse(error: Exception, *, patience_s: float = _PATIENCE_S) -> NoReturn:
 
 def lost_neighbour(error: BaseException) -> bool:
     """Whether `error` only says that another rank is gone, as a collective or a pipeline's link does."""
-    return isinstance(error, RuntimeError | ConnectionError) and bool(_NEIGHBOUR_LOST.search(str(error)))
+    return isinstance(error, RuntimeError | ConnectionError) and says_neighbour_lost(str(error))
+
+
+def says_neighbour_lost(words: str) -> bool:
+    """Whether an error of these words only says that another rank is gone."""
+    return bool(_NEIGHBOUR_LOST.search(words))
 
 
 def tell_lost_neighbour(error: BaseException, activity: str) -> NoReturn:

@@ -11,15 +11,14 @@ import traceback
 
 from fourfold.launch.parent import parent_at_start  # isort: skip  (before torch: a launcher may go while it is imported)
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
+from fourfold.launch.error_file import recorded
 from fourfold.launch.refusal import EXIT_STOPPED, leave, lost_neighbour, refuse, tell_lost_neighbour, tell_stopped
 from fourfold.launch.train_options import read_options
 from fourfold.launch.training.run import adopt_ranks, run_training
 from fourfold.launch.training.watch import Activity
 
 
-@record
+@recorded
 def main() -> None:
     """Train on this rank as the command line says. Exit code 2 and one line for what a user got wrong."""
     activity = Activity()

@@ -5,10 +5,11 @@ import signal
 import sys
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+
+from fourfold.launch.error_file import recorded
 
 
-@record
+@recorded
 def main() -> None:
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
