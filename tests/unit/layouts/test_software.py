@@ -172,6 +172,15 @@ def test_what_nobody_states_is_inferred(tmp_path, name):
     assert all(run.software.name == name for run in runs)
 
 
+def test_runs_of_this_runtime_are_known_as_such_though_it_has_changed_since(published_runs):
+    """They held their logits whole: priced as the runtime of now, another framework was likelier."""
+    runs, told = settle(read_runs(published_runs / "fourfold_h100_single.csv")[1])
+    assert [inference.software for inference in told] == ["fourfold-cuda-whole-head", "fourfold-bf16-whole-head"]
+    assert min(inference.probability for inference in told) > 0.95
+    for run, priced in zip(runs, price_runs(runs), strict=True):
+        assert priced.peak_bytes == pytest.approx(run.memory_gib * 2**30, rel=0.05)
+
+
 def test_what_is_stated_is_taken(tmp_path):
     path = made_up(tmp_path, "nanotron", stated="torchtitan")
     assert settle(read_runs(path)[1])[1][0].software == "torchtitan"
