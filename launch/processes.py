@@ -86,14 +86,14 @@ def _follows(failure: "ProcessFailure") -> bool:
     The time alone does not tell: it is in whole seconds, and that of a rank without a traceback (killed, or refused)
     is when the agent looked, by which the ranks that lost it may have left theirs.
     """
-    left: Any = failure.message  # a traceback comes as a table, whose "message" is the error alone
-    words = left.get("message") if isinstance(left, dict) else left
-    return failure.exitcode == -signal.SIGTERM or says_neighbour_lost(str(words))
+    told: Any = failure.message
+    error = told.get("message") if isinstance(told, dict) else told  # without its traceback's lines of code
+    return failure.exitcode == -signal.SIGTERM or says_neighbour_lost(str(error))
 
 
 def _reason(failure: "ProcessFailure") -> str:
     """The rank's traceback where it left one, else how it ended."""
-    left: Any = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
-    if isinstance(left, dict):
-        return str(left.get("extraInfo", {}).get("py_callstack") or left.get("message"))
-    return failure.message if isinstance(failure.message, str) else f"exit code {failure.exitcode}"
+    told: Any = failure.message
+    if isinstance(told, dict):
+        return str(told.get("extraInfo", {}).get("py_callstack") or told.get("message"))
+    return told if isinstance(told, str) else f"exit code {failure.exitcode}"

@@ -10,7 +10,6 @@ them, not how well it foretells.
 """
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from fourfold.layouts.cost.price import GIB, PricedLayout, price, software_for
 from fourfold.layouts.inputs.cluster import load_cluster
 from fourfold.layouts.inputs.huggingface import model_from_config
 from fourfold.layouts.inputs.layout_words import parse_layout
+from fourfold.layouts.inputs.software import load_software
 
 
 class Run(NamedTuple):
@@ -38,7 +38,7 @@ def runs() -> list[Run]:
             sizes = {name: int(row[name]) for name in ("global_batch", "seq_len")}
             layout = parse_layout(row["layout"], num_devices=1, **sizes)
             usual = software_for(cluster, precision=layout.precision, compiled=bool(layout.compile))
-            said = price(model, cluster, [layout], software=replace(usual, streams_head=False))[0]
+            said = price(model, cluster, [layout], software=load_software(f"{usual.name}-whole-head"))[0]
             found.append(Run(said, float(row["ran_s"]), float(row["held_gib"])))
     return found
 

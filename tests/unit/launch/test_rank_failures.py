@@ -87,7 +87,7 @@ def test_the_agent_reads_what_a_rank_left(file):
 
 
 def test_a_rank_ended_as_it_writes_leaves_no_file_that_cannot_be_read(file, monkeypatch):
-    """The agent's signal may come between any two of a rank's instructions; it ends in an error of its own there."""
+    """The agent's signal may come between any two of a rank's instructions, and the agent fails on half a file."""
 
     def ended(told: object, unfinished: object) -> None:
         raise KeyboardInterrupt

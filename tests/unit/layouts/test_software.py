@@ -177,6 +177,7 @@ def test_runs_of_this_runtime_are_known_as_such_though_it_has_changed_since(publ
     runs, told = settle(read_runs(published_runs / "fourfold_h100_single.csv")[1])
     assert [inference.software for inference in told] == ["fourfold-cuda-whole-head", "fourfold-bf16-whole-head"]
     assert min(inference.probability for inference in told) > 0.95
+    # 5% is the spread that fourfold-cuda states of its peaks; the one streamed run is 3.8% off, the others 0.1%.
     for run, priced in zip(runs, price_runs(runs), strict=True):
         assert priced.peak_bytes == pytest.approx(run.memory_gib * 2**30, rel=0.05)
 
